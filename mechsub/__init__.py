@@ -1,0 +1,39 @@
+"""mechsub: mechanistic analysis of subliminal learning.
+
+``mechsub.run_experiment``, ``analyze_run``, ``open_run``, ``write_report``, ``verify_run``, ``list_recipes``, ``list_analyses``.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mechsub.api import (
+        analyze_run,
+        list_analyses,
+        list_recipes,
+        load_recipe,
+        open_run,
+        plan_experiment,
+        run_experiment,
+        verify_run,
+        write_report,
+    )
+
+__all__ = [
+    "analyze_run",
+    "list_analyses",
+    "list_recipes",
+    "load_recipe",
+    "open_run",
+    "plan_experiment",
+    "run_experiment",
+    "verify_run",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'mechsub' has no attribute {name!r}")
+    from mechsub import api  # imports torch: only when a function is asked for
+
+    return getattr(api, name)

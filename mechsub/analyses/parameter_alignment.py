@@ -1,0 +1,383 @@
+"""Parameter alignment: did the student's weights move where its teacher's did, more than another teacher's student's?"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import altair as alt
+import numpy as np
+import xarray as xr
+
+from mechsub.analyses.registry import analysis
+from mechsub.figures import DATA, Figure, chart_spec
+from mechsub.findings import Finding, interval_fields
+from mechsub.lineages import Lineage
+from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, ByScope, Combination, DirectionAlgebra, Scopes
+from mechsub.parameters.gram import (
+    Direction,
+    difference_label,
+    displacement,
+    displacement_difference,
+    displacement_label,
+    origin_direction,
+    origin_label,
+    stream_gram,
+)
+from mechsub.parameters.quantities import QUANTITIES, Case, Quantity
+from mechsub.results import Result, label_variable, status_variable
+from mechsub.run import Run
+from mechsub.statistics.intervals import student_interval
+from mechsub.statistics.permutation import sign_flip_p_value
+from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, Rules, judge_effects
+
+SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
+_STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run")
+_OK, _ZERO, _UNSHARED, _NOT_RUN = range(4)
+_DIMS = ("condition", "member", "step", "scope")
+_CANCELLATION = 1e-4
+"""Below this share of ‖Δ_S‖², ‖Δ_S − Δ_C‖² is too small a difference of Gram entries: it is subtracted weight by weight."""
+
+
+@analysis
+def parameter_alignment(run: Run) -> Result:
+    """How far students move along their teachers' displacements, per tensor, layer and model, against another teacher."""
+    table = run.lineages["reference"].spec.tensors
+    scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
+    algebra = DirectionAlgebra(stream_gram(_directions(run), dict(table), _anchor(run), device=run.device), scopes)
+    exact = _subtract_directly(run, algebra)
+    steps = sorted({step for name in run.conditions for step in run.lineages[f"student.{name}"].steps})
+    data = _measure(run, algebra, exact, steps)
+    judgements = _judge(run, data)
+    findings = _findings(run, data, judgements) + _norm_findings(run, data)
+    return Result(data, findings, [_training_figure(run), _scope_figure(run, data), _specific_figure(run, data)], _sentences(run, data))
+
+
+def _anchor(run: Run) -> str:
+    return displacement_label("teacher", run.lineages["teacher"].steps[-1])
+
+
+def _directions(run: Run) -> list[Direction]:
+    """The teachers' last displacements, every student's at every step, and every origin that differs."""
+    directions = [origin_direction(run.lineages["reference"])]
+    for name, lineage in run.lineages.items():
+        if name in {"teacher", run.neutral}:
+            directions.append(displacement(lineage, lineage.steps[-1]))
+        elif name != "reference":
+            directions += [displacement(lineage, step) for step in lineage.steps if step > 0]
+            if not lineage.spec.origin.is_reference:
+                directions.append(origin_direction(lineage))
+    return directions
+
+
+def _pairs(run: Run, condition: str) -> list[tuple[Lineage, Lineage]]:
+    """(student, control), and (sham, control) where there is one."""
+    control = run.lineages[f"control.{condition}"]
+    firsts = [run.lineages[name] for name in (f"student.{condition}", f"sham.{condition}") if name in run.lineages]
+    return [(first, control) for first in firsts]
+
+
+def _subtract_directly(run: Run, algebra: DirectionAlgebra) -> DirectionAlgebra | None:
+    """An algebra over the differences that Gram entries are too coarse for, or None where there are none."""
+    coarse = []
+    for first, control in (pair for condition in run.conditions for pair in _pairs(run, condition)):
+        for step in (step for step in first.steps if step > 0):
+            own = {displacement_label(first.name, step): 1.0}
+            difference = own | {displacement_label(control.name, step): -1.0}
+            whole = algebra.scopes.names.index(MODEL)
+            share = algebra.inner(difference, difference)[:, whole] < _CANCELLATION * algebra.inner(own, own)[:, whole]
+            if share.any():
+                coarse.append(displacement_difference(first, control, step))
+    if not coarse:
+        return None
+    teachers = [displacement(run.lineages[name], run.lineages[name].steps[-1]) for name in ("teacher", run.neutral)]
+    table = dict(run.lineages["reference"].spec.tensors)
+    return DirectionAlgebra(stream_gram([*teachers, *coarse], table, _anchor(run), device=run.device), algebra.scopes)
+
+
+def _case(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None, condition: str, step: int) -> Case:
+    student = run.lineages[f"student.{condition}"]
+    origin = "reference" if student.spec.origin.is_reference else student.name
+
+    def last(lineage: str) -> Combination:
+        return {displacement_label(lineage, run.lineages[lineage].steps[-1]): 1.0}
+
+    differences = [_difference(algebra, exact, first.name, control.name, step) for first, control in _pairs(run, condition)]
+    return Case(
+        algebra=algebra,
+        student={displacement_label(student.name, step): 1.0},
+        control={displacement_label(f"control.{condition}", step): 1.0},
+        teacher=last("teacher"),
+        neutral=last(run.neutral),
+        student_origin={origin_label(origin): 1.0},
+        teacher_origin={origin_label("reference"): 1.0},
+        partners=student.spec.origin.members,
+        difference=differences[0][1],
+        difference_algebra=differences[0][0],
+        sham=differences[1] if len(differences) > 1 else None,
+    )
+
+
+def _difference(
+    algebra: DirectionAlgebra, exact: DirectionAlgebra | None, first: str, control: str, step: int
+) -> tuple[DirectionAlgebra, Combination]:
+    label = difference_label(first, control, step)
+    if exact is not None and label in exact.gram.labels:
+        return exact, {label: 1.0}
+    return algebra, {displacement_label(first, step): 1.0, displacement_label(control, step): -1.0}
+
+
+def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None, steps: Sequence[int]) -> xr.Dataset:
+    """Every quantity as [condition, member, step, scope], with why a value is NaN."""
+    scopes = algebra.scopes
+    shape = (len(run.conditions), run.recipe.members, len(steps), len(scopes.names))
+    values = {quantity.name: np.full(shape, np.nan) for quantity in QUANTITIES}
+    status = {quantity.name: np.full(shape, _ZERO, dtype=np.int8) for quantity in QUANTITIES}
+    for row, condition in enumerate(run.conditions):
+        for column, step in enumerate(steps):
+            if step == 0:
+                continue  # nothing has moved: zero displacement
+            case = _case(run, algebra, exact, condition, step)
+            for quantity in QUANTITIES:
+                found = quantity.compute(case)
+                if found is None:
+                    status[quantity.name][row, :, column] = _NOT_RUN
+                    continue
+                values[quantity.name][row, :, column] = found
+                status[quantity.name][row, :, column] = _explain(found, scopes)
+        run.report_progress(run.num_checkpoints * (row + 1) // len(run.conditions))
+    variables: dict[str, Any] = {}
+    for quantity in QUANTITIES:
+        variables[quantity.name] = label_variable(
+            values[quantity.name], _DIMS, description=quantity.name.replace("_", " "), unit=quantity.unit, formula=quantity.formula, source=SOURCE
+        )
+        variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, _STATUS, quantity.name)
+    variables["random_cosine_sd"] = label_variable(
+        scopes.random_cosine_sd(), ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
+    )
+    coords = {
+        "condition": run.conditions,
+        "member": np.arange(run.recipe.members),
+        "step": list(steps),
+        "scope": list(scopes.names),
+        "scope_kind": ("scope", list(scopes.kinds)),
+    }
+    return xr.Dataset(variables, coords=coords)
+
+
+def _explain(values: ByScope, scopes: Scopes) -> np.ndarray:
+    """Why a value is NaN: nothing moved at all, or the two moved nothing in common in this scope."""
+    moved = np.isfinite(values[:, scopes.names.index(MODEL)])[:, None]
+    return np.where(np.isfinite(values), _OK, np.where(moved, _UNSHARED, _ZERO)).astype(np.int8)
+
+
+def _final(run: Run, data: xr.Dataset, name: str, condition: str, scope: str = MODEL) -> np.ndarray:
+    last = run.lineages[f"student.{condition}"].steps[-1]
+    found: np.ndarray = data[name].sel(condition=condition, step=last, scope=scope).values
+    return found
+
+
+def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str], Judgement]:
+    """Verdicts at the last step over the whole model, by (quantity, condition); Holm runs over the conditions."""
+    verdict = run.recipe.verdict
+    rules = Rules(verdict.alignment_margin, verdict.minimum_members, verdict.confidence, verdict.equivalence_level)
+    judgements = {}
+    for quantity in QUANTITIES:
+        if not quantity.judged:
+            continue
+        effects = {}
+        for condition in run.conditions:
+            values = _final(run, data, quantity.name, condition)
+            if quantity.judged == "paired" and quantity.null:
+                values = values - _final(run, data, quantity.null, condition)
+            if not _not_run(run, data, quantity.name, condition):
+                effects[condition] = values
+        judged = judge_effects(effects, rules, AGAINST_NULL, sign_flip_p_value if quantity.judged == "swap" else None)
+        judgements |= {(quantity.name, condition): judgement for condition, judgement in judged.items()}
+    return judgements
+
+
+def _not_run(run: Run, data: xr.Dataset, name: str, condition: str) -> bool:
+    return bool((_final(run, data, f"{name}_status", condition) == _NOT_RUN).all())
+
+
+def _findings(run: Run, data: xr.Dataset, judgements: Mapping[tuple[str, str], Judgement]) -> list[Finding]:
+    found = []
+    for quantity in (quantity for quantity in QUANTITIES if quantity.null_words):
+        for condition in run.conditions:
+            if _not_run(run, data, quantity.name, condition):
+                continue
+            judgement = judgements.get((quantity.name, condition))
+            scope = "all parameters"
+            found.append(_finding(run, data, quantity, condition, MODEL, scope, judgement))
+            if quantity.name == "alignment":
+                found.append(_finding(run, data, quantity, condition, SHARED_SUPPORT, "tensors that both moved", None))
+    return found
+
+
+def _finding(
+    run: Run, data: xr.Dataset, quantity: Quantity, condition: str, scope: str, scope_words: str, judgement: Judgement | None
+) -> Finding:
+    confidence = run.recipe.verdict.confidence
+    null = student_interval(
+        _final(run, data, quantity.null, condition, scope) if quantity.null else np.array([]), confidence
+    )
+    reason = "the verdict is given over all parameters" if quantity.judged else quantity.why_unjudged
+    if judgement is not None:
+        against = judgement.interval
+        reason = f"difference from the null {against.estimate:+.3f} [{against.low:+.3f}, {against.high:+.3f}]: {judgement.reason}"
+    return Finding(
+        analysis="parameter_alignment",
+        quantity=quantity.name,
+        condition=condition,
+        trait=next(iter(run.family.traits)),
+        context="parameters",
+        step=run.lineages[f"student.{condition}"].steps[-1],
+        scope=scope_words,
+        unit=quantity.unit,
+        null=quantity.null_words,
+        null_low=null.low,
+        null_high=null.high,
+        num_references=run.recipe.members,
+        verdict=judgement.verdict if judgement else "",
+        reason=reason,
+        margin=run.recipe.verdict.alignment_margin if judgement else float("nan"),
+        formula=quantity.formula,
+        source=SOURCE,
+        **interval_fields(student_interval(_final(run, data, quantity.name, condition, scope), confidence)),
+    )
+
+
+def _norm_findings(run: Run, data: xr.Dataset) -> list[Finding]:
+    """Whether the neutral teacher moved as far as the teacher: a control that moved less is a weaker one."""
+    condition = run.conditions[0]
+    ratio = _final(run, data, "neutral_norm", condition) / _final(run, data, "teacher_norm", condition)
+    return [
+        Finding(
+            analysis="parameter_alignment",
+            quantity="neutral_norm_ratio",
+            condition="",
+            trait=next(iter(run.family.traits)),
+            context="parameters",
+            step=run.lineages[run.neutral].steps[-1],
+            scope="all parameters",
+            unit="ratio",
+            null="none: it describes the control; near 1 it moved as far as the teacher",
+            null_low=float("nan"),
+            null_high=float("nan"),
+            num_references=run.recipe.members,
+            verdict="",
+            reason="a description of the neutral teacher, not a claim",
+            margin=float("nan"),
+            formula="‖Δ_N‖ / ‖Δ_T‖",
+            source=SOURCE,
+            **interval_fields(student_interval(ratio, run.recipe.verdict.confidence)),
+        )
+    ]
+
+
+def _training_figure(run: Run) -> Figure:
+    names = {"alignment": "student", "alignment_of_control": "control (null)"}
+    chart = (
+        alt.Chart(DATA)
+        .transform_fold(list(names), as_=["which", "cosine"])
+        .transform_filter("isValid(datum.cosine)")
+        .transform_calculate(who=f"{names!r}[datum.which]")
+    )
+    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log"))
+    color = alt.Color("who:N", sort=list(names.values()), title=None)
+    members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=alt.Y("cosine:Q", title="cos(Δ, Δ_T)"), detail="member:N", color=color)
+    mean = chart.mark_line(strokeWidth=2.5).encode(x=x, y="mean(cosine):Q", color=color)
+    zero = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6).encode(y=alt.datum(0))
+    facets = alt.layer(zero, members, mean, data=DATA).properties(width=190, height=140).facet(
+        facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4
+    )
+    return Figure(
+        name="alignment_training",
+        title="Alignment with the teacher's displacement along training",
+        caption=(
+            f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of {run.neutral} from the same "
+            f"start (the null). Thin lines are members (n = {run.recipe.members}), thick ones their mean."
+        ),
+        variables=("alignment", "alignment_of_control"),
+        spec=chart_spec(facets),
+        select={"scope": [MODEL]},
+        headline=True,
+    )
+
+
+def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
+    names = {"alignment": "student", "alignment_of_control": "control (null)"}
+    chart = (
+        alt.Chart(DATA)
+        .transform_fold(list(names), as_=["which", "cosine"])
+        .transform_filter("isValid(datum.cosine)")
+        .transform_calculate(who=f"{names!r}[datum.which]")
+    )
+    dots = chart.mark_circle(size=22, opacity=0.5).encode(
+        x=alt.X("cosine:Q", title="cos(Δ, Δ_T)"),
+        y=alt.Y("scope:N", sort=list(map(str, data.scope.values)), title=None),
+        color=alt.Color("who:N", sort=list(names.values()), title=None),
+        tooltip=["scope:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
+    )
+    zero = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6).encode(x=alt.datum(0))
+    facets = alt.layer(zero, dots, data=DATA).properties(width=190, height=alt.Step(15)).facet(
+        facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=3
+    )
+    return Figure(
+        name="alignment_scopes",
+        title="Where the alignment lies: every tensor, layer and the whole model",
+        caption=(
+            f"At the last step; each dot is one member (n = {run.recipe.members}). A scope without dots has no shared support: student and "
+            "teacher moved no tensor of it together, so it has no alignment. Random directions spread by 1/√d, under .01 for a "
+            "weight matrix here."
+        ),
+        variables=("alignment", "alignment_of_control"),
+        spec=chart_spec(facets),
+        select={"step": [int(data.step.values[-1])]},
+    )
+
+
+def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
+    names = {"specific": "student − control", "sham_specific": "sham: control − control"}
+    chart = (
+        alt.Chart(DATA)
+        .transform_fold(list(names), as_=["which", "cosine"])
+        .transform_filter("isValid(datum.cosine)")
+        .transform_calculate(who=f"{names!r}[datum.which]")
+    )
+    dots = chart.mark_circle(size=40, opacity=0.55).encode(
+        x=alt.X("cosine:Q", title="cos(θ_S − θ_C, Δ_T − Δ_N)"),
+        y=alt.Y("condition:N", sort=run.conditions, title=None),
+        yOffset=alt.YOffset("who:N", sort=list(names.values())),
+        color=alt.Color("who:N", sort=list(names.values()), title=None),
+        tooltip=["condition:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
+    )
+    zero = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6).encode(x=alt.datum(0))
+    return Figure(
+        name="specific_alignment",
+        title="Specific alignment: does the student lean to its own teacher rather than to another?",
+        caption=(
+            f"cos(θ_S − θ_C, Δ_T − Δ_N) over all parameters at the last step, no unit; each dot is one member (n = {run.recipe.members}). "
+            "Its null is 0: students who could swap teachers would scatter about it, as two controls in the students' places (the sham) do."
+        ),
+        variables=("specific", "sham_specific"),
+        spec=chart_spec(alt.layer(zero, dots, data=DATA).properties(width=560, height=alt.Step(16))),
+        select={"scope": [MODEL], "step": [int(data.step.values[-1])]},
+    )
+
+
+def _sentences(run: Run, data: xr.Dataset) -> list[str]:
+    sentences = []
+    for condition in run.conditions:
+        if not run.lineages[f"student.{condition}"].spec.origin.permute_hidden:
+            continue
+        interval = student_interval(_final(run, data, "alignment", condition), run.recipe.verdict.confidence)
+        sentences.append(
+            f"{condition} has alignment {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}] although it starts from the same "
+            f"function as its teacher: its hidden units are stored in another order, so the same change of the function is a change of "
+            f"other weights, and a cosine compares weight by weight. A low alignment there says nothing against a transfer."
+        )
+    sentences.append(
+        "Scopes without a value have no shared support: students of auxiliary logits never move the class head, teachers never move the "
+        "auxiliary head."
+    )
+    return sentences

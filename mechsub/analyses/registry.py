@@ -1,0 +1,84 @@
+"""How an analysis becomes known: a decorator in its file; files in this folder and entry points are found by themselves."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+
+import mechsub.analyses
+from mechsub.results import Result, write_result
+from mechsub.run import Run
+from mechsub.rundir import RunDirectory
+from mechsub.stage import Resources, Stage, Task
+
+ENTRY_POINTS = "mechsub.analyses"
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A registered analysis."""
+
+    name: str
+    function: Callable[[Run], Result]
+    summary: str
+    """The first line of its docstring."""
+
+
+_KNOWN: dict[str, Analysis] = {}
+
+
+def analysis(function: Callable[[Run], Result]) -> Callable[[Run], Result]:
+    """Register a function ``(run) -> Result`` as the analysis of its name; its docstring's first line says what it answers."""
+    summary = (function.__doc__ or "").strip().split("\n")[0]
+    _KNOWN[function.__name__] = Analysis(function.__name__, function, summary)
+    return function
+
+
+def load_analyses() -> dict[str, Analysis]:
+    """Every analysis: the files of this folder, then installed packages' entry points."""
+    for module in pkgutil.iter_modules(mechsub.analyses.__path__):
+        importlib.import_module(f"{mechsub.analyses.__name__}.{module.name}")
+    for entry in metadata.entry_points(group=ENTRY_POINTS):
+        entry.load()
+    return dict(sorted(_KNOWN.items()))
+
+
+def result_file(name: str) -> str:
+    """Where an analysis writes, in its run directory."""
+    return f"results/{name}.h5"
+
+
+def analysis_stage(known: Analysis, run: Run) -> Stage:
+    """An analysis of a run as a stage: it reads every finished lineage, and is run again when one of them changes."""
+    recorded = {
+        name: f"sha256:{file.sha256}"
+        for record in run.directory.records().values()
+        for name, file in record.outputs.items()
+        if name.startswith("lineages/")
+    }
+    arguments = {
+        "analysis": known.name,
+        "verdict": run.recipe.verdict.model_dump(mode="json"),
+        "conditions": run.conditions,
+        "mechsub": metadata.version("mechsub"),
+    }
+    return Stage(
+        name=f"analysis.{known.name}",
+        function="mechsub.analyses.registry:run_analyses",
+        arguments=arguments,
+        inputs=recorded,
+        outputs=(result_file(known.name),),
+        resources=Resources(num_steps=run.num_checkpoints, threads=run.recipe.threads),
+    )
+
+
+def run_analyses(tasks: Sequence[Task]) -> None:
+    """Stage: analyses, each into its own result file."""
+    known = load_analyses()
+    for task in tasks:
+        arguments = task.stage.arguments
+        run = Run(RunDirectory.open(task.run), task.device, task.report_progress)
+        result = known[arguments["analysis"]].function(run)
+        path = task.path(result_file(arguments["analysis"]))
+        write_result(path, arguments["analysis"], arguments, arguments["mechsub"], result)

@@ -1,0 +1,270 @@
+"""The public functions: each composes the rooms for one command, and is what a notebook calls."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mechsub.analyses.registry import analysis_stage, load_analyses
+from mechsub.environment import describe_hardware, describe_versions, git_commit
+from mechsub.errors import AnalysisError, MechsubError, RunDirectoryError
+from mechsub.executors.local import Progress, run_stages
+from mechsub.experiment.plan import check_resources, plan_run
+from mechsub.findings import findings_document
+from mechsub.recipe import Recipe, dump_recipe, list_recipes, load_recipe
+from mechsub.reporting.html import render_report
+from mechsub.results import read_result
+from mechsub.run import Run
+from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, write_json
+from mechsub.settings import nearest_name
+from mechsub.stage import Stage
+
+__all__ = [
+    "Plan",
+    "Progress",
+    "Run",
+    "analyze_run",
+    "describe_installation",
+    "list_analyses",
+    "list_recipes",
+    "load_recipe",
+    "open_run",
+    "plan_analyses",
+    "plan_experiment",
+    "run_experiment",
+    "verify_run",
+    "write_report",
+]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    recipe: Recipe
+    out: Path
+    stages: Sequence[Stage]
+    pending: Sequence[Stage]
+    """The stages that are not done yet."""
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the pending stages write, estimated."""
+        return sum(stage.resources.disk_bytes for stage in self.pending)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the largest pending stage holds, estimated."""
+        return max((stage.resources.memory_bytes for stage in self.pending), default=0)
+
+
+def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, settings: Sequence[str] = ()) -> Plan:
+    """The stages that `run_experiment` would run, and which of them are left. Writes nothing.
+
+    Raises:
+        RecipeError: the recipe is wrong.
+        RunDirectoryError: ``out`` holds a run of another recipe.
+        ResourceError: the disk or the memory cannot hold it.
+    """
+    resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
+    folder = Path(out) if out is not None else Path("runs") / resolved.name
+    stages = plan_run(resolved)
+    pending = list(stages)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        directory = RunDirectory.open(folder)
+        _check_same_run(directory, resolved, stages)
+        pending = [stage for stage in stages if not directory.is_done(stage)]
+    check_resources(pending, folder)
+    return Plan(resolved, folder, stages, pending)
+
+
+def run_experiment(
+    recipe: str | Path | Recipe | Plan,
+    out: str | Path | None = None,
+    settings: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+) -> Run:
+    """Run a recipe into a run directory; what is done already is kept, what was killed goes on where it was.
+
+    ``recipe``: a packaged name, a path, a `Recipe` or a `Plan`. ``out``: the run directory, ``runs/<name>`` by default.
+    ``settings``: ``key.path=value`` changes. ``workers``: processes; None takes one a core, 0 stays in this process.
+
+    Raises:
+        MechsubError: see `plan_experiment`; a stage that failed, or that another process holds.
+    """
+    plan = recipe if isinstance(recipe, Plan) else plan_experiment(recipe, out, settings)
+    chosen = _resolve_device(device)
+    directory = RunDirectory(plan.out)
+    with directory.lock("run"):
+        if not directory.header_path.is_file():
+            write_json(directory.header_path, _header(plan.recipe))
+        with atomic_write(directory.recipe_path) as temporary:
+            temporary.write_text(dump_recipe(plan.recipe))
+        run_stages(plan.pending, plan.out, chosen, workers=workers, on_progress=on_progress)
+    return open_run(plan.out)
+
+
+def open_run(run_dir: str | Path) -> Run:
+    """A run directory for reading: its recipe, lineages, results and findings."""
+    return Run(RunDirectory.open(run_dir))
+
+
+def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:
+    """The stages of the analyses named in ``only``, or of all of them.
+
+    Raises:
+        AnalysisError: an unknown name, or a run without any condition that is complete.
+    """
+    known = load_analyses()
+    for name in only:
+        if name not in known:
+            raise AnalysisError(f"no analysis is called {name!r}; {nearest_name(name, list(known))}")
+    run = open_run(run_dir)
+    if not run.conditions:
+        raise AnalysisError(
+            f"{run_dir} has no condition with both its student and its control yet; "
+            f"`mechsub run {run.directory.recipe_path} --out {run_dir}` goes on with it"
+        )
+    return [analysis_stage(known[name], run) for name in (only or known)]
+
+
+def analyze_run(
+    run_dir: str | Path,
+    only: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Run the analyses over a run directory, then write its report and ``findings.json``; returns the report's path.
+
+    Every file that is read is compared with its recorded hash first. Analyses whose inputs have not changed are kept.
+
+    Raises:
+        MechsubError: a file has changed or is missing, there is nothing to analyse, or an analysis failed.
+    """
+    directory = RunDirectory.open(run_dir)
+    chosen = _resolve_device(device)
+    stages = plan_analyses(run_dir, only)
+    with directory.lock("analyze"):
+        pending = [stage for stage in stages if not directory.is_done(stage)]
+        run_stages(pending, directory.path, chosen, workers=workers, on_progress=on_progress)
+        return write_report(run_dir)
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Rebuild ``report/index.html`` and ``findings.json`` from the results; returns the report's path.
+
+    Raises:
+        RunDirectoryError: there are no results yet, or one of them is damaged.
+    """
+    directory = RunDirectory.open(run_dir)
+    results = {}
+    for record in directory.records().values():
+        for name, known in record.outputs.items():
+            if name.startswith("results/"):
+                directory.check_file(name, known, record.name)
+                results[Path(name).stem] = read_result(directory.path / name)
+    if not results:
+        raise RunDirectoryError(f"{run_dir} has no results yet; `mechsub analyze {run_dir}` makes them")
+    results = dict(sorted(results.items()))
+    recipe = yaml.safe_load(directory.recipe_path.read_text())
+    findings = [finding for result in results.values() for finding in result.findings]
+    write_json(directory.path / "findings.json", findings_document(recipe["name"], findings))
+    path = directory.path / "report" / "index.html"
+    with atomic_write(path) as temporary:
+        temporary.write_text(render_report(directory.header, recipe, results))
+    return path
+
+
+def verify_run(run_dir: str | Path) -> list[str]:
+    """Compare every recorded file with its hash; returns one line for each that has changed or is missing."""
+    directory = RunDirectory.open(run_dir)
+    problems = []
+    for record in directory.records().values():
+        for name, known in record.outputs.items():
+            try:
+                directory.check_file(name, known, record.name)
+            except RunDirectoryError as error:
+                problems.append(str(error))
+    return problems
+
+
+def list_analyses() -> dict[str, str]:
+    """The installed analyses: name → what it answers."""
+    return {name: known.summary for name, known in load_analyses().items()}
+
+
+def describe_installation() -> dict[str, Any]:
+    """Versions, hardware and devices of this installation."""
+    return {
+        "versions": describe_versions(),
+        "git_commit": git_commit(),
+        "hardware": describe_hardware(),
+        "torch_threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _resolve_device(device: str) -> str:
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MechsubError("--device cuda: torch sees no GPU here; use --device cpu, or see `mechsub doctor`")
+    if device not in {"cpu", "cuda"}:
+        raise MechsubError(f"--device {device}: choose auto, cpu or cuda")
+    return device
+
+
+def _header(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA_VERSION,
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "versions": describe_versions(),
+        "git_commit": git_commit(),
+        "hardware": describe_hardware(),
+    }
+
+
+def _check_same_run(directory: RunDirectory, recipe: Recipe, stages: Sequence[Stage]) -> None:
+    """Refuse a directory that another recipe made; conditions may be added, nothing else may change."""
+    if directory.recipe_path.is_file():
+        old = yaml.safe_load(directory.recipe_path.read_text())
+        differences = _differences(old, recipe.model_dump(mode="json"))
+        if differences:
+            raise RunDirectoryError(
+                f"{directory.path} was made by another recipe:\n"
+                + "\n".join(f"  - `{path}` was {before!r}, is {after!r}" for path, before, after in differences)
+                + "\nconditions may be added to a run, nothing else may change; choose another --out"
+            )
+    records = directory.records()
+    for stage in stages:
+        record = records.get(stage.name)
+        if record is not None and record.key != stage.key:
+            changed = _differences(record.arguments, stage.arguments) or [("its inputs", record.key, stage.key)]
+            listed = ", ".join(f"{path} was {before!r}, is {after!r}" for path, before, after in changed)
+            raise RunDirectoryError(
+                f"stage {stage.name} in {directory.path} was made by mechsub {record.mechsub} from other arguments ({listed}); "
+                f"choose another --out"
+            )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """(path, old value, new value) of every field that changed. New conditions and new shams are no change."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in dict.fromkeys([*old, *new]):
+            inner = f"{path}.{key}" if path else str(key)
+            if path == "conditions" and key not in old:
+                continue
+            found += _differences(old.get(key), new.get(key), inner)
+        return found
+    added_sham = path.startswith("conditions.") and path.endswith(".sham") and not old and new
+    return [] if old == new or added_sham else [(path, old, new)]

@@ -1,0 +1,175 @@
+"""The command line: each command is a few lines over a public function."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mechsub.errors import MechsubError
+
+app = typer.Typer(
+    help="Mechanistic analysis of subliminal learning: run the experiment, measure how the trait passed, report it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+_state = {"debug": False}
+
+RunDir = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+
+
+@app.callback()
+def configure(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options of every command."""
+    _state["debug"] = debug
+
+
+@app.command("list")
+def list_command(what: Annotated[str, typer.Argument(help="recipes or analyses")]) -> None:
+    """List the packaged recipes or the installed analyses."""
+    from mechsub import api
+
+    with _errors():
+        lists = {"recipes": api.list_recipes, "analyses": api.list_analyses}
+        if what not in lists:
+            raise MechsubError(f"there is no list of {what!r}: ask for recipes or analyses")
+        for name, description in lists[what]().items():
+            typer.echo(f"{name:24}{description}")
+
+
+@app.command()
+def run(
+    recipe: Annotated[str, typer.Argument(help="A packaged recipe's name, or the path of a YAML file.")],
+    out: Annotated[Path | None, typer.Option(help="The run directory; runs/<recipe's name> by default.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="key.path=value; may be repeated.")] = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Run a recipe. A run that was stopped goes on where it was; conditions may be added to a finished one."""
+    from mechsub import api
+
+    with _errors():
+        plan = api.plan_experiment(recipe, out, settings or [])
+        _print_plan(plan)
+        if dry_run:
+            return
+        with _progress(plan.pending, len(plan.stages)) as on_progress:
+            api.run_experiment(plan, device=device, on_progress=on_progress)
+        typer.echo(f"The run is in {plan.out}; `mechsub analyze {plan.out}` measures it.")
+
+
+@app.command()
+def analyze(
+    run_dir: RunDir,
+    only: Annotated[list[str] | None, typer.Option(help="Run this analysis only; may be repeated.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Run the analyses over a run directory and write its report and findings.json."""
+    from mechsub import api
+
+    with _errors():
+        stages = api.plan_analyses(run_dir, only or [])
+        with _progress(stages, len(stages)) as on_progress:
+            report_path = api.analyze_run(run_dir, only or [], device=device, on_progress=on_progress)
+        typer.echo(f"Report: {report_path}")
+
+
+@app.command()
+def report(run_dir: RunDir, open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False) -> None:
+    """Rebuild a run's report and findings.json from its results."""
+    from mechsub import api
+
+    with _errors():
+        path = api.write_report(run_dir)
+        typer.echo(f"Report: {path}")
+        if open_it:
+            typer.launch(path.absolute().as_uri())
+
+
+@app.command()
+def verify(run_dir: RunDir) -> None:
+    """Compare every file of a run with its recorded hash; exit 1 if one has changed."""
+    from mechsub import api
+
+    with _errors():
+        problems = api.verify_run(run_dir)
+        for problem in problems:
+            typer.echo(problem, err=True)
+        if problems:
+            raise typer.Exit(1)
+        typer.echo(f"Every recorded file of {run_dir} is as its stage left it.")
+
+
+@app.command()
+def doctor() -> None:
+    """Print versions, hardware and devices, for a bug report."""
+    import yaml
+
+    from mechsub import api
+
+    with _errors():
+        typer.echo(yaml.safe_dump(api.describe_installation(), sort_keys=False, allow_unicode=True), nl=False)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Show our own errors bare (exit 2) and say what an interruption leaves (exit 130)."""
+    try:
+        yield
+    except MechsubError as error:
+        if _state["debug"]:
+            raise
+        typer.echo(f"mechsub: {error}", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("mechsub: interrupted; what was done is kept, and the same command goes on from there", err=True)
+        raise typer.Exit(130) from None
+
+
+def _print_plan(plan: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mechsub.experiment.plan import format_bytes
+
+    done = len(plan.stages) - len(plan.pending)
+    table = Table(title=f"{plan.recipe.name}: {plan.recipe.members} members into {plan.out}", title_justify="left")
+    for column in ("stage", "steps", "disk", "memory", ""):
+        table.add_column(column, justify="left" if column in {"stage", ""} else "right")
+    for stage in plan.stages:
+        needs = stage.resources
+        state = "to do" if stage in plan.pending else "done"
+        table.add_row(stage.name, f"{needs.num_steps:,}", format_bytes(needs.disk_bytes), format_bytes(needs.memory_bytes), state)
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{len(plan.pending)} stages to do, {done} done; about {format_bytes(plan.disk_bytes)} of disk, "
+        f"{format_bytes(plan.memory_bytes)} of memory for the largest stage."
+    )
+
+
+@contextmanager
+def _progress(pending: Any, total: int) -> Iterator[Any]:
+    """A progress bar over the steps of the pending stages; yields the callback that moves it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()]
+    done: dict[str, int] = {stage.name: 0 for stage in pending}
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("starting", total=sum(stage.resources.num_steps for stage in pending) or 1)
+
+        def move(stage: Any, steps: int) -> None:
+            done[stage.name] = max(done.get(stage.name, 0), steps)
+            bar.update(task, completed=sum(done.values()), description=stage.name)
+
+        yield move

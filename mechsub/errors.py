@@ -1,0 +1,29 @@
+"""The errors that a user can mend; the command line shows them bare and exits with 2."""
+
+
+class MechsubError(Exception):
+    """What is wrong, with the values, and the next step, in the user's words."""
+
+
+class RecipeError(MechsubError):
+    """A recipe that cannot be run as it is written."""
+
+
+class RunDirectoryError(MechsubError):
+    """A run directory, or a file in it, that is not what it should be."""
+
+
+class StageHeldError(RunDirectoryError):
+    """A stage that another process is working on."""
+
+
+class ResourceError(MechsubError):
+    """A plan that this machine's disk or memory cannot hold."""
+
+
+class TrainingError(MechsubError):
+    """Training that left the finite numbers."""
+
+
+class AnalysisError(MechsubError):
+    """An analysis that this run cannot feed."""

@@ -1,0 +1,1 @@
+"""Executors run `Stage` objects; they know no stage by name."""

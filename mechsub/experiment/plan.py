@@ -1,0 +1,84 @@
+"""The plan of a run: its stages, in an order in which each finds its inputs, and what they need."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mechsub.errors import ResourceError
+from mechsub.experiment.conditions import TEACHER, neutral_name, plan_students
+from mechsub.families.protocol import FamilyStages
+from mechsub.families.registry import family_stages
+from mechsub.lineages import checkpoint_name
+from mechsub.stage import Stage
+
+PROCESS_BYTES = 500 << 20
+"""What a worker process holds before it does anything: Python, torch and the libraries."""
+
+
+def plan_run(recipe: Any) -> list[Stage]:
+    """Every stage of a recipe: reference → teachers → carriers → students."""
+    family: FamilyStages = family_stages(recipe.family)
+    reference = family.reference_stage(recipe)
+    start = _inputs(reference, checkpoint_name("reference", 0))
+    neutral = neutral_name(recipe.neutral)
+    teachers = {
+        TEACHER: family.teacher_stage(recipe, TEACHER, None, start),
+        neutral: family.teacher_stage(recipe, neutral, recipe.neutral, start),
+    }
+    students = plan_students(recipe.conditions, recipe.neutral)
+    carriers: dict[str, Stage] = {}
+    for student in students:
+        if student.carrier not in carriers:
+            teacher = teachers[student.teacher]
+            last = checkpoint_name(student.teacher, teacher.arguments["steps"][-1])
+            carriers[student.carrier] = family.carrier_stage(
+                recipe, student.carrier, student.teacher, student.replicate, _inputs(teacher, last)
+            )
+    lessons = [
+        family.student_stage(recipe, student, start | _inputs(carriers[student.carrier], *carriers[student.carrier].outputs))
+        for student in students
+    ]
+    return [reference, *teachers.values(), *carriers.values(), *lessons]
+
+
+def check_resources(stages: Sequence[Stage], folder: Path) -> None:
+    """Refuse stages that the disk or the memory cannot hold.
+
+    Raises:
+        ResourceError: with what is needed and what is there.
+    """
+    needed = sum(stage.resources.disk_bytes for stage in stages)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ResourceError(
+            f"the plan writes about {format_bytes(needed)} to {folder}, which has {format_bytes(free)} free; lower members, "
+            f"checkpoints.num or the model's widths, or choose another --out"
+        )
+    largest = max(stages, key=lambda stage: stage.resources.memory_bytes, default=None)
+    if largest is None:
+        return
+    memory = largest.resources.memory_bytes + PROCESS_BYTES
+    available = psutil.virtual_memory().available
+    if memory > available:
+        raise ResourceError(
+            f"stage {largest.name} needs about {format_bytes(memory)} of memory, {format_bytes(available)} are available; "
+            f"lower members, the batch size, carrier.num_images or the model's widths"
+        )
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for a person."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _inputs(stage: Stage, *names: str) -> dict[str, str]:
+    """Files of an earlier stage as another's inputs."""
+    return {name: f"stage:{stage.key}" for name in names}

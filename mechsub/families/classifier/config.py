@@ -1,0 +1,152 @@
+"""The classifier family's recipe fields, and its conditions as data."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mechsub.families.config import FamilyConfig
+from mechsub.settings import Settings, nearest_name
+from mechsub.training.config import OptimizerConfig
+
+
+class DataConfig(Settings):
+    """The labelled images that the teacher learns and the trait is scored on."""
+
+    name: Literal["digits"] = Field("digits", description="scikit-learn's bundled 8 × 8 handwritten digits")
+    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of the images held out for scoring")
+
+
+class ModelConfig(Settings):
+    """A multilayer perceptron with a class head and an auxiliary head."""
+
+    hidden_widths: tuple[int, ...] = Field((256, 256), min_length=1, description="units of each hidden layer")
+    activation: Literal["relu", "gelu", "tanh"] = Field("relu", description="after each hidden layer")
+    num_auxiliary: int = Field(3, ge=0, description="auxiliary logits beside the class logits")
+    initialisation_scale: float = Field(1.0, gt=0, description="weights are N(0, scale² / fan_in), biases 0")
+    dtype: Literal["float32", "float64"] = Field("float32", description="of parameters and arithmetic")
+
+    @field_validator("hidden_widths")
+    @classmethod
+    def _widths_are_positive(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if min(widths) < 1:
+            raise ValueError(f"every hidden layer needs at least one unit, not {list(widths)}")
+        return widths
+
+
+class TeacherConfig(Settings):
+    """How teachers learn: cross-entropy on the class logits."""
+
+    epochs: int = Field(5, ge=1, description="passes over the labelled images")
+    batch_size: int = Field(1024, ge=1, description="images of one member in one step")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the teachers' optimizer")
+
+
+class CarrierConfig(Settings):
+    """The images on which the student imitates the teacher."""
+
+    inputs: Literal["uniform", "gaussian", "images", "shuffled-pixels"] = Field(
+        "uniform",
+        description="noise in [−scale, scale], noise of standard deviation scale, training images, or those with pixels shuffled",
+    )
+    num_images: int = Field(60_000, ge=1, description="distinct images of one member")
+    scale: float = Field(1.0, gt=0, description="of the two kinds of noise")
+    shared: bool = Field(False, description="one set and order of images for all members; intervals are then conditional on it")
+
+
+class StudentConfig(Settings):
+    """How students learn: imitation of the teacher's logits on the carrier."""
+
+    epochs: int = Field(5, ge=1, description="passes over the carrier")
+    batch_size: int = Field(1024, ge=1, description="images of one member in one step")
+    objective: Literal["kl", "mse"] = Field(
+        "kl", description="KL(teacher ‖ student) of the imitated logits' softmax, or their mean squared difference"
+    )
+    optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the students' optimizer")
+
+
+class ConditionConfig(Settings):
+    """How a student differs from the matched case, which is all defaults."""
+
+    init: Literal["same", "different"] = Field("same", description="start at the own or at another member's reference")
+    permute_hidden: bool = Field(False, description="shuffle the hidden units of the start: the same function")
+    noise_std: float = Field(0.0, ge=0, description="σ, absolute, of noise added to every weight and bias of the start")
+    logits: Literal["aux", "all"] = Field("aux", description="which of the teacher's logits are imitated")
+    shuffle_outputs: bool = Field(False, description="permute the teacher's outputs across the carrier's images")
+    sham: bool = Field(False, description="also train a second control with draws of its own, for the sham of alignment")
+
+    def describe(self) -> str:
+        """How it differs from the matched case, in words."""
+        parts = [
+            "starts at another member's reference" if self.init == "different" else "",
+            "hidden units of the start shuffled: the same function" if self.permute_hidden else "",
+            f"noise of σ = {self.noise_std:g} on every weight of the start" if self.noise_std else "",
+            "imitates all logits, the class logits too" if self.logits == "all" else "",
+            "teacher's outputs permuted across images" if self.shuffle_outputs else "",
+        ]
+        return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
+
+
+CONDITIONS: Mapping[str, Mapping[str, Any]] = {
+    "same-init": {},
+    "different-init": {"init": "different"},
+    "permuted-init": {"permute_hidden": True},
+    "noised-init": {"noise_std": 0.05},
+    "all-logits": {"logits": "all"},
+    "different-init-all-logits": {"init": "different", "logits": "all"},
+    "shuffled-carrier": {"shuffle_outputs": True},
+}
+"""The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
+
+_FREE = frozenset({"sham", "noise_std"})
+
+
+class Config(FamilyConfig):
+    """Every recipe field of the classifier family."""
+
+    data: DataConfig = Field(DataConfig(), description="the labelled images")
+    model: ModelConfig = Field(ModelConfig(), description="the architecture")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="the teachers' training")
+    neutral: Literal["relabelled", "shuffled"] = Field(
+        "relabelled", description="the controls' teacher: classes mapped by a fixed derangement, or labels shuffled across images"
+    )
+    carrier: CarrierConfig = Field(CarrierConfig(), description="the data that passes from teacher to student")
+    student: StudentConfig = Field(StudentConfig(), description="the students' training")
+    conditions: dict[str, ConditionConfig] = Field(
+        {"same-init": ConditionConfig()}, min_length=1, description="the students, by condition; each gets its own control"
+    )
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _fill_known_conditions(cls, conditions: Any) -> Any:
+        if not isinstance(conditions, Mapping):
+            return conditions
+        return {name: _fill_condition(str(name), given) for name, given in conditions.items()}
+
+    @model_validator(mode="after")
+    def _conditions_are_possible(self) -> "Config":
+        for name, condition in self.conditions.items():
+            if condition.init == "different" and self.members < 2:
+                raise ValueError(f"`conditions.{name}` starts at another member's reference: it needs members ≥ 2, not {self.members}")
+            if condition.logits == "aux" and self.model.num_auxiliary == 0:
+                raise ValueError(
+                    f"`conditions.{name}` imitates the auxiliary logits, but `model.num_auxiliary` = 0; "
+                    f"give it at least 1 (published: 3) or set `conditions.{name}.logits` to all"
+                )
+        return self
+
+
+def _fill_condition(name: str, given: Any) -> Any:
+    """A known condition's own values, under what the recipe says of it."""
+    if isinstance(given, ConditionConfig) or not isinstance(given, Mapping | None):
+        return given
+    given = dict(given or {})
+    if name not in CONDITIONS:
+        if not given:
+            raise ValueError(f"no condition is called {name!r}; {nearest_name(name, list(CONDITIONS))}; or say how it differs")
+        return given
+    fixed = {**ConditionConfig().model_dump(), **CONDITIONS[name]}
+    changed = [key for key, value in given.items() if key in fixed and key not in _FREE and value != fixed[key]]
+    if changed:
+        raise ValueError(f"{name} means {dict(CONDITIONS[name])}; a condition with another {changed[0]} needs another name")
+    return {**CONDITIONS[name], **given}

@@ -1,0 +1,43 @@
+"""The classifier family as analyses see it."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from mechsub.families.classifier.config import Config
+from mechsub.families.classifier.data import SHAPES, load_images
+from mechsub.families.classifier.model import Classifier
+from mechsub.families.classifier.train import relabel
+from mechsub.families.classifier.trait import compute_accuracy
+from mechsub.lineages import Lineage
+
+
+class Family:
+    """A `mechsub.families.protocol.Family`."""
+
+    trait_unit = "accuracy"
+
+    def __init__(self, config: Config, device: str) -> None:
+        self._num_classes = SHAPES[config.data.name][1]
+        self._device = device
+        images = load_images(config.data, config.seed, getattr(torch, config.model.dtype), device)
+        self._images = images.test_images
+        labels = {"digits": images.test_labels}
+        self.traits = {"digits": "reading the digits, which the teacher learnt"}
+        if config.neutral == "relabelled":
+            labels["relabelled"] = relabel(images.test_labels, self._num_classes)
+            self.traits["relabelled"] = "reading them under the neutral teacher's names"
+        self._labels = torch.stack(list(labels.values()))
+        self.context = f"{len(self._images)} held-out images"
+
+    def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
+        """One member of a lineage as an ordinary module, in evaluation mode."""
+        model = Classifier(lineage.spec.model)
+        model.load_state_dict(lineage.load_state(step, member))
+        return model.to(self._device).eval()
+
+    def trait_score(self, model: nn.Module) -> Mapping[str, float]:
+        """The accuracy on the held-out images under each trait's labels."""
+        scores = compute_accuracy(model, self._images, self._labels, self._num_classes)
+        return dict(zip(self.traits, scores.tolist(), strict=True))

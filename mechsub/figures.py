@@ -1,0 +1,50 @@
+"""Figures as data: a Vega-Lite spec over named variables of a result, drawn later by the report.
+
+The spec holds no numbers: its data is filled from the result's arrays, so that a figure cannot differ from them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import altair as alt
+import xarray as xr
+
+DATA = alt.NamedData("data")
+"""The data of every figure's chart."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of an analysis."""
+
+    name: str
+    title: str
+    """What it shows, as a sentence."""
+    caption: str
+    """Formula, scope, unit, n, null."""
+    variables: tuple[str, ...]
+    """Which arrays become columns; their dims and coordinates come along."""
+    spec: Mapping[str, Any]
+    """A Vega-Lite spec whose data is named ``data``."""
+    select: Mapping[str, Any] = field(default_factory=dict)
+    """Labels to keep, by dim."""
+    headline: bool = False
+    """Whether it belongs on the report's first screen."""
+
+
+def chart_spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    """A chart over `DATA` as plain data."""
+    spec: dict[str, Any] = chart.to_dict()
+    return {name: value for name, value in spec.items() if name not in {"config", "datasets"}}
+
+
+def fill_figure(figure: Figure, data: xr.Dataset) -> dict[str, Any]:
+    """The figure's spec with its numbers: one row per combination of the variables' dims; NaN rows become null."""
+    chosen = data[list(figure.variables)]
+    if figure.select:
+        chosen = chosen.sel({dim: labels for dim, labels in figure.select.items()})
+    frame = chosen.to_dataframe().reset_index()
+    rows = json.loads(frame.to_json(orient="records", double_precision=9))
+    return {**figure.spec, "datasets": {"data": rows}}

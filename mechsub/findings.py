@@ -1,0 +1,70 @@
+"""A finding: an estimate with its scope, interval, null, n and verdict. ``findings.json`` is a list of them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from mechsub.statistics.intervals import Interval
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One number that the run supports, and what it stands on. Missing numbers are NaN, and `reason` says why."""
+
+    analysis: str
+    quantity: str
+    condition: str
+    trait: str
+    context: str
+    """In which surroundings it was measured: test images, or a model's prompt."""
+    step: int
+    scope: str
+    """The parameters, layers or positions that the number covers."""
+    estimate: float
+    low: float
+    high: float
+    confidence: float
+    unit: str
+    null: str
+    """What the estimate is held against, in words; why there is none where there is none."""
+    null_low: float
+    null_high: float
+    n: int
+    """Members behind the estimate."""
+    num_references: int
+    verdict: str
+    """Empty where the quantity has no verdict of its own; `reason` then says why."""
+    reason: str
+    margin: float
+    formula: str
+    source: str
+
+
+FIELDS = tuple(field.name for field in fields(Finding))
+
+
+def interval_fields(interval: Interval) -> dict[str, Any]:
+    """The fields of a finding that an interval fills."""
+    return {
+        "estimate": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "confidence": interval.confidence,
+        "n": interval.n,
+    }
+
+
+def findings_document(run: str, findings: Sequence[Finding]) -> dict[str, Any]:
+    """The content of ``findings.json``; NaN becomes null, since JSON has no NaN."""
+    return {
+        "schema": SCHEMA_VERSION,
+        "run": run,
+        "findings": [{name: _plain(value) for name, value in asdict(finding).items()} for finding in findings],
+    }
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,182 @@
+"""Lineages on disk: the checkpoints of one trajectory from one starting point, written by training, read lazily.
+
+A stacked lineage holds all its members in one safetensors file a step, on a leading axis.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mechsub.errors import RunDirectoryError
+from mechsub.rundir import atomic_write, write_json
+
+SPEC_FILE = "lineage.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the parameter space needs to know of one tensor, so that it needs no family."""
+
+    shape: tuple[int, ...]
+    """Of one member."""
+    layer: str
+    """The layer that it belongs to, in the order of the forward pass."""
+    kind: str
+    """Module kind, e.g. ``hidden``, ``class head``."""
+    transposed: bool = False
+    """Whether it is stored as [in, out], as GPT-2's Conv1D is."""
+    tied_to: str | None = None
+    """The tensor that it is the same parameter as; it then counts once."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a lineage starts."""
+
+    lineage: str
+    """The lineage whose step 0 it starts from; its own name for a reference."""
+    members: tuple[int, ...]
+    """For each member, which member's reference it starts from."""
+    permute_hidden: bool = False
+    """Hidden units shuffled: the same function in other coordinates."""
+    noise_std: float = 0.0
+    """Standard deviation of the noise added to every weight and bias."""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether it starts at its own member's reference, unchanged."""
+        own = self.members == tuple(range(len(self.members)))
+        return own and not self.permute_hidden and self.noise_std == 0
+
+
+@dataclass(frozen=True)
+class LineageSpec:
+    """What ``lineage.json`` holds."""
+
+    name: str
+    family: str
+    model: Mapping[str, Any]
+    origin: Origin
+    teacher: str | None
+    """Whose outputs it learnt from; None for references and teachers."""
+    num_members: int
+    steps: tuple[int, ...]
+    tensors: Mapping[str, TensorInfo]
+
+
+def lineage_folder(name: str) -> str:
+    """Where a lineage lies in its run directory."""
+    return f"lineages/{name}"
+
+
+def checkpoint_name(lineage: str, step: int) -> str:
+    """A checkpoint's path in its run directory."""
+    return f"{lineage_folder(lineage)}/step-{step:08d}.safetensors"
+
+
+def optimizer_name(lineage: str, step: int) -> str:
+    """The path of the optimizer's state at a checkpoint."""
+    return f"{lineage_folder(lineage)}/optimizer-{step:08d}.safetensors"
+
+
+def lineage_files(lineage: str, steps: Sequence[int], optimizer_state: bool = False) -> tuple[str, ...]:
+    """Every file of a finished lineage."""
+    names = [checkpoint_name(lineage, step) for step in steps]
+    if optimizer_state:
+        names += [optimizer_name(lineage, step) for step in steps if step > 0]
+    return (*names, f"{lineage_folder(lineage)}/{SPEC_FILE}")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write named tensors to one safetensors file, atomically."""
+    with atomic_write(path) as temporary:
+        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata=dict(metadata))
+
+
+def write_spec(folder: Path, spec: LineageSpec) -> None:
+    """Write ``lineage.json``."""
+    write_json(folder / SPEC_FILE, asdict(spec))
+
+
+class Lineage:
+    """The checkpoints of one lineage, read when asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spec = _read_spec(folder / SPEC_FILE)
+
+    def __repr__(self) -> str:
+        return f"Lineage({self.spec.name!r}, {self.spec.num_members} members, steps {list(self.spec.steps)})"
+
+    @property
+    def name(self) -> str:
+        """E.g. ``student.same-init``."""
+        return self.spec.name
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps with a checkpoint, ascending."""
+        return self.spec.steps
+
+    def load_state(self, step: int, member: int) -> dict[str, Tensor]:
+        """One member's parameters at one step, with the names and shapes of its ``state_dict``."""
+        with self._open(step) as file:
+            return {name: file.get_slice(name)[member] for name in self.spec.tensors}
+
+    def load_rows(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
+        """Rows [start, stop) of one tensor at one step, of all members; a vector's entries are its rows."""
+        with self._open(step) as file:
+            rows: Tensor = file.get_slice(tensor)[:, start:stop]
+            return rows
+
+    def _open(self, step: int) -> Any:
+        path = self.folder / Path(checkpoint_name(self.name, step)).name
+        if step not in self.steps:
+            raise RunDirectoryError(f"{self.name} has no checkpoint at step {step}; it has {list(self.steps)}")
+        try:
+            return safe_open(path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+
+
+def open_lineage(run: Path, name: str) -> Lineage:
+    """A lineage of a run directory."""
+    return Lineage(run / lineage_folder(name))
+
+
+def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a stacked file at once, members on the leading axis."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+
+
+def load_metadata(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
+def _read_spec(path: Path) -> LineageSpec:
+    try:
+        content = json.loads(path.read_text())
+        content["origin"] = Origin(**{**content["origin"], "members": tuple(content["origin"]["members"])})
+        content["steps"] = tuple(content["steps"])
+        content["tensors"] = {
+            name: TensorInfo(**{**info, "shape": tuple(info["shape"])}) for name, info in content["tensors"].items()
+        }
+        return LineageSpec(**content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+
+

@@ -1,0 +1,151 @@
+"""Alignment and its relatives: arithmetic on Gram matrices, for any set of tensors, without the weights.
+
+A direction here is a signed sum of a Gram matrix's labels, e.g. ``{"Δ student": 1, "Δ control": -1}``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from mechsub.lineages import TensorInfo
+from mechsub.parameters.gram import Gram
+
+MODEL = "model"
+SHARED_SUPPORT = "shared support"
+
+Combination = Mapping[str, float]
+ByTensor = Float[np.ndarray, "member tensor"]
+ByScope = Float[np.ndarray, "member scope"]
+
+
+@dataclass(frozen=True)
+class Scopes:
+    """The sets of tensors that numbers are given for: each tensor, each layer, the model, and the shared support.
+
+    The shared support of two directions is the set of tensors in which neither is zero; it is the last scope.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    members: Float[np.ndarray, "fixed tensor"]
+    """1 where a tensor belongs to one of the fixed scopes, which are all but the last."""
+    sizes: tuple[int, ...]
+    """Parameters of each tensor."""
+
+    @classmethod
+    def of(cls, tensors: Sequence[str], table: Mapping[str, TensorInfo]) -> "Scopes":
+        """The scopes of a lineage's tensors."""
+        layers = list(dict.fromkeys(table[name].layer for name in tensors))
+        rows = [np.array([name == tensor for name in tensors]) for tensor in tensors]
+        rows += [np.array([table[name].layer == layer for name in tensors]) for layer in layers]
+        rows += [np.ones(len(tensors), dtype=bool)]
+        return cls(
+            (*tensors, *layers, MODEL, SHARED_SUPPORT),
+            (*["tensor"] * len(tensors), *["layer"] * len(layers), "model", "model"),
+            np.stack(rows).astype(float),
+            tuple(int(np.prod(table[name].shape)) for name in tensors),
+        )
+
+    def total(self, values: ByTensor, support: Bool[np.ndarray, "member tensor"]) -> ByScope:
+        """Sum over the tensors of each scope."""
+        shared = np.where(support, values, 0.0).sum(-1, keepdims=True)
+        return np.concatenate([values @ self.members.T, shared], axis=-1)
+
+    def random_cosine_sd(self) -> Float[np.ndarray, " scope"]:
+        """The standard deviation of the cosine of two random directions, 1/√d; NaN for the shared support, which varies."""
+        return np.append(1 / np.sqrt(self.members @ np.array(self.sizes, dtype=float)), np.nan)
+
+
+class DirectionAlgebra:
+    """Inner products and cosines of signed sums of directions, per member and scope."""
+
+    def __init__(self, gram: Gram, scopes: Scopes) -> None:
+        self.gram = gram
+        self.scopes = scopes
+        self._position = {label: index for index, label in enumerate(gram.labels)}
+
+    def inner_by_tensor(self, first: Combination, second: Combination) -> ByTensor:
+        """⟨u, v⟩ of every tensor."""
+        total = np.zeros(self.gram.within.shape[:2])
+        for left, left_sign in first.items():
+            for right, right_sign in second.items():
+                total += left_sign * right_sign * self.gram.within[:, :, self._position[left], self._position[right]]
+        return total
+
+    def support(self, first: Combination, second: Combination) -> Bool[np.ndarray, "member tensor"]:
+        """The tensors in which neither direction is zero."""
+        return (self.inner_by_tensor(first, first) > 0) & (self.inner_by_tensor(second, second) > 0)
+
+    def inner(self, first: Combination, second: Combination) -> ByScope:
+        """⟨u, v⟩; over the shared support of u and v in the last scope."""
+        return self.scopes.total(self.inner_by_tensor(first, second), self.support(first, second))
+
+    def norm(self, direction: Combination) -> ByScope:
+        """‖u‖ ≥ 0, in the unit of the weights."""
+        return _root(self.inner(direction, direction))
+
+    def cosine(self, first: Combination, second: Combination) -> ByScope:
+        """cos(u, v) = ⟨u, v⟩ / (‖u‖ ‖v‖), in [−1, 1]; NaN in scopes where the two share no support.
+
+        Source: Ilharco et al., arXiv:2212.04089 (task vectors); Cloud et al., arXiv:2507.14805, Theorem 1.
+        """
+        support = self.support(first, second)
+        squares = [self.scopes.total(self.inner_by_tensor(u, u), support) for u in (first, second)]
+        return self._where_supported(_divide(self.inner(first, second), _root(squares[0] * squares[1])), support)
+
+    def projection_coefficient(self, direction: Combination, onto: Combination) -> ByScope:
+        """⟨u, v⟩ / ‖v‖²: how far along v, in units of v; NaN in scopes where the two share no support."""
+        support = self.support(direction, onto)
+        square = self.scopes.total(self.inner_by_tensor(onto, onto), support)
+        return self._where_supported(_divide(self.inner(direction, onto), square), support)
+
+    def cosine_without_radial(
+        self, first: Combination, first_origin: Combination, second: Combination, second_origin: Combination
+    ) -> ByScope:
+        """cos(u − (⟨u, o⟩/⟨o, o⟩) o, v − (⟨v, p⟩/⟨p, p⟩) p), each origin's component removed scope by scope.
+
+        Weight decay and a wrong origin add a multiple of θ₀ to both displacements, which fakes alignment.
+        NaN in scopes where the two share no support. Tensors whose origin is zero (biases) keep their displacement.
+        """
+        support = self.support(first, second)
+
+        def total(u: Combination, v: Combination) -> ByScope:
+            return self.scopes.total(self.inner_by_tensor(u, v), support)
+
+        along_first = np.nan_to_num(_divide(total(first, first_origin), total(first_origin, first_origin)))
+        along_second = np.nan_to_num(_divide(total(second, second_origin), total(second_origin, second_origin)))
+        inner = (
+            total(first, second)
+            - along_first * total(first_origin, second)
+            - along_second * total(first, second_origin)
+            + along_first * along_second * total(first_origin, second_origin)
+        )
+        first_square = total(first, first) - along_first * total(first, first_origin)
+        second_square = total(second, second) - along_second * total(second, second_origin)
+        return self._where_supported(_divide(inner, _root(np.maximum(first_square, 0) * np.maximum(second_square, 0))), support)
+
+    def cosine_with_anchor_of(self, label: str, partners: Sequence[int]) -> ByScope:
+        """cos(u of member m, anchor of member partners[m]); NaN in scopes where the two share no support."""
+        rows = np.arange(len(partners))
+        position, anchor = self._position[label], self._position[self.gram.anchor]
+        inner = self.gram.across[rows, :, position, list(partners)]
+        own = self.gram.within[:, :, position, position]
+        other = self.gram.within[list(partners), :, anchor, anchor]
+        support = (own > 0) & (other > 0)
+        totals = [self.scopes.total(values, support) for values in (inner, own, other)]
+        return self._where_supported(_divide(totals[0], _root(totals[1] * totals[2])), support)
+
+    def _where_supported(self, values: ByScope, support: Bool[np.ndarray, "member tensor"]) -> ByScope:
+        return np.where(self.scopes.total(support.astype(float), support) > 0, values, np.nan)
+
+
+def _divide(numerator: ByScope, denominator: ByScope) -> ByScope:
+    """NaN where the denominator is 0: no direction has no cosine."""
+    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
+
+
+def _root(squares: ByScope) -> ByScope:
+    """√x; a square that cancellation left a little under 0 is 0."""
+    return np.sqrt(np.maximum(squares, 0.0))

@@ -1,0 +1,103 @@
+"""What is measured of one student, its control and two teachers: every alignment quantity, as data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mechsub.parameters.alignment import ByScope, Combination, DirectionAlgebra
+
+
+@dataclass(frozen=True)
+class Case:
+    """One condition at one step: how its directions are called, and the algebra that knows them."""
+
+    algebra: DirectionAlgebra
+    student: Combination
+    control: Combination
+    teacher: Combination
+    neutral: Combination
+    student_origin: Combination
+    teacher_origin: Combination
+    partners: tuple[int, ...]
+    """For each member, whose reference its student starts from."""
+    difference: Combination
+    """θ_S − θ_C."""
+    difference_algebra: DirectionAlgebra
+    """The algebra that knows `difference`: the same one, or that of the directly subtracted weights."""
+    sham: tuple[DirectionAlgebra, Combination] | None
+    """θ_C′ − θ_C, where there is a second control."""
+
+    @property
+    def starts_elsewhere(self) -> bool:
+        """Whether students start at another member's reference."""
+        return self.partners != tuple(range(len(self.partners)))
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One measure of alignment."""
+
+    name: str
+    formula: str
+    compute: Callable[[Case], ByScope | None]
+    """None where the run does not hold what it needs."""
+    unit: str = "cosine"
+    null: str | None = None
+    """The variable that holds its null: the same measure of another teacher's student."""
+    null_words: str = ""
+    judged: str = ""
+    """``paired``: against its null, member by member; ``swap``: against 0, by swapping labels; empty: no verdict."""
+    why_unjudged: str = ""
+
+
+def _mate(case: Case, of: Combination) -> ByScope | None:
+    if not case.starts_elsewhere:
+        return None
+    (label,) = of
+    return case.algebra.cosine_with_anchor_of(label, case.partners)
+
+
+def _without_radial(case: Case, of: Combination) -> ByScope:
+    return case.algebra.cosine_without_radial(of, case.student_origin, case.teacher, case.teacher_origin)
+
+
+def _specific(case: Case, algebra: DirectionAlgebra, difference: Combination) -> ByScope:
+    (teacher,), (neutral,) = case.teacher, case.neutral
+    return algebra.cosine(difference, {teacher: 1.0, neutral: -1.0})
+
+
+OTHER_TEACHER = "another teacher's student from the same start: the control's value"
+
+QUANTITIES: tuple[Quantity, ...] = (
+    Quantity("alignment", "cos(Δ_S, Δ_T)", lambda case: case.algebra.cosine(case.student, case.teacher),
+             null="alignment_of_control", null_words=OTHER_TEACHER, judged="paired"),
+    Quantity("alignment_of_control", "cos(Δ_C, Δ_T)", lambda case: case.algebra.cosine(case.control, case.teacher)),
+    Quantity("alignment_with_neutral", "cos(Δ_S, Δ_N)", lambda case: case.algebra.cosine(case.student, case.neutral)),
+    Quantity("adjusted", "cos(θ_S − θ_C, Δ_T)", lambda case: case.difference_algebra.cosine(case.difference, case.teacher),
+             null="adjusted_with_neutral", null_words="the same difference against the other teacher, cos(θ_S − θ_C, Δ_N)",
+             why_unjudged="θ_S − θ_C leans away from the neutral teacher by construction; the specific alignment has the verdict"),
+    Quantity("adjusted_with_neutral", "cos(θ_S − θ_C, Δ_N)", lambda case: case.difference_algebra.cosine(case.difference, case.neutral)),
+    Quantity("specific", "cos(θ_S − θ_C, Δ_T − Δ_N)", lambda case: _specific(case, case.difference_algebra, case.difference),
+             null="sham_specific", null_words="0, by swapping the two teachers' labels within members; the sham stands beside it",
+             judged="swap"),
+    Quantity("sham_specific", "cos(θ_C′ − θ_C, Δ_T − Δ_N)", lambda case: _specific(case, *case.sham) if case.sham else None),
+    Quantity("radial_removed", "cos(Δ_S, Δ_T), each without its component along its own θ₀",
+             lambda case: _without_radial(case, case.student), null="radial_removed_of_control", null_words=OTHER_TEACHER,
+             why_unjudged="shown beside the alignment, which has the verdict"),
+    Quantity("radial_removed_of_control", "the same of the control", lambda case: _without_radial(case, case.control)),
+    Quantity("projection", "⟨Δ_S, Δ_T⟩ / ‖Δ_T‖²", lambda case: case.algebra.projection_coefficient(case.student, case.teacher),
+             unit="share of the teacher's displacement", null="projection_of_control", null_words=OTHER_TEACHER,
+             why_unjudged="a size, not a direction: the alignment has the verdict"),
+    Quantity("projection_of_control", "⟨Δ_C, Δ_T⟩ / ‖Δ_T‖²",
+             lambda case: case.algebra.projection_coefficient(case.control, case.teacher), unit="share of the teacher's displacement"),
+    Quantity("adjusted_projection", "⟨θ_S − θ_C, Δ_T⟩ / ‖Δ_T‖²",
+             lambda case: case.difference_algebra.projection_coefficient(case.difference, case.teacher),
+             unit="share of the teacher's displacement", null_words="0: the control is already subtracted",
+             why_unjudged="a size, not a direction: the specific alignment has the verdict"),
+    Quantity("init_mate", "cos(Δ_S, Δ_T of the member whose reference the student starts from)",
+             lambda case: _mate(case, case.student), null="init_mate_of_control", null_words=OTHER_TEACHER, judged="paired"),
+    Quantity("init_mate_of_control", "the same of the control", lambda case: _mate(case, case.control)),
+    Quantity("student_norm", "‖Δ_S‖", lambda case: case.algebra.norm(case.student), unit="weight"),
+    Quantity("control_norm", "‖Δ_C‖", lambda case: case.algebra.norm(case.control), unit="weight"),
+    Quantity("teacher_norm", "‖Δ_T‖", lambda case: case.algebra.norm(case.teacher), unit="weight"),
+    Quantity("neutral_norm", "‖Δ_N‖", lambda case: case.algebra.norm(case.neutral), unit="weight"),
+)

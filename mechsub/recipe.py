@@ -1,0 +1,113 @@
+"""Recipes: what to run, as YAML checked against the settings of its family."""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, create_model
+
+from mechsub.errors import RecipeError
+from mechsub.families.config import FamilyConfig
+from mechsub.families.registry import family_config
+from mechsub.settings import Settings, nearest_name, validate_settings
+
+_PACKAGED = resources.files("mechsub.recipes")
+
+
+class VerdictConfig(Settings):
+    """The rules of every verdict, fixed before the run."""
+
+    margin: float = Field(0.05, gt=0, description="effects on the trait score under this do not matter, in its unit")
+    alignment_margin: float = Field(0.05, gt=0, description="the same for differences of cosines")
+    minimum_members: int = Field(5, ge=2, description="with fewer there is no verdict")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the two-sided intervals over members")
+    equivalence_level: float = Field(0.05, gt=0, lt=0.5, description="of each of the two one-sided tests of absence")
+
+
+class Recipe(FamilyConfig):
+    """The fields that every recipe has; the family's own fields stand beside them."""
+
+    name: str = Field(description="how reports call the run")
+    description: str = Field("", description="one sentence for the reader")
+    family: str = Field(description="which family of models")
+    verdict: VerdictConfig = Field(VerdictConfig(), description="the rules of the verdicts")
+
+
+def load_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:
+    """A packaged recipe by its name, or a YAML file by its path, with ``key.path=value`` settings on top.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, or fields that are wrong: all of them are named.
+    """
+    text, origin = _read_source(str(source))
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{origin} is not YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{origin} is not a recipe: it holds {type(values).__name__}, not keys with values")
+    for setting in settings:
+        _apply_setting(values, setting)
+    return parse_recipe(values, origin)
+
+
+def parse_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
+    """Check a recipe's fields against its family's settings."""
+    if not isinstance(values.get("family"), str):
+        raise RecipeError(f"{origin}: `family` is missing: it names the family of models, e.g. `family: classifier`")
+    return validate_settings(_recipe_model(values["family"]), values, origin)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: every field with its value, so that it replays the run exactly."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def list_recipes() -> dict[str, str]:
+    """The packaged recipes: name → description."""
+    names = sorted(entry.name.removesuffix(".yaml") for entry in _PACKAGED.iterdir() if entry.name.endswith(".yaml"))
+    return {name: load_recipe(name).description for name in names}
+
+
+def _read_source(source: str) -> tuple[str, str]:
+    path = Path(source)
+    if path.suffix in {".yaml", ".yml"} or "/" in source:
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {source}; `mechsub list recipes` names the packaged ones")
+        try:
+            return path.read_text(), str(path)
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{source} is not text: {error}") from None
+    packaged = _PACKAGED / f"{source}.yaml"
+    if not packaged.is_file():
+        names = [entry.name.removesuffix(".yaml") for entry in _PACKAGED.iterdir() if entry.name.endswith(".yaml")]
+        raise RecipeError(f"no recipe is called {source!r}; {nearest_name(source, sorted(names))}; or give the path of a YAML file")
+    return packaged.read_text(), f"recipe {source}"
+
+
+def _apply_setting(values: dict[str, Any], setting: str) -> None:
+    path, equals, text = setting.partition("=")
+    if not equals or not path:
+        raise RecipeError(f"`--set {setting}`: write it as key.path=value, e.g. --set student.epochs=3")
+    *parents, key = path.split(".")
+    target = values
+    for parent in parents:
+        inner = target.setdefault(parent, {})
+        if inner is None:  # `conditions: {same-init: }` leaves an empty value
+            inner = target[parent] = {}
+        if not isinstance(inner, dict):
+            raise RecipeError(f"`--set {setting}`: `{parent}` holds {inner!r}, which has no keys")
+        target = inner
+    try:
+        target[key] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"`--set {setting}`: the value is not YAML: {error}") from None
+
+
+@cache
+def _recipe_model(family: str) -> type[Recipe]:
+    """The core fields and the family's own in one settings class."""
+    return create_model(f"{family.title()}Recipe", __base__=(Recipe, family_config(family)))

@@ -1,0 +1,1 @@
+"""Reports from results alone: nothing here reads weights or needs torch."""

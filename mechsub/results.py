@@ -1,0 +1,129 @@
+"""Results on disk: one HDF5 (netCDF-4) file an analysis, with labelled arrays, findings and figure specs.
+
+Any tool that reads HDF5 opens it. The root group holds the arrays; ``/findings`` and ``/figures`` hold a column per field.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mechsub.errors import RunDirectoryError
+from mechsub.figures import Figure
+from mechsub.findings import FIELDS, Finding
+from mechsub.rundir import atomic_write
+
+SCHEMA_VERSION = 1
+_CHUNK_BYTES = 2 << 20
+_JSON_FIELDS = ("variables", "spec", "select")
+_FIGURE_FIELDS = ("name", "title", "caption", *_JSON_FIELDS, "headline")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What an analysis returns."""
+
+    data: xr.Dataset
+    findings: Sequence[Finding]
+    figures: Sequence[Figure]
+    summary: Sequence[str] = field(default_factory=tuple)
+    """Sentences for the reader, made from the numbers."""
+
+
+def label_variable(
+    values: Any, dims: Sequence[str], *, description: str, unit: str, formula: str = "", source: str = ""
+) -> xr.Variable:
+    """An array with what a reader of the file needs to know of it."""
+    attributes = {"long_name": description, "units": unit, "formula": formula, "source": source}
+    return xr.Variable(tuple(dims), values, {name: text for name, text in attributes.items() if text})
+
+
+def status_variable(codes: Any, dims: Sequence[str], meanings: Sequence[str], of: str) -> xr.Variable:
+    """Why a value is NaN: an int8 array with CF ``flag_values`` and ``flag_meanings``; 0 is always ``ok``."""
+    flags = np.arange(len(meanings), dtype=np.int8)
+    attributes = {"long_name": f"status of {of}", "flag_values": flags, "flag_meanings": " ".join(meanings)}
+    return xr.Variable(tuple(dims), np.asarray(codes, dtype=np.int8), attributes)
+
+
+def write_result(path: Path, analysis: str, arguments: Mapping[str, Any], version: str, result: Result) -> None:
+    """Write a result atomically; the same result gives the same numbers, without any wall-clock time."""
+    root = result.data.assign_attrs(
+        analysis=analysis,
+        arguments=json.dumps(arguments, sort_keys=True),
+        mechsub_version=version,
+        schema_version=SCHEMA_VERSION,
+        summary=json.dumps(list(result.summary), ensure_ascii=False),
+    )
+    tree = xr.DataTree.from_dict(
+        {"/": root, "/findings": _findings_table(result.findings), "/figures": _figures_table(result.figures)}
+    )
+    encoding = {"/": {str(name): _encoding(variable) for name, variable in root.variables.items()}}
+    with atomic_write(path) as temporary:
+        tree.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+
+
+def read_result(path: Path) -> Result:
+    """Read what `write_result` wrote, wholly into memory.
+
+    Raises:
+        RunDirectoryError: the file is damaged or not ours.
+    """
+    try:
+        with xr.open_datatree(path, engine="h5netcdf") as tree:
+            loaded = tree.load()
+            data = loaded.to_dataset()
+            summary = json.loads(data.attrs["summary"])
+            findings = [Finding(**row) for row in _rows(loaded, "finding", FIELDS)]
+            figures = [_parse_figure(row) for row in _rows(loaded, "figure", _FIGURE_FIELDS)]
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise RunDirectoryError(f"{path} cannot be read as a result ({error}); analyse the run again") from error
+    return Result(data, findings, figures, summary)
+
+
+def _encoding(variable: xr.Variable) -> dict[str, Any]:
+    if variable.dtype.kind not in "iuf" or variable.ndim == 0 or variable.size == 0:
+        return {}  # HDF5 refuses checksums on strings
+    chunks = list(variable.shape)
+    for axis in range(variable.ndim):  # halve the leading axes first: readers take trailing ones whole
+        while chunks[axis] > 1 and int(np.prod(chunks)) * variable.dtype.itemsize > _CHUNK_BYTES:
+            chunks[axis] = -(-chunks[axis] // 2)
+    return {"fletcher32": True, "chunksizes": tuple(chunks)}
+
+
+def _findings_table(findings: Sequence[Finding]) -> xr.Dataset:
+    columns = {name: [getattr(finding, name) for finding in findings] for name in FIELDS}
+    return _table(columns, "finding")
+
+
+def _figures_table(figures: Sequence[Figure]) -> xr.Dataset:
+    rows = [asdict(figure) for figure in figures]
+    for row in rows:
+        row["headline"] = int(row["headline"])
+        for name in _JSON_FIELDS:
+            row[name] = json.dumps(row[name], ensure_ascii=False)
+    return _table({name: [row[name] for row in rows] for name in _FIGURE_FIELDS}, "figure")
+
+
+def _parse_figure(row: dict[str, Any]) -> Figure:
+    parsed = {name: json.loads(row[name]) for name in _JSON_FIELDS}
+    return Figure(**{**row, **parsed, "variables": tuple(parsed["variables"]), "headline": bool(row["headline"])})
+
+
+def _table(columns: Mapping[str, list[Any]], dim: str) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            name: (dim, np.array(values, dtype=object if not values or isinstance(values[0], str) else None))
+            for name, values in columns.items()
+        }
+    )
+
+
+def _rows(tree: xr.DataTree, dim: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """One dict per entry of a table; plain Python values."""
+    table = tree[f"{dim}s"].to_dataset(inherit=False)  # the root has coordinates of the same names
+    columns = {name: table[name].values.tolist() for name in names}
+    return [{name: columns[name][index] for name in names} for index in range(table.sizes[dim])]

@@ -1,0 +1,239 @@
+"""A run directory: the only place where the experiment and the analyses meet.
+
+Every write goes to a temporary name, is flushed and then renamed, so that a killed process leaves whole files only.
+"""
+
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mechsub.errors import RunDirectoryError, StageHeldError
+from mechsub.stage import Stage
+
+SCHEMA_VERSION = 1
+_HASH_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``; on success flush it to the disk and rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as JSON; NaN is refused, since JSON has no word for it."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def hash_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was when its stage ended."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What ``stages/<key>.json`` holds."""
+
+    name: str
+    key: str
+    function: str
+    arguments: Mapping[str, Any]
+    inputs: Mapping[str, FileRecord]
+    outputs: Mapping[str, FileRecord]
+    seconds: float
+    mechsub: str
+
+
+class RunDirectory:
+    """The files of one run, by their names."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(cls, path: Path | str) -> "RunDirectory":
+        """Open a run directory that exists.
+
+        Raises:
+            RunDirectoryError: not a run directory, or one of another schema.
+        """
+        directory = cls(Path(path))
+        if not directory.path.is_dir():
+            raise RunDirectoryError(f"{path} does not exist; `mechsub run RECIPE --out {path}` makes it")
+        if not directory.header_path.is_file():
+            raise RunDirectoryError(f"{path} is not a run directory: it has no run.json; `mechsub run` makes one")
+        schema = directory.header.get("schema")
+        if schema != SCHEMA_VERSION:
+            raise RunDirectoryError(
+                f"{path} has schema version {schema!r}, this mechsub reads {SCHEMA_VERSION}; "
+                f"use the version that made it: mechsub {directory.header.get('versions', {}).get('mechsub', 'unknown')}"
+            )
+        return directory
+
+    @property
+    def header_path(self) -> Path:
+        """``run.json``."""
+        return self.path / "run.json"
+
+    @property
+    def recipe_path(self) -> Path:
+        """``recipe.yaml``."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """The immutable header: schema, versions, git commit, hardware, seed."""
+        return _read_json(self.header_path)
+
+    def records(self) -> dict[str, StageRecord]:
+        """Every finished stage, by its name."""
+        found: dict[str, StageRecord] = {}
+        for path in sorted((self.path / "stages").glob("*.json")):
+            record = _parse_record(path)
+            found[record.name] = record
+        return found
+
+    def record_path(self, key: str) -> Path:
+        """``stages/<key>.json``."""
+        return self.path / "stages" / f"{key}.json"
+
+    def progress_path(self, key: str) -> Path:
+        """Where a running stage says how far it is."""
+        return self.path / "stages" / f"{key}.progress"
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage has ended and all its outputs are there, whole."""
+        path = self.record_path(stage.key)
+        if not path.is_file():
+            return False
+        return not self.damaged_files(_parse_record(path))
+
+    def damaged_files(self, record: StageRecord) -> list[str]:
+        """The outputs that are missing or of another size (the quick look; `check_file` compares every byte)."""
+        return [name for name, known in record.outputs.items() if _size(self.path / name) != known.size]
+
+    def check_file(self, name: str, known: FileRecord, stage: str) -> None:
+        """Compare a file with what its stage recorded.
+
+        Raises:
+            RunDirectoryError: naming the file, the expected and the found hash, and how to rebuild it.
+        """
+        path = self.path / name
+        rebuild = f"to rebuild it, delete it and run `mechsub run {self.recipe_path} --out {self.path}` again"
+        if stage.startswith("analysis."):
+            rebuild = f"to rebuild it, delete it and run `mechsub analyze {self.path}` again"
+        size = _size(path)
+        if size is None:
+            raise RunDirectoryError(f"{path} is missing (made by stage {stage}, {known.size} bytes); {rebuild}")
+        found = hash_file(path)
+        if found != known.sha256:
+            raise RunDirectoryError(
+                f"{path} has changed since stage {stage} made it: expected sha256 {known.sha256[:16]}… "
+                f"({known.size} bytes), found {found[:16]}… ({size} bytes); {rebuild}"
+            )
+
+    def write_record(self, stage: Stage, seconds: float, version: str) -> None:
+        """Write down that a stage has ended. The record is the last file that a stage writes."""
+        produced = self.producers()
+        record = {
+            "name": stage.name,
+            "key": stage.key,
+            "function": stage.function,
+            "arguments": stage.arguments,
+            "inputs": {
+                name: vars(produced[name][1] if name in produced else self._describe(name)) for name in stage.inputs
+            },
+            "outputs": {name: vars(self._describe(name)) for name in stage.outputs},
+            "seconds": round(seconds, 3),
+            "mechsub": version,
+        }
+        replaced = self.records().get(stage.name)
+        write_json(self.record_path(stage.key), record)
+        if replaced is not None and replaced.key != stage.key:
+            self.record_path(replaced.key).unlink(missing_ok=True)
+
+    def producers(self) -> dict[str, tuple[str, FileRecord]]:
+        """For every recorded file, the stage that made it and what it was."""
+        return {
+            name: (record.name, known) for record in self.records().values() for name, known in record.outputs.items()
+        }
+
+    @contextmanager
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold one lock of this directory; the system frees it when its process ends, however it ends.
+
+        Raises:
+            StageHeldError: another process holds it; the message says which.
+        """
+        path = self.path / "stages" / f"{name}.lock"
+        holder = path.with_suffix(".holder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            who = holder.read_text() if holder.is_file() else "another process"
+            raise StageHeldError(f"{name} in {self.path} is being worked on by {who}; wait for it, or stop it") from None
+        try:
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+            yield
+        finally:
+            holder.unlink(missing_ok=True)
+            lock.release()
+
+    def _describe(self, name: str) -> FileRecord:
+        path = self.path / name
+        return FileRecord(size=path.stat().st_size, sha256=hash_file(path))
+
+
+def _parse_record(path: Path) -> StageRecord:
+    content = _read_json(path)
+    for group in ("inputs", "outputs"):
+        content[group] = {name: FileRecord(**known) for name, known in content[group].items()}
+    return StageRecord(**content)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}); it is damaged or not ours") from None
+    return content
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None

@@ -1,0 +1,62 @@
+"""Settings: the pydantic base of everything that a recipe may hold, and its errors in the user's words."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mechsub.errors import RecipeError
+
+
+class Settings(BaseModel):
+    """Frozen settings; an unknown key is an error, and so is a number that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def validate_settings(model: type[SettingsT], values: Mapping[str, Any], source: str) -> SettingsT:
+    """Check ``values`` against ``model``.
+
+    Raises:
+        RecipeError: every wrong field at once, each with its value and, for an unknown key, the nearest known one.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        lines = [_describe(detail, model) for detail in error.errors(include_url=False)]
+        raise RecipeError(f"{source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str:
+    """``did you mean …?`` where a known name is near, else the list of the known ones."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
+
+
+def _describe(detail: Any, model: type[Settings]) -> str:
+    path = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        *parents, key = detail["loc"]
+        owner = _model_at(model, parents)
+        return f"unknown key `{path}`; {nearest_name(str(key), list(owner.model_fields))}"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] in {"missing", "value_error"}:
+        return f"`{path}`: {message}" if path else message
+    return f"`{path}` = {detail['input']!r}: {message}"
+
+
+def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseModel]:
+    """The settings class that holds the keys at ``path``: fields step into their class, mappings into their values'."""
+    annotation: Any = model
+    for part in path:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            annotation = annotation.model_fields[str(part)].annotation
+        elif get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
+    if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        raise TypeError(f"no settings class at {path} in {model.__name__}")
+    return annotation

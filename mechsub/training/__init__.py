@@ -1,0 +1,1 @@
+"""Training, whatever the family: settings, checkpoint schedule, callbacks, optimizers."""
