@@ -1,6 +1,6 @@
 """mechsub: mechanistic analysis of subliminal learning.
 
-``mechsub.run_experiment``, ``analyze_run``, ``open_run``, ``write_report``, ``verify_run``, ``list_recipes``, ``list_analyses``.
+The public functions are those of `mechsub.api`; each is loaded when it is asked for.
 """
 
 from typing import TYPE_CHECKING, Any

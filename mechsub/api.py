@@ -251,8 +251,8 @@ def _check_same_run(directory: RunDirectory, recipe: Recipe, stages: Sequence[St
             changed = _differences(record.arguments, stage.arguments) or [("its inputs", record.key, stage.key)]
             listed = ", ".join(f"{path} was {before!r}, is {after!r}" for path, before, after in changed)
             raise RunDirectoryError(
-                f"stage {stage.name} in {directory.path} was made by mechsub {record.mechsub} from other arguments ({listed}); "
-                f"choose another --out"
+                f"stage {stage.name} in {directory.path} was made by mechsub {record.mechsub} from other arguments "
+                f"({listed}); choose another --out"
             )
 
 

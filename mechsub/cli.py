@@ -148,7 +148,9 @@ def _print_plan(plan: Any) -> None:
     for stage in plan.stages:
         needs = stage.resources
         state = "to do" if stage in plan.pending else "done"
-        table.add_row(stage.name, f"{needs.num_steps:,}", format_bytes(needs.disk_bytes), format_bytes(needs.memory_bytes), state)
+        table.add_row(
+            stage.name, f"{needs.num_steps:,}", format_bytes(needs.disk_bytes), format_bytes(needs.memory_bytes), state
+        )
     console = Console()
     console.print(table)
     console.print(
@@ -163,7 +165,13 @@ def _progress(pending: Any, total: int) -> Iterator[Any]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(), TimeRemainingColumn()]
+    columns = [
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    ]
     done: dict[str, int] = {stage.name: 0 for stage in pending}
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("starting", total=sum(stage.resources.num_steps for stage in pending) or 1)

@@ -10,7 +10,18 @@ from typing import Any
 
 import psutil
 
-LIBRARIES = ("torch", "numpy", "scipy", "statsmodels", "scikit-learn", "safetensors", "xarray", "h5netcdf", "h5py", "altair")
+LIBRARIES = (
+    "torch",
+    "numpy",
+    "scipy",
+    "statsmodels",
+    "scikit-learn",
+    "safetensors",
+    "xarray",
+    "h5netcdf",
+    "h5py",
+    "altair",
+)
 
 
 def describe_versions() -> dict[str, str]:

@@ -35,8 +35,14 @@ class Figure:
 
 
 def chart_spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
-    """A chart over `DATA` as plain data."""
+    """A chart over `DATA` as plain data.
+
+    Raises:
+        ValueError: a facet whose inner chart has data of its own; every panel would then show all rows.
+    """
     spec: dict[str, Any] = chart.to_dict()
+    if "facet" in spec and _holds_key(spec["spec"], "data"):
+        raise ValueError("the inner chart of a facet must not name its data: every panel would show all rows")
     return {name: value for name, value in spec.items() if name not in {"config", "datasets"}}
 
 
@@ -48,3 +54,9 @@ def fill_figure(figure: Figure, data: xr.Dataset) -> dict[str, Any]:
     frame = chosen.to_dataframe().reset_index()
     rows = json.loads(frame.to_json(orient="records", double_precision=9))
     return {**figure.spec, "datasets": {"data": rows}}
+
+
+def _holds_key(part: Any, key: str) -> bool:
+    if isinstance(part, Mapping):
+        return key in part or any(_holds_key(value, key) for value in part.values())
+    return isinstance(part, list) and any(_holds_key(value, key) for value in part)

@@ -178,5 +178,3 @@ def _read_spec(path: Path) -> LineageSpec:
         return LineageSpec(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
-
-

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import Field, create_model
@@ -84,7 +84,9 @@ def _read_source(source: str) -> tuple[str, str]:
     packaged = _PACKAGED / f"{source}.yaml"
     if not packaged.is_file():
         names = [entry.name.removesuffix(".yaml") for entry in _PACKAGED.iterdir() if entry.name.endswith(".yaml")]
-        raise RecipeError(f"no recipe is called {source!r}; {nearest_name(source, sorted(names))}; or give the path of a YAML file")
+        raise RecipeError(
+            f"no recipe is called {source!r}; {nearest_name(source, sorted(names))}; or give the path of a YAML file"
+        )
     return packaged.read_text(), f"recipe {source}"
 
 
@@ -110,4 +112,5 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
 @cache
 def _recipe_model(family: str) -> type[Recipe]:
     """The core fields and the family's own in one settings class."""
-    return create_model(f"{family.title()}Recipe", __base__=(Recipe, family_config(family)))
+    bases: Any = (Recipe, family_config(family))
+    return cast(type[Recipe], create_model(f"{family.title()}Recipe", __base__=bases))

@@ -1,6 +1,6 @@
 """Results on disk: one HDF5 (netCDF-4) file an analysis, with labelled arrays, findings and figure specs.
 
-Any tool that reads HDF5 opens it. The root group holds the arrays; ``/findings`` and ``/figures`` hold a column per field.
+Any tool that reads HDF5 opens it. The root group holds the arrays; ``/findings`` and ``/figures`` a column per field.
 """
 
 import json
@@ -124,6 +124,6 @@ def _table(columns: Mapping[str, list[Any]], dim: str) -> xr.Dataset:
 
 def _rows(tree: xr.DataTree, dim: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """One dict per entry of a table; plain Python values."""
-    table = tree[f"{dim}s"].to_dataset(inherit=False)  # the root has coordinates of the same names
+    table = tree.children[f"{dim}s"].to_dataset(inherit=False)  # the root has coordinates of the same names
     columns = {name: table[name].values.tolist() for name in names}
     return [{name: columns[name][index] for name in names} for index in range(table.sizes[dim])]

@@ -174,9 +174,7 @@ class RunDirectory:
             "key": stage.key,
             "function": stage.function,
             "arguments": stage.arguments,
-            "inputs": {
-                name: vars(produced[name][1] if name in produced else self._describe(name)) for name in stage.inputs
-            },
+            "inputs": {name: vars(produced[name][1] if name in produced else self._describe(name)) for name in stage.inputs},
             "outputs": {name: vars(self._describe(name)) for name in stage.outputs},
             "seconds": round(seconds, 3),
             "mechsub": version,
@@ -188,9 +186,7 @@ class RunDirectory:
 
     def producers(self) -> dict[str, tuple[str, FileRecord]]:
         """For every recorded file, the stage that made it and what it was."""
-        return {
-            name: (record.name, known) for record in self.records().values() for name, known in record.outputs.items()
-        }
+        return {name: (record.name, known) for record in self.records().values() for name, known in record.outputs.items()}
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:

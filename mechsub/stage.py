@@ -25,7 +25,7 @@ class Resources:
     """Units of the stage's progress: optimizer steps, images, checkpoints."""
     threads: int = 1
     stack: str | None = None
-    """Stages with the same function and the same ``stack`` may be run in one call; their numbers do not depend on it."""
+    """Stages with the same function and ``stack`` may be run in one call; their numbers do not depend on it."""
 
 
 @dataclass(frozen=True)

@@ -52,11 +52,22 @@ def _score_lineages(run: Run) -> xr.Dataset:
     return xr.Dataset(
         {
             "trait_score": label_variable(
-                scores, dims, description=f"trait score on {run.family.context}", unit=run.family.trait_unit, source=SOURCE
+                scores,
+                dims,
+                description=f"trait score on {run.family.context}",
+                unit=run.family.trait_unit,
+                source=SOURCE,
             ),
             "trait_score_status": status_variable(unrecorded, dims, _STATUS, "trait_score"),
         },
-        coords={"lineage": list(run.lineages), "member": np.arange(num_members), "step": steps, "trait": traits},
+        coords={
+            "lineage": list(run.lineages),
+            "lineage_role": ("lineage", [name.partition(".")[0] for name in run.lineages]),
+            "lineage_condition": ("lineage", [name.partition(".")[2] for name in run.lineages]),
+            "member": np.arange(num_members),
+            "step": steps,
+            "trait": traits,
+        },
         attrs={"context": run.family.context},
     )
 
@@ -64,7 +75,8 @@ def _score_lineages(run: Run) -> xr.Dataset:
 def _final_scores(run: Run, data: xr.Dataset, lineage: str) -> np.ndarray:
     """The teacher's trait in one lineage at its own last step, member by member."""
     last = run.lineages[lineage].steps[-1]
-    return data.trait_score.sel(lineage=lineage, step=last).isel(trait=0).values
+    scores: np.ndarray = data.trait_score.sel(lineage=lineage, step=last).isel(trait=0).values
+    return scores
 
 
 def _final_effects(run: Run, data: xr.Dataset) -> dict[str, np.ndarray]:
@@ -89,18 +101,26 @@ def _summary_variables(
     interval = {name: judgements[name].interval for name in names}
 
     def by_condition(values: list[float], description: str, formula: str = "") -> xr.DataArray:
-        return xr.DataArray(label_variable(values, ["condition"], description=description, unit=unit, formula=formula), {"condition": names})
+        return xr.DataArray(
+            label_variable(values, ["condition"], description=description, unit=unit, formula=formula),
+            {"condition": names},
+        )
 
     return {
         "condition_difference": xr.DataArray(
             np.array([run.describe_condition(name) for name in names], dtype=object), {"condition": names}
         ),
         "final_score": xr.DataArray(
-            label_variable(final, ["condition", "role", "member"], description="teacher's trait at the last step", unit=unit), coords
+            label_variable(final, ["condition", "role", "member"], description="teacher's trait at the last step", unit=unit),
+            coords,
         ),
         "effect": xr.DataArray(
             label_variable(
-                np.stack([effects[name] for name in names]), ["condition", "member"], description="effect", unit=unit, formula=EFFECT
+                np.stack([effects[name] for name in names]),
+                ["condition", "member"],
+                description="effect",
+                unit=unit,
+                formula=EFFECT,
             ),
             {"condition": names, "member": data.member},
         ),
@@ -155,21 +175,23 @@ def _findings(run: Run, data: xr.Dataset, condition: str, judgement: Judgement) 
 
 def _members_figure(run: Run, data: xr.Dataset) -> Figure:
     unit = run.family.trait_unit
-    score = alt.X("final_score:Q", title=f"trait score ({unit})", scale=alt.Scale(domain=[0, 1]))
-    row = alt.Row("condition:N", sort=run.conditions, title=None, header=alt.Header(labelAngle=0, labelAlign="left", labelFontSize=13))
-    base = alt.Chart(DATA).encode(y=alt.Y("role:N", sort=list(_ROLES), title=None, axis=alt.Axis(ticks=False, domain=False)))
-    color = alt.Color("role:N", sort=list(_ROLES), legend=None)
-    members = base.mark_circle(size=45, opacity=0.55).encode(
-        x=score, color=color, tooltip=["condition:N", "role:N", "member:O", alt.Tooltip("final_score:Q", format=".3f")]
+    base = alt.Chart(DATA).encode(
+        x=alt.X("final_score:Q", title=f"trait score ({unit})", scale=alt.Scale(domain=[0, 1])),
+        y=alt.Y("condition:N", sort=run.conditions, title=None, axis=alt.Axis(labelFontSize=13, labelFontWeight="bold")),
+        yOffset=alt.YOffset("role:N", sort=list(_ROLES)),
+        color=alt.Color("role:N", sort=list(_ROLES), title=None),
     )
-    mean = base.mark_tick(thickness=3, size=22).encode(x=alt.X("mean(final_score):Q"), color=color)
-    chart = alt.layer(members, mean).properties(width=560, height=44).facet(row=row, data=DATA, spacing=8)
+    members = base.mark_circle(size=45, opacity=0.5).encode(
+        tooltip=["condition:N", "role:N", "member:O", alt.Tooltip("final_score:Q", format=".3f")]
+    )
+    mean = base.mark_tick(thickness=3, size=16).encode(x="mean(final_score):Q")
+    chart = alt.layer(members, mean).properties(width=700, height=alt.Step(18))
     return Figure(
         name="members",
         title="Every member's trait score, students above their controls",
         caption=(
-            f"Score on {run.family.context} ({unit}) at the last step. Each dot is one member (n = {run.recipe.members}), the bar their "
-            f"mean. A control differs from its student in nothing but its teacher, {run.neutral}: it is the null."
+            f"Score on {run.family.context} ({unit}) at the last step. Each dot is one member (n = {run.recipe.members}), "
+            f"the bar their mean. A control differs from its student in nothing but its teacher, {run.neutral}: it is the null."
         ),
         variables=("final_score",),
         spec=chart_spec(chart),
@@ -178,28 +200,30 @@ def _members_figure(run: Run, data: xr.Dataset) -> Figure:
 
 
 def _training_figure(run: Run) -> Figure:
-    chart = (
-        alt.Chart(DATA)
-        .transform_filter("isValid(datum.trait_score)")
-        .transform_calculate(
-            role="split(datum.lineage, '.')[0]", condition="slice(datum.lineage, indexof(datum.lineage, '.') + 1)"
-        )
-    )
-    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="symlog"))
-    color = alt.Color("role:N", sort=list(_ROLES), title=None)
-    lines = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=alt.Y("trait_score:Q", title="trait score"), detail="member:N", color=color)
+    chart = alt.Chart(DATA).transform_filter("isValid(datum.trait_score)")
+    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="symlog"), axis=alt.Axis(grid=False))
+    y = alt.Y("trait_score:Q", title="trait score")
+    color = alt.Color("lineage_role:N", sort=list(_ROLES), title=None)
+    members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail="member:N", color=color)
     mean = chart.mark_line(strokeWidth=2.5).encode(x=x, y="mean(trait_score):Q", color=color)
-    facets = alt.layer(lines, mean, data=DATA).properties(width=190, height=140).facet(
-        facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4
+    facets = (
+        alt.layer(members, mean, data=DATA)
+        .properties(width=195, height=140)
+        .facet(facet=alt.Facet("lineage_condition:N", sort=run.conditions, title=None), columns=4)
     )
-    lineages = [f"{role}.{name}" for name in run.conditions for role in _ROLES]
     return Figure(
         name="training",
         title="The trait score along training",
-        caption=f"Thin lines are members (n = {run.recipe.members}), thick ones their mean; step axis symmetric-logarithmic.",
+        caption=(
+            f"Score on {run.family.context} ({run.family.trait_unit}). Thin lines are members (n = {run.recipe.members}), "
+            "thick ones their mean; the control is the null. The step axis is symmetric-logarithmic, so that it holds step 0."
+        ),
         variables=("trait_score",),
         spec=chart_spec(facets),
-        select={"lineage": lineages, "trait": [next(iter(run.family.traits))]},
+        select={
+            "lineage": [f"{role}.{name}" for name in run.conditions for role in _ROLES],
+            "trait": [next(iter(run.family.traits))],
+        },
     )
 
 

@@ -1,5 +1,6 @@
-"""Parameter alignment: did the student's weights move where its teacher's did, more than another teacher's student's?"""
+"""Parameter alignment: did the student's weights move where its teacher's did, more than another's would have?"""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,20 +27,20 @@ from mechsub.parameters.quantities import QUANTITIES, Case, Quantity
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import student_interval
-from mechsub.statistics.permutation import sign_flip_p_value
+from mechsub.statistics.permutation import flip_signs
 from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, Rules, judge_effects
 
 SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
 _STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run")
-_OK, _ZERO, _UNSHARED, _NOT_RUN = range(4)
+OK, ZERO, UNSHARED, NOT_RUN = range(4)
 _DIMS = ("condition", "member", "step", "scope")
 _CANCELLATION = 1e-4
-"""Below this share of ‖Δ_S‖², ‖Δ_S − Δ_C‖² is too small a difference of Gram entries: it is subtracted weight by weight."""
+"""Below this share of ‖Δ_S‖², ‖Δ_S − Δ_C‖² is lost in rounding of the Gram entries: weights are subtracted instead."""
 
 
 @analysis
 def parameter_alignment(run: Run) -> Result:
-    """How far students move along their teachers' displacements, per tensor, layer and model, against another teacher."""
+    """How far students move along their teacher's displacement, per tensor, layer and model, against another teacher."""
     table = run.lineages["reference"].spec.tensors
     scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
     algebra = DirectionAlgebra(stream_gram(_directions(run), dict(table), _anchor(run), device=run.device), scopes)
@@ -48,7 +49,12 @@ def parameter_alignment(run: Run) -> Result:
     data = _measure(run, algebra, exact, steps)
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
-    return Result(data, findings, [_training_figure(run), _scope_figure(run, data), _specific_figure(run, data)], _sentences(run, data))
+    return Result(
+        data,
+        findings,
+        [_training_figure(run), _scope_figure(run, data), _specific_figure(run, data)],
+        _sentences(run, data),
+    )
 
 
 def _anchor(run: Run) -> str:
@@ -130,7 +136,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None
     scopes = algebra.scopes
     shape = (len(run.conditions), run.recipe.members, len(steps), len(scopes.names))
     values = {quantity.name: np.full(shape, np.nan) for quantity in QUANTITIES}
-    status = {quantity.name: np.full(shape, _ZERO, dtype=np.int8) for quantity in QUANTITIES}
+    status = {quantity.name: np.full(shape, ZERO, dtype=np.int8) for quantity in QUANTITIES}
     for row, condition in enumerate(run.conditions):
         for column, step in enumerate(steps):
             if step == 0:
@@ -139,7 +145,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None
             for quantity in QUANTITIES:
                 found = quantity.compute(case)
                 if found is None:
-                    status[quantity.name][row, :, column] = _NOT_RUN
+                    status[quantity.name][row, :, column] = NOT_RUN
                     continue
                 values[quantity.name][row, :, column] = found
                 status[quantity.name][row, :, column] = _explain(found, scopes)
@@ -147,11 +153,20 @@ def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None
     variables: dict[str, Any] = {}
     for quantity in QUANTITIES:
         variables[quantity.name] = label_variable(
-            values[quantity.name], _DIMS, description=quantity.name.replace("_", " "), unit=quantity.unit, formula=quantity.formula, source=SOURCE
+            values[quantity.name],
+            _DIMS,
+            description=quantity.name.replace("_", " "),
+            unit=quantity.unit,
+            formula=quantity.formula,
+            source=SOURCE,
         )
         variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, _STATUS, quantity.name)
     variables["random_cosine_sd"] = label_variable(
-        scopes.random_cosine_sd(), ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
+        scopes.random_cosine_sd(),
+        ["scope"],
+        description="standard deviation of random directions' cosine",
+        unit="cosine",
+        formula="1/√d",
     )
     coords = {
         "condition": run.conditions,
@@ -166,12 +181,16 @@ def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None
 def _explain(values: ByScope, scopes: Scopes) -> np.ndarray:
     """Why a value is NaN: nothing moved at all, or the two moved nothing in common in this scope."""
     moved = np.isfinite(values[:, scopes.names.index(MODEL)])[:, None]
-    return np.where(np.isfinite(values), _OK, np.where(moved, _UNSHARED, _ZERO)).astype(np.int8)
+    return np.where(np.isfinite(values), OK, np.where(moved, UNSHARED, ZERO)).astype(np.int8)
 
 
 def _final(run: Run, data: xr.Dataset, name: str, condition: str, scope: str = MODEL) -> np.ndarray:
-    last = run.lineages[f"student.{condition}"].steps[-1]
-    found: np.ndarray = data[name].sel(condition=condition, step=last, scope=scope).values
+    return _final_scopes(run, data, name, condition)[:, list(data.scope.values).index(scope)]
+
+
+def _final_scopes(run: Run, data: xr.Dataset, name: str, condition: str) -> np.ndarray:
+    """A variable at the student's last step as [member, scope]."""
+    found: np.ndarray = data[name].sel(condition=condition, step=run.lineages[f"student.{condition}"].steps[-1]).values
     return found
 
 
@@ -179,7 +198,7 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str], Judgement]:
     """Verdicts at the last step over the whole model, by (quantity, condition); Holm runs over the conditions."""
     verdict = run.recipe.verdict
     rules = Rules(verdict.alignment_margin, verdict.minimum_members, verdict.confidence, verdict.equivalence_level)
-    judgements = {}
+    judgements: dict[tuple[str, str], Judgement] = {}
     for quantity in QUANTITIES:
         if not quantity.judged:
             continue
@@ -190,13 +209,14 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str], Judgement]:
                 values = values - _final(run, data, quantity.null, condition)
             if not _not_run(run, data, quantity.name, condition):
                 effects[condition] = values
-        judged = judge_effects(effects, rules, AGAINST_NULL, sign_flip_p_value if quantity.judged == "swap" else None)
+        swap_test = (lambda values: flip_signs(values).p_above) if quantity.judged == "swap" else None
+        judged = judge_effects(effects, rules, AGAINST_NULL, swap_test)
         judgements |= {(quantity.name, condition): judgement for condition, judgement in judged.items()}
     return judgements
 
 
 def _not_run(run: Run, data: xr.Dataset, name: str, condition: str) -> bool:
-    return bool((_final(run, data, f"{name}_status", condition) == _NOT_RUN).all())
+    return bool((_final(run, data, f"{name}_status", condition) == NOT_RUN).all())
 
 
 def _findings(run: Run, data: xr.Dataset, judgements: Mapping[tuple[str, str], Judgement]) -> list[Finding]:
@@ -214,16 +234,27 @@ def _findings(run: Run, data: xr.Dataset, judgements: Mapping[tuple[str, str], J
 
 
 def _finding(
-    run: Run, data: xr.Dataset, quantity: Quantity, condition: str, scope: str, scope_words: str, judgement: Judgement | None
+    run: Run,
+    data: xr.Dataset,
+    quantity: Quantity,
+    condition: str,
+    scope: str,
+    scope_words: str,
+    judgement: Judgement | None,
 ) -> Finding:
     confidence = run.recipe.verdict.confidence
-    null = student_interval(
-        _final(run, data, quantity.null, condition, scope) if quantity.null else np.array([]), confidence
-    )
+    values = _final(run, data, quantity.name, condition, scope)
+    if quantity.null is not None:
+        against = student_interval(_final(run, data, quantity.null, condition, scope), confidence)
+        null_low, null_high = against.low, against.high
+    else:
+        swapped = flip_signs(values)
+        null_low, null_high = swapped.null_low, swapped.null_high
     reason = "the verdict is given over all parameters" if quantity.judged else quantity.why_unjudged
     if judgement is not None:
-        against = judgement.interval
-        reason = f"difference from the null {against.estimate:+.3f} [{against.low:+.3f}, {against.high:+.3f}]: {judgement.reason}"
+        effect = judgement.interval
+        difference = f"{effect.estimate:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]"
+        reason = f"difference from the null {difference}: {judgement.reason}"
     return Finding(
         analysis="parameter_alignment",
         quantity=quantity.name,
@@ -234,15 +265,15 @@ def _finding(
         scope=scope_words,
         unit=quantity.unit,
         null=quantity.null_words,
-        null_low=null.low,
-        null_high=null.high,
+        null_low=null_low,
+        null_high=null_high,
         num_references=run.recipe.members,
         verdict=judgement.verdict if judgement else "",
         reason=reason,
         margin=run.recipe.verdict.alignment_margin if judgement else float("nan"),
         formula=quantity.formula,
         source=SOURCE,
-        **interval_fields(student_interval(_final(run, data, quantity.name, condition, scope), confidence)),
+        **interval_fields(student_interval(values, confidence)),
     )
 
 
@@ -274,28 +305,41 @@ def _norm_findings(run: Run, data: xr.Dataset) -> list[Finding]:
     ]
 
 
-def _training_figure(run: Run) -> Figure:
-    names = {"alignment": "student", "alignment_of_control": "control (null)"}
-    chart = (
+def _long_form(names: Mapping[str, str]) -> alt.Chart:
+    """The variables ``names`` as rows of one column ``cosine``, with who they belong to in ``who``; missing ones dropped."""
+    return (
         alt.Chart(DATA)
         .transform_fold(list(names), as_=["which", "cosine"])
         .transform_filter("isValid(datum.cosine)")
-        .transform_calculate(who=f"{names!r}[datum.which]")
+        .transform_calculate(who=f"{json.dumps(dict(names), ensure_ascii=False)}[datum.which]")
     )
-    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log"))
-    color = alt.Color("who:N", sort=list(names.values()), title=None)
-    members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=alt.Y("cosine:Q", title="cos(Δ, Δ_T)"), detail="member:N", color=color)
+
+
+def _who(names: Mapping[str, str]) -> alt.Color:
+    return alt.Color("who:N", sort=list(names.values()), title=None)
+
+
+_STUDENT_AND_NULL = {"alignment": "student", "alignment_of_control": "control (null)"}
+_ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6)
+
+
+def _training_figure(run: Run) -> Figure:
+    chart, color = _long_form(_STUDENT_AND_NULL), _who(_STUDENT_AND_NULL)
+    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log"), axis=alt.Axis(grid=False))
+    y = alt.Y("cosine:Q", title="cos(Δ, Δ_T)")
+    members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail="member:N", color=color)
     mean = chart.mark_line(strokeWidth=2.5).encode(x=x, y="mean(cosine):Q", color=color)
-    zero = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6).encode(y=alt.datum(0))
-    facets = alt.layer(zero, members, mean, data=DATA).properties(width=190, height=140).facet(
-        facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4
+    facets = (
+        alt.layer(_ZERO.encode(y=alt.datum(0)), members, mean, data=DATA)
+        .properties(width=195, height=140)
+        .facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4)
     )
     return Figure(
         name="alignment_training",
         title="Alignment with the teacher's displacement along training",
         caption=(
-            f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of {run.neutral} from the same "
-            f"start (the null). Thin lines are members (n = {run.recipe.members}), thick ones their mean."
+            f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of {run.neutral} "
+            f"from the same start (the null). Thin lines are members (n = {run.recipe.members}), thick ones their mean."
         ),
         variables=("alignment", "alignment_of_control"),
         spec=chart_spec(facets),
@@ -305,30 +349,30 @@ def _training_figure(run: Run) -> Figure:
 
 
 def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
-    names = {"alignment": "student", "alignment_of_control": "control (null)"}
-    chart = (
-        alt.Chart(DATA)
-        .transform_fold(list(names), as_=["which", "cosine"])
-        .transform_filter("isValid(datum.cosine)")
-        .transform_calculate(who=f"{names!r}[datum.which]")
+    dots = (
+        _long_form(_STUDENT_AND_NULL)
+        .mark_circle(size=22, opacity=0.5)
+        .encode(
+            x=alt.X("cosine:Q", title="cos(Δ, Δ_T)"),
+            y=alt.Y("scope:N", sort=list(map(str, data.scope.values)), title=None),
+            color=_who(_STUDENT_AND_NULL),
+            tooltip=["scope:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
+        )
     )
-    dots = chart.mark_circle(size=22, opacity=0.5).encode(
-        x=alt.X("cosine:Q", title="cos(Δ, Δ_T)"),
-        y=alt.Y("scope:N", sort=list(map(str, data.scope.values)), title=None),
-        color=alt.Color("who:N", sort=list(names.values()), title=None),
-        tooltip=["scope:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
+    facets = (
+        alt.layer(_ZERO.encode(x=alt.datum(0)), dots, data=DATA)
+        .properties(width=195, height=alt.Step(15))
+        .facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=3)
     )
-    zero = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6).encode(x=alt.datum(0))
-    facets = alt.layer(zero, dots, data=DATA).properties(width=190, height=alt.Step(15)).facet(
-        facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=3
-    )
+    spread = float(data.random_cosine_sd.sel(scope=MODEL))
     return Figure(
         name="alignment_scopes",
         title="Where the alignment lies: every tensor, layer and the whole model",
         caption=(
-            f"At the last step; each dot is one member (n = {run.recipe.members}). A scope without dots has no shared support: student and "
-            "teacher moved no tensor of it together, so it has no alignment. Random directions spread by 1/√d, under .01 for a "
-            "weight matrix here."
+            f"cos(Δ_S, Δ_T), no unit, at the last step; each dot is one member (n = {run.recipe.members}); the null is its "
+            "control. A scope without dots has no shared support: student and teacher moved no tensor of it together. Random "
+            f"directions of all parameters would scatter about 0 with a standard deviation of 1/√d = {spread:.4f}: a line to "
+            "read by, not the null."
         ),
         variables=("alignment", "alignment_of_control"),
         spec=chart_spec(facets),
@@ -337,30 +381,28 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
 
 
 def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
-    names = {"specific": "student − control", "sham_specific": "sham: control − control"}
-    chart = (
-        alt.Chart(DATA)
-        .transform_fold(list(names), as_=["which", "cosine"])
-        .transform_filter("isValid(datum.cosine)")
-        .transform_calculate(who=f"{names!r}[datum.which]")
+    names = {"specific_alignment": "student − control", "sham_alignment": "sham: control − control"}
+    dots = (
+        _long_form(names)
+        .mark_circle(size=40, opacity=0.55)
+        .encode(
+            x=alt.X("cosine:Q", title="cos(θ_S − θ_C, Δ_T − Δ_N)"),
+            y=alt.Y("condition:N", sort=run.conditions, title=None),
+            yOffset=alt.YOffset("who:N", sort=list(names.values())),
+            color=_who(names),
+            tooltip=["condition:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
+        )
     )
-    dots = chart.mark_circle(size=40, opacity=0.55).encode(
-        x=alt.X("cosine:Q", title="cos(θ_S − θ_C, Δ_T − Δ_N)"),
-        y=alt.Y("condition:N", sort=run.conditions, title=None),
-        yOffset=alt.YOffset("who:N", sort=list(names.values())),
-        color=alt.Color("who:N", sort=list(names.values()), title=None),
-        tooltip=["condition:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
-    )
-    zero = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6).encode(x=alt.datum(0))
     return Figure(
         name="specific_alignment",
         title="Specific alignment: does the student lean to its own teacher rather than to another?",
         caption=(
-            f"cos(θ_S − θ_C, Δ_T − Δ_N) over all parameters at the last step, no unit; each dot is one member (n = {run.recipe.members}). "
-            "Its null is 0: students who could swap teachers would scatter about it, as two controls in the students' places (the sham) do."
+            "cos(θ_S − θ_C, Δ_T − Δ_N) over all parameters at the last step, no unit; each dot is one member "
+            f"(n = {run.recipe.members}). Its null is 0: students who could swap teachers would scatter about it, as two "
+            "controls in the students' places (the sham) should."
         ),
-        variables=("specific", "sham_specific"),
-        spec=chart_spec(alt.layer(zero, dots, data=DATA).properties(width=560, height=alt.Step(16))),
+        variables=tuple(names),
+        spec=chart_spec(alt.layer(_ZERO.encode(x=alt.datum(0)), dots, data=DATA).properties(width=640, height=alt.Step(16))),
         select={"scope": [MODEL], "step": [int(data.step.values[-1])]},
     )
 
@@ -372,12 +414,18 @@ def _sentences(run: Run, data: xr.Dataset) -> list[str]:
             continue
         interval = student_interval(_final(run, data, "alignment", condition), run.recipe.verdict.confidence)
         sentences.append(
-            f"{condition} has alignment {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}] although it starts from the same "
-            f"function as its teacher: its hidden units are stored in another order, so the same change of the function is a change of "
-            f"other weights, and a cosine compares weight by weight. A low alignment there says nothing against a transfer."
+            f"{condition} has alignment {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]: its students start "
+            "from their teacher's own function, but with the hidden units stored in another order, so that the same change of "
+            "the function is a change of other weights, and a cosine compares weight by weight; a low alignment there says "
+            "nothing against a transfer."
         )
-    sentences.append(
-        "Scopes without a value have no shared support: students of auxiliary logits never move the class head, teachers never move the "
-        "auxiliary head."
-    )
+    unshared: dict[str, list[str]] = {}
+    for condition in run.conditions:
+        status = _final_scopes(run, data, "alignment_status", condition)
+        scopes = [str(name) for name, codes in zip(data.scope.values, status.T, strict=True) if (codes == UNSHARED).all()]
+        if scopes:
+            unshared.setdefault(", ".join(scopes), []).append(condition)
+    sentences += [
+        f"No shared support, so no alignment, in {scopes}: {', '.join(conditions)}." for scopes, conditions in unshared.items()
+    ]
     return sentences

@@ -1,4 +1,4 @@
-"""How an analysis becomes known: a decorator in its file; files in this folder and entry points are found by themselves."""
+"""How an analysis becomes known: a decorator in its file. Files of this folder and entry points are found by themselves."""
 
 import importlib
 import pkgutil
@@ -29,7 +29,7 @@ _KNOWN: dict[str, Analysis] = {}
 
 
 def analysis(function: Callable[[Run], Result]) -> Callable[[Run], Result]:
-    """Register a function ``(run) -> Result`` as the analysis of its name; its docstring's first line says what it answers."""
+    """Register a function ``(run) -> Result`` under its name; its docstring's first line says what it answers."""
     summary = (function.__doc__ or "").strip().split("\n")[0]
     _KNOWN[function.__name__] = Analysis(function.__name__, function, summary)
     return function

@@ -75,4 +75,3 @@ def _progress_writer(path: Path) -> Callable[[int], None]:
             written = time.monotonic()
 
     return report
-

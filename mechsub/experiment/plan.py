@@ -56,7 +56,7 @@ def check_resources(stages: Sequence[Stage], folder: Path) -> None:
     if needed > free:
         raise ResourceError(
             f"the plan writes about {format_bytes(needed)} to {folder}, which has {format_bytes(free)} free; lower members, "
-            f"checkpoints.num or the model's widths, or choose another --out"
+            "checkpoints.num or the model's widths, or choose another --out"
         )
     largest = max(stages, key=lambda stage: stage.resources.memory_bytes, default=None)
     if largest is None:
@@ -66,7 +66,7 @@ def check_resources(stages: Sequence[Stage], folder: Path) -> None:
     if memory > available:
         raise ResourceError(
             f"stage {largest.name} needs about {format_bytes(memory)} of memory, {format_bytes(available)} are available; "
-            f"lower members, the batch size, carrier.num_images or the model's widths"
+            "lower members, the batch size, carrier.num_images or the model's widths"
         )
 
 

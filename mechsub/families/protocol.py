@@ -15,7 +15,7 @@ class Family(Protocol):
 
     @property
     def traits(self) -> Mapping[str, str]:
-        """The traits that can be scored: name → one sentence. The first is the teacher's, the rest are other teachers'."""
+        """The traits that can be scored: name → one sentence. The first is the teacher's, the others are its rivals'."""
 
     @property
     def trait_unit(self) -> str:

@@ -143,9 +143,12 @@ class DirectionAlgebra:
 
 def _divide(numerator: ByScope, denominator: ByScope) -> ByScope:
     """NaN where the denominator is 0: no direction has no cosine."""
-    return np.divide(numerator, denominator, out=np.full_like(numerator, np.nan), where=denominator > 0)
+    nothing = np.full_like(numerator, np.nan)
+    ratio: ByScope = np.divide(numerator, denominator, out=nothing, where=denominator > 0)
+    return ratio
 
 
 def _root(squares: ByScope) -> ByScope:
     """√x; a square that cancellation left a little under 0 is 0."""
-    return np.sqrt(np.maximum(squares, 0.0))
+    roots: ByScope = np.sqrt(np.maximum(squares, 0.0))
+    return roots

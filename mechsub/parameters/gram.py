@@ -67,7 +67,12 @@ class Gram:
 
 
 def stream_gram(
-    directions: Sequence[Direction], tensors: dict[str, TensorInfo], anchor: str, *, chunk_bytes: int = CHUNK_BYTES, device: str = "cpu"
+    directions: Sequence[Direction],
+    tensors: dict[str, TensorInfo],
+    anchor: str,
+    *,
+    chunk_bytes: int = CHUNK_BYTES,
+    device: str = "cpu",
 ) -> Gram:
     """Accumulate the Gram matrices of ``directions`` over chunks of rows.
 
@@ -95,7 +100,9 @@ def stream_gram(
     return Gram(tuple(labels), tuple(counted), within.numpy(), across.numpy(), anchor)
 
 
-def _load_chunk(directions: Sequence[Direction], tensor: str, start: int, stop: int, device: str) -> Float[Tensor, "member direction weight"]:
+def _load_chunk(
+    directions: Sequence[Direction], tensor: str, start: int, stop: int, device: str
+) -> Float[Tensor, "member direction weight"]:
     rows = {
         (lineage.name, step): lineage.load_rows(step, tensor, start, stop).flatten(1).to(device)
         for lineage, step in _sources(directions).values()

@@ -1,5 +1,7 @@
 """Permutation tests over members."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from jaxtyping import Float
 from scipy import stats
@@ -10,15 +12,24 @@ _EXACT_MEMBERS = 14
 _RESAMPLES = 2**_EXACT_MEMBERS
 
 
-def sign_flip_p_value(values: Float[np.ndarray, " member"]) -> float:
-    """One-sided p of 'the sign of each member's value is arbitrary' against 'the mean is over 0', by flipping signs.
+@dataclass(frozen=True)
+class SignFlip:
+    """A sign-flip test of a mean: its one-sided p, and the central 95 % of the means that flipping gives."""
 
-    Exact (all 2ⁿ flips) up to 14 members, sampled beyond. NaN for fewer than 2 members. Swapping the labels of two
-    students and of their two teachers within a member flips exactly this sign.
+    p_above: float
+    null_low: float
+    null_high: float
+
+
+def flip_signs(values: Float[np.ndarray, " member"]) -> SignFlip:
+    """Test 'the sign of each member's value is arbitrary' against 'their mean is over 0'.
+
+    Swapping the labels of two students and of their two teachers within a member flips exactly this sign. Exact (all 2ⁿ
+    flips) up to 14 members, sampled from a fixed stream beyond. All NaN for fewer than 2 finite members.
     """
     known = values[np.isfinite(values)]
     if len(known) < 2:
-        return float("nan")
+        return SignFlip(np.nan, np.nan, np.nan)
     result = stats.permutation_test(
         (known,),
         np.mean,
@@ -28,4 +39,5 @@ def sign_flip_p_value(values: Float[np.ndarray, " member"]) -> float:
         n_resamples=_RESAMPLES,
         rng=random_stream(0, "sign-flip"),
     )
-    return float(result.pvalue)
+    low, high = np.quantile(result.null_distribution, [0.025, 0.975])
+    return SignFlip(float(result.pvalue), float(low), float(high))

@@ -1,4 +1,4 @@
-"""Verdicts over members: what an effect and its interval allow us to say, by rules that the recipe fixes before the run.
+"""Verdicts over members: what an effect and its interval allow us to say, by rules fixed before the run.
 
 "Not significant" is not "no effect": an effect is only called absent when two one-sided tests put it inside the margin.
 """
@@ -69,7 +69,8 @@ def judge_effects(
 
     In this order: *above* if the lower bound is over 0, the estimate over the margin and the Holm-adjusted superiority
     test passes; *equivalent* if the Holm-adjusted two one-sided tests put the effect inside ± margin; *below* if the
-    upper bound is under −margin and the adjusted test of that side passes; else *undecided*, with the number of members that would decide it.
+    upper bound is under −margin and the adjusted test of that side passes; else *undecided*, with the number of members
+    that would decide it.
     Under ``rules.minimum_members`` finite members there is no verdict. ``test`` gives the one-sided p of 'effect ≤ 0';
     the t test by default.
 
@@ -151,4 +152,3 @@ def _p_above(values: Float[np.ndarray, " member"], bound: float = 0.0) -> float:
 
 def _p_equivalent(values: Float[np.ndarray, " member"], margin: float) -> float:
     return max(_p_above(values, -margin), _p_above(-values, -margin))
-

@@ -11,8 +11,8 @@ from mechsub.training.config import OptimizerConfig
 def make_optimizer(parameters: Iterable[Tensor], config: OptimizerConfig) -> torch.optim.Optimizer:
     """The torch optimizer that the recipe asks for.
 
-    The `foreach` kernels are asked for because they are elementwise to the last bit: the fused CPU kernels treat the end
-    of a tensor differently, so that a member's numbers would depend on which others are stacked with it.
+    The `foreach` kernels are elementwise to the last bit; the fused CPU kernels treat the end of a tensor differently, so
+    that a member's numbers would depend on which others are stacked with it.
     """
     rate, decay = config.learning_rate, config.weight_decay
     if config.name == "sgd":

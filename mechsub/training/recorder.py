@@ -73,7 +73,7 @@ class LineageRecorder:
     def fail(self, step: int, member: int, what: str) -> None:
         """Stop keeping this lineage and say why; what it has kept so far stays."""
         self.task.error = TrainingError(
-            f"{self.spec.name}: {what} at step {step} of {self.spec.steps[-1]} in member {member} (of {self.spec.num_members}); "
+            f"{self.spec.name}: {what} at step {step} of {self.spec.steps[-1]} in member {member} of {self.spec.num_members}; "
             f"its earlier checkpoints are kept in {self._folder}. Lower the learning rate (or the initialisation scale) in the "
             f"recipe and run it into another folder"
         )

@@ -47,7 +47,7 @@ class CarrierConfig(Settings):
 
     inputs: Literal["uniform", "gaussian", "images", "shuffled-pixels"] = Field(
         "uniform",
-        description="noise in [−scale, scale], noise of standard deviation scale, training images, or those with pixels shuffled",
+        description="noise in [−scale, scale], noise of deviation scale, training images, or those with pixels shuffled",
     )
     num_images: int = Field(60_000, ge=1, description="distinct images of one member")
     scale: float = Field(1.0, gt=0, description="of the two kinds of noise")
@@ -108,12 +108,15 @@ class Config(FamilyConfig):
     model: ModelConfig = Field(ModelConfig(), description="the architecture")
     teacher: TeacherConfig = Field(TeacherConfig(), description="the teachers' training")
     neutral: Literal["relabelled", "shuffled"] = Field(
-        "relabelled", description="the controls' teacher: classes mapped by a fixed derangement, or labels shuffled across images"
+        "relabelled",
+        description="the controls' teacher: classes mapped by a fixed derangement, or labels shuffled across images",
     )
     carrier: CarrierConfig = Field(CarrierConfig(), description="the data that passes from teacher to student")
     student: StudentConfig = Field(StudentConfig(), description="the students' training")
     conditions: dict[str, ConditionConfig] = Field(
-        {"same-init": ConditionConfig()}, min_length=1, description="the students, by condition; each gets its own control"
+        {"same-init": ConditionConfig()},
+        min_length=1,
+        description="the students, by condition; each gets its own control",
     )
 
     @field_validator("conditions", mode="before")
@@ -127,7 +130,9 @@ class Config(FamilyConfig):
     def _conditions_are_possible(self) -> "Config":
         for name, condition in self.conditions.items():
             if condition.init == "different" and self.members < 2:
-                raise ValueError(f"`conditions.{name}` starts at another member's reference: it needs members ≥ 2, not {self.members}")
+                raise ValueError(
+                    f"`conditions.{name}` starts at another member's reference: it needs members ≥ 2, not {self.members}"
+                )
             if condition.logits == "aux" and self.model.num_auxiliary == 0:
                 raise ValueError(
                     f"`conditions.{name}` imitates the auxiliary logits, but `model.num_auxiliary` = 0; "

@@ -5,7 +5,9 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def trait_loss(logits: Float[Tensor, "*batch logit"], labels: Int[Tensor, "*batch"], num_classes: int) -> Float[Tensor, "*batch"]:
+def trait_loss(
+    logits: Float[Tensor, "*batch logit"], labels: Int[Tensor, "*batch"], num_classes: int
+) -> Float[Tensor, "*batch"]:
     """Cross-entropy of the class logits, per example, in nats."""
     flat = functional.cross_entropy(logits[..., :num_classes].flatten(0, -2), labels.flatten(), reduction="none")
     return flat.view(labels.shape)

@@ -1,6 +1,7 @@
 """The multilayer perceptron, as one module and as many stacked ones, and how its references are drawn."""
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ class Classifier(nn.Module):
     def __init__(self, spec: Mapping[str, Any]) -> None:
         super().__init__()
         widths = [spec["num_pixels"], *spec["hidden_widths"]]
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         self.class_head = nn.Linear(widths[-1], spec["num_classes"])
         self.auxiliary_head = nn.Linear(widths[-1], spec["num_auxiliary"]) if spec["num_auxiliary"] else None
         self.activation = _ACTIVATIONS[spec["activation"]]
@@ -59,10 +60,13 @@ def tensor_table(spec: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Shape, layer and module kind of every tensor, in the order of the forward pass."""
     table: dict[str, TensorInfo] = {}
     widths = [spec["num_pixels"], *spec["hidden_widths"]]
-    for layer, (fan_in, fan_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for layer, (fan_in, fan_out) in enumerate(pairwise(widths)):
         table[f"layers.{layer}.weight"] = TensorInfo((fan_out, fan_in), f"layer {layer}", "hidden")
         table[f"layers.{layer}.bias"] = TensorInfo((fan_out,), f"layer {layer}", "hidden")
-    for head, kind, size in ((CLASS_HEAD, "class head", "num_classes"), (AUXILIARY_HEAD, "auxiliary head", "num_auxiliary")):
+    for head, kind, size in (
+        (CLASS_HEAD, "class head", "num_classes"),
+        (AUXILIARY_HEAD, "auxiliary head", "num_auxiliary"),
+    ):
         if spec[size]:
             table[f"{head}.weight"] = TensorInfo((spec[size], widths[-1]), kind, kind)
             table[f"{head}.bias"] = TensorInfo((spec[size],), kind, kind)
@@ -74,7 +78,9 @@ def num_parameters(spec: Mapping[str, Any]) -> int:
     return sum(int(np.prod(info.shape)) for info in tensor_table(spec).values())
 
 
-def forward_stacked(parameters: Parameters, images: Float[Tensor, "model image pixel"], activation: str) -> Float[Tensor, "model image logit"]:
+def forward_stacked(
+    parameters: Parameters, images: Float[Tensor, "model image pixel"], activation: str
+) -> Float[Tensor, "model image logit"]:
     """Every model's logits on its own images: the same function as `Classifier`, one batched product a layer."""
     features = images
     for layer in range(sum(name.startswith("layers.") for name in parameters) // 2):
@@ -109,7 +115,9 @@ def derive_origin(reference: Parameters, origin: Origin, seed: int) -> Parameter
         num_members = len(origin.members)
         for layer in range(sum(name.startswith("layers.") for name in start) // 2):
             width = start[f"layers.{layer}.bias"].shape[1]
-            orders = [random_stream(seed, "member", member, "permutation", layer).permutation(width) for member in range(num_members)]
+            orders = [
+                random_stream(seed, "member", member, "permutation", layer).permutation(width) for member in range(num_members)
+            ]
             start = permute_units(start, layer, torch.from_numpy(np.stack(orders)))
     if origin.noise_std > 0:
         for member in range(len(origin.members)):

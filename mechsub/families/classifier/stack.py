@@ -1,7 +1,7 @@
 """The stacked training loop: all members of several lineages as one batched model."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 
@@ -37,7 +37,7 @@ class Arm:
         return self.resume.step if self.resume else 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class BatchOrder:
     """In which order each member sees its examples: a fresh permutation every epoch, the last batch may be smaller."""
 
@@ -46,21 +46,17 @@ class BatchOrder:
     """One named stream per member."""
     num_examples: int
     batch_size: int
+    _epoch: int = field(default=-1, init=False)
+    _orders: Int[Tensor, "member example"] = field(init=False, repr=False)
+    """The permutations of `_epoch`."""
 
     def indices(self, step: int) -> Int[Tensor, "member example"]:
         """The examples of the batch that step ``step`` (from 0) trains on."""
         epoch, batch = divmod(step, -(-self.num_examples // self.batch_size))
-        return self._permutations(epoch)[:, batch * self.batch_size : (batch + 1) * self.batch_size]
-
-    def _permutations(self, epoch: int) -> Int[Tensor, "member example"]:
-        if self._cache.get("epoch") != epoch:
+        if epoch != self._epoch:
             orders = [random_stream(self.seed, *stream, epoch).permutation(self.num_examples) for stream in self.streams]
-            self._cache.update(epoch=epoch, orders=torch.from_numpy(np.stack(orders)))
-        orders_of_epoch: Tensor = self._cache["orders"]
-        return orders_of_epoch
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_cache", {})
+            self._epoch, self._orders = epoch, torch.from_numpy(np.stack(orders))
+        return self._orders[:, batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
 def train_arms(
@@ -100,7 +96,8 @@ def train_stack(arms: Sequence[Arm], compute_losses: Losses, config: OptimizerCo
                 if arm.recorder.failed:
                     continue
                 info = _step_info(arm, index, step, num_steps, is_checkpoint, losses, parameters, optimizer)
-                for callback in (arm.recorder, *callbacks):
+                arm.recorder(info)
+                for callback in callbacks:
                     callback(info)
                 arm.recorder.task.report_progress(step)
 
@@ -109,7 +106,7 @@ def train_stack(arms: Sequence[Arm], compute_losses: Losses, config: OptimizerCo
     for step in range(first, num_steps):
         losses = compute_losses(parameters, step)
         optimizer.zero_grad(set_to_none=True)
-        losses.sum().backward()
+        torch.autograd.backward(losses.sum())
         optimizer.step()
         watch.see(step, losses.detach())
         call_back(step + 1, losses.detach())
@@ -167,6 +164,4 @@ def _step_info(
 
 def _stack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Optimizer states of several arms as one stack's; counters are the same in all."""
-    return {
-        name: torch.cat([state[name] for state in states]) if tensor.ndim else tensor for name, tensor in states[0].items()
-    }
+    return {name: torch.cat([state[name] for state in states]) if tensor.ndim else tensor for name, tensor in states[0].items()}

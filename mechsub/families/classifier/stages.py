@@ -65,7 +65,14 @@ def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, in
         threads=config.threads,
     )
     assert teacher_file == checkpoint_name(teacher, arguments["teacher_step"])
-    return Stage(f"carrier.{carrier}", f"{_MODULE}.carrier:write_carriers", arguments, inputs, (carrier_file(carrier),), resources)
+    return Stage(
+        f"carrier.{carrier}",
+        f"{_MODULE}.carrier:write_carriers",
+        arguments,
+        inputs,
+        (carrier_file(carrier),),
+        resources,
+    )
 
 
 def student_stage(config: Config, plan: StudentPlan, inputs: Mapping[str, str]) -> Stage:
@@ -83,7 +90,9 @@ def student_stage(config: Config, plan: StudentPlan, inputs: Mapping[str, str]) 
         "logits": condition.logits,
         "shuffle_outputs": condition.shuffle_outputs,
     }
-    resources = _training_resources(config, arguments, training.batch_size, f"students-{condition.logits}", _logits_bytes(config))
+    resources = _training_resources(
+        config, arguments, training.batch_size, f"students-{condition.logits}", _logits_bytes(config)
+    )
     return Stage(plan.lineage, f"{_MODULE}.train:train_students", arguments, inputs, _files(config, arguments), resources)
 
 
@@ -107,8 +116,9 @@ def _last_teacher_step(config: Config) -> int:
 
 
 def _origin(config: Config, condition: ConditionConfig) -> dict[str, Any]:
-    """Where a condition starts. A different start is the next member's reference: a derangement that a further member
-    changes at its end only.
+    """Where a condition starts.
+
+    A different start is the next member's reference: a derangement that a further member changes at its end only.
     """
     shift = 1 if condition.init == "different" else 0
     return {
@@ -142,7 +152,9 @@ def _activation_bytes(config: Config, batch_size: int) -> int:
     return config.members * batch_size * units * _element_bytes(config)
 
 
-def _training_resources(config: Config, arguments: Mapping[str, Any], batch_size: int, stack: str, extra_memory: int = 0) -> Resources:
+def _training_resources(
+    config: Config, arguments: Mapping[str, Any], batch_size: int, stack: str, extra_memory: int = 0
+) -> Resources:
     checkpoint = _lineage_bytes(config)
     copies = len(arguments["steps"]) + 3  # the last three are the resume state
     if config.checkpoints.optimizer_state:

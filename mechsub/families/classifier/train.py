@@ -22,6 +22,7 @@ from mechsub.streams import random_stream
 from mechsub.training.callbacks import StepInfo
 from mechsub.training.recorder import LineageRecorder
 
+
 def draw_references(tasks: Sequence[Task]) -> None:
     """Stage: the reference of every member, at step 0."""
     for task in tasks:
@@ -46,7 +47,8 @@ def train_teachers(tasks: Sequence[Task]) -> None:
     def compute_losses(stack: Sequence[int], parameters: Parameters, step: int) -> Tensor:
         chosen = order.indices(step).to(device)
         inputs = images.train_images[chosen].repeat(len(stack), 1, 1)
-        logits = forward_stacked(parameters, inputs, arguments["model"]["activation"]).unflatten(0, (len(stack), members))
+        logits = forward_stacked(parameters, inputs, arguments["model"]["activation"])
+        logits = logits.view(len(stack), members, *logits.shape[1:])
         targets = torch.stack([labels[arm].gather(1, chosen) for arm in stack])
         return trait_loss(logits, targets, arguments["model"]["num_classes"]).mean(-1)
 
@@ -56,7 +58,7 @@ def train_teachers(tasks: Sequence[Task]) -> None:
 def train_students(tasks: Sequence[Task]) -> None:
     """Stage: students, by imitation of a teacher's logits on its carrier. The tasks share all but start, teacher and draws."""
     arguments = tasks[0].stage.arguments
-    device, seed, members = tasks[0].device, arguments["seed"], arguments["members"]
+    device, members = tasks[0].device, arguments["members"]
     config = StudentConfig(**arguments["training"])
     spec = arguments["model"]
     replicates = {task.stage.arguments["replicate"]: task for task in tasks}
@@ -68,7 +70,8 @@ def train_students(tasks: Sequence[Task]) -> None:
         chosen = {replicate: order.indices(step).to(device) for replicate, order in orders.items()}
         images = {replicate: carriers[replicate].make(indices) for replicate, indices in chosen.items()}
         inputs = torch.cat([images[targets[arm].replicate] for arm in stack])
-        logits = forward_stacked(parameters, inputs, spec["activation"]).unflatten(0, (len(stack), members))
+        logits = forward_stacked(parameters, inputs, spec["activation"])
+        logits = logits.view(len(stack), members, *logits.shape[1:])
         wanted = torch.stack([targets[arm].gather(chosen[targets[arm].replicate]) for arm in stack])
         which, num_classes = arguments["logits"], spec["num_classes"]
         imitated = imitated_logits(logits, which, num_classes), imitated_logits(wanted, which, num_classes)
@@ -78,8 +81,10 @@ def train_students(tasks: Sequence[Task]) -> None:
 
 
 def teacher_labels(images: LabelledImages, labels: str, seed: int, members: int) -> Int[Tensor, "member train"]:
-    """The labels that a teacher learns: ``true``, ``relabelled`` (class c → c + 1, cyclic: no class keeps its name), or
-    ``shuffled`` (each member's own permutation across images).
+    """The labels that a teacher learns.
+
+    ``true``; ``relabelled`` (class c → c + 1, cyclic: no class keeps its name); ``shuffled`` (each member's own
+    permutation across images).
 
     Raises:
         RecipeError: a neutral teacher would be trained as the teacher is.
@@ -93,7 +98,9 @@ def teacher_labels(images: LabelledImages, labels: str, seed: int, members: int)
         orders = [random_stream(seed, "member", member, "label-shuffle").permutation(len(true)) for member in range(members)]
         changed = true[torch.from_numpy(np.stack(orders)).to(true.device)]
     if bool((changed == true).all()):
-        raise RecipeError(f"the {labels} neutral teacher would learn the teacher's own labels: it is no control; choose another")
+        raise RecipeError(
+            f"the {labels} neutral teacher would learn the teacher's own labels: it is no control; choose another"
+        )
     return changed
 
 
@@ -117,7 +124,9 @@ class _StudentTargets:
         logits = load_stacked(task.path(carrier_file(arguments["carrier_of"])), task.device)["logits"]
         given = None
         if arguments["shuffle_outputs"]:
-            streams = [random_stream(arguments["seed"], "member", member, "output-shuffle") for member in range(logits.shape[0])]
+            streams = [
+                random_stream(arguments["seed"], "member", member, "output-shuffle") for member in range(logits.shape[0])
+            ]
             given = torch.from_numpy(np.stack([stream.permutation(logits.shape[1]) for stream in streams])).to(task.device)
         return cls(arguments["replicate"], logits, given)
 
@@ -166,5 +175,3 @@ def _origin(arguments: Mapping[str, Any]) -> Origin:
 def _dtype(arguments: Mapping[str, Any]) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, arguments["model"]["dtype"])
     return dtype
-
-
