@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -10,6 +10,7 @@ from mechsub.lineages import Lineage
 from mechsub.stage import Stage
 
 
+@runtime_checkable
 class Family(Protocol):
     """A family of models with its trait, bound to one recipe. Analyses use nothing else of it."""
 
@@ -47,6 +48,7 @@ class StudentPlan:
     """0 for a student and its control, which share every draw; 1 for the sham, which has its own."""
 
 
+@runtime_checkable
 class FamilyStages(Protocol):
     """A family's ``stages`` module: its stages as data. ``inputs`` maps file names to their digests."""
 

@@ -20,7 +20,7 @@ class Direction:
 
     label: str
     terms: tuple[tuple[Lineage, int, float], ...]
-    """(lineage, step, coefficient). Summed in pairs from the left: each pair is one displacement, formed first."""
+    """(lineage, step, coefficient)."""
 
 
 def displacement(lineage: Lineage, step: int) -> Direction:
@@ -34,9 +34,8 @@ def origin_direction(lineage: Lineage) -> Direction:
 
 
 def displacement_difference(first: Lineage, second: Lineage, step: int) -> Direction:
-    """Δθ of one lineage minus Δθ of another, subtracted weight by weight."""
-    terms = (*displacement(first, step).terms, *((of, at, -sign) for of, at, sign in displacement(second, step).terms))
-    return Direction(difference_label(first.name, second.name, step), terms)
+    """θ_first(step) − θ_second(step), subtracted weight by weight: the difference of the displacements of one origin."""
+    return Direction(difference_label(first.name, second.name, step), ((first, step, 1.0), (second, step, -1.0)))
 
 
 def displacement_label(lineage: str, step: int) -> str:
@@ -111,9 +110,8 @@ def _load_chunk(
 
 
 def _sum_terms(direction: Direction, rows: dict[tuple[str, int], Tensor]) -> Float[Tensor, "member weight"]:
-    parts = [rows[lineage.name, step] * sign for lineage, step, sign in direction.terms]
-    pairs = [sum(parts[index + 1 : index + 2], parts[index]) for index in range(0, len(parts), 2)]
-    return sum(pairs[1:], pairs[0])
+    first, *rest = (rows[lineage.name, step] * sign for lineage, step, sign in direction.terms)
+    return sum(rest, first)
 
 
 def _sources(directions: Sequence[Direction]) -> dict[tuple[str, int], tuple[Lineage, int]]:

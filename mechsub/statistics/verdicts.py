@@ -3,6 +3,7 @@
 "Not significant" is not "no effect": an effect is only called absent when two one-sided tests put it inside the margin.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -98,15 +99,16 @@ def members_to_decide(values: Float[np.ndarray, " member"], rules: Rules) -> int
     """
     known = values[np.isfinite(values)]
     mean, spread = float(known.mean()), float(known.std(ddof=1))
-    counts = np.arange(max(len(known), 2), _MOST_MEMBERS + 1)
-    half = stats.t.ppf(0.5 + rules.confidence / 2, counts - 1) * spread / np.sqrt(counts)
-    half_equivalence = stats.t.ppf(1 - rules.equivalence_level, counts - 1) * spread / np.sqrt(counts)
-    decided = (
-        ((mean - half > 0) & (mean > rules.margin))
-        | (abs(mean) + half_equivalence < rules.margin)
-        | (mean + half < -rules.margin)
-    )
-    return int(counts[decided.argmax()]) if decided.any() else None
+
+    def is_decided(n: int) -> bool:
+        half = stats.t.ppf(0.5 + rules.confidence / 2, n - 1) * spread / np.sqrt(n)
+        half_equivalence = stats.t.ppf(1 - rules.equivalence_level, n - 1) * spread / np.sqrt(n)
+        above, below = mean - half > 0 and mean > rules.margin, mean + half < -rules.margin
+        return bool(above or below or abs(mean) + half_equivalence < rules.margin)
+
+    counts = range(max(len(known), 2), _MOST_MEMBERS + 1)
+    first = bisect_left(counts, True, key=is_decided)  # each of the three stays true as n grows
+    return counts[first] if first < len(counts) else None
 
 
 def _decide(

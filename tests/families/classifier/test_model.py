@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+
+from mechsub.families.classifier.config import ModelConfig
+from mechsub.families.classifier.model import (
+    Classifier,
+    derive_origin,
+    draw_reference,
+    forward_stacked,
+    model_spec,
+    num_parameters,
+    permute_units,
+    tensor_table,
+)
+from mechsub.lineages import Origin
+
+
+def spec_of(**fields):
+    return model_spec(ModelConfig(**{"hidden_widths": (9, 7), "dtype": "float64", **fields}), 5, 4)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "tanh"])
+@pytest.mark.parametrize("widths", [(9,), (9, 7), (6, 6, 6)])
+@pytest.mark.parametrize("num_auxiliary", [0, 3])
+def test_the_stacked_forward_pass_equals_each_members_module(activation, widths, num_auxiliary):
+    spec = spec_of(hidden_widths=widths, activation=activation, num_auxiliary=num_auxiliary)
+    parameters = draw_reference(spec, 1.0, 0, range(3))
+    images = torch.randn(3, 11, 5, dtype=torch.float64)
+    stacked = forward_stacked(parameters, images, activation)
+    for member in range(3):
+        module = Classifier(spec)
+        module.load_state_dict({name: tensor[member] for name, tensor in parameters.items()})
+        torch.testing.assert_close(stacked[member], module(images[member]))
+
+
+def test_references_have_the_published_spread():
+    spec = spec_of(hidden_widths=(400, 300))
+    parameters = draw_reference(spec, 2.0, 0, range(2))
+    for name, info in tensor_table(spec).items():
+        if name.endswith("bias"):
+            assert (parameters[name] == 0).all()
+        elif name.startswith("layers."):
+            assert parameters[name].std() == pytest.approx(2.0 / np.sqrt(info.shape[1]), rel=0.03)
+    assert num_parameters(spec) == sum(tensor[0].numel() for tensor in parameters.values())
+
+
+def test_a_member_does_not_depend_on_how_many_there_are():
+    few, many = (draw_reference(spec_of(), 1.0, 0, range(count)) for count in (2, 5))
+    assert all(torch.equal(many[name][:2], few[name]) for name in few)
+
+
+@pytest.mark.parametrize("widths", [(9,), (9, 7)])
+def test_permuted_units_compute_the_same_function_with_other_weights(widths):
+    spec = spec_of(hidden_widths=widths)
+    reference = draw_reference(spec, 1.0, 0, range(3))
+    permuted = derive_origin(reference, Origin("reference", (0, 1, 2), permute_hidden=True), 0)
+    images = torch.randn(3, 11, 5, dtype=torch.float64)
+    torch.testing.assert_close(forward_stacked(permuted, images, "relu"), forward_stacked(reference, images, "relu"))
+    assert not torch.equal(permuted["layers.0.weight"], reference["layers.0.weight"])
+
+
+def test_permuting_back_restores_every_weight():
+    reference = draw_reference(spec_of(), 1.0, 0, range(2))
+    order = torch.stack([torch.randperm(7), torch.randperm(7)])
+    restored = permute_units(permute_units(reference, 1, order), 1, order.argsort(1))
+    assert all(torch.equal(restored[name], reference[name]) for name in reference)
+
+
+def test_a_different_start_is_another_members_reference():
+    reference = draw_reference(spec_of(), 1.0, 0, range(3))
+    start = derive_origin(reference, Origin("reference", (1, 2, 0)), 0)
+    assert all(torch.equal(start[name][0], reference[name][1]) for name in reference)
+
+
+def test_noise_has_its_absolute_size_on_every_weight_and_bias():
+    reference = draw_reference(spec_of(hidden_widths=(200, 100)), 1.0, 0, range(2))
+    start = derive_origin(reference, Origin("reference", (0, 1), noise_std=0.3), 0)
+    moved = torch.cat([(start[name] - reference[name]).flatten() for name in reference])
+    assert moved.std() == pytest.approx(0.3, rel=0.02)
+    assert all((start[name] != reference[name]).all() for name in reference)
