@@ -165,22 +165,8 @@ def write_report(run_dir: str | Path) -> Path:
         RunDirectoryError: there are no results yet, or one of them is damaged.
     """
     directory = RunDirectory.open(run_dir)
-    results = {}
-    for record in directory.records().values():
-        for name, known in record.outputs.items():
-            if name.startswith("results/"):
-                directory.check_file(name, known, record.name)
-                results[Path(name).stem] = read_result(directory.path / name)
-    if not results:
-        raise RunDirectoryError(f"{run_dir} has no results yet; `mechsub analyze {run_dir}` makes them")
-    results = dict(sorted(results.items()))
-    recipe = yaml.safe_load(directory.recipe_path.read_text())
-    findings = [finding for result in results.values() for finding in result.findings]
-    write_json(directory.path / "findings.json", findings_document(recipe["name"], findings))
-    path = directory.path / "report" / "index.html"
-    with atomic_write(path) as temporary:
-        temporary.write_text(render_report(directory.header, recipe, results))
-    return path
+    with directory.lock("report"):
+        return _write_report(directory)
 
 
 def verify_run(run_dir: str | Path) -> list[str]:
@@ -210,6 +196,25 @@ def describe_installation() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _write_report(directory: RunDirectory) -> Path:
+    results = {}
+    for record in directory.records().values():
+        for name, known in record.outputs.items():
+            if name.startswith("results/"):
+                directory.check_file(name, known, record.name)
+                results[Path(name).stem] = read_result(directory.path / name)
+    if not results:
+        raise RunDirectoryError(f"{directory.path} has no results yet; `mechsub analyze {directory.path}` makes them")
+    results = dict(sorted(results.items()))
+    recipe = yaml.safe_load(directory.recipe_path.read_text())
+    findings = [finding for result in results.values() for finding in result.findings]
+    write_json(directory.path / "findings.json", findings_document(recipe["name"], findings))
+    path = directory.path / "report" / "index.html"
+    with atomic_write(path) as temporary:
+        temporary.write_text(render_report(directory.header, recipe, results))
+    return path
 
 
 def _resolve_device(device: str) -> str:

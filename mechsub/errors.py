@@ -1,5 +1,7 @@
 """The errors that a user can mend; the command line shows them bare and exits with 2."""
 
+from collections.abc import Sequence
+
 
 class MechsubError(Exception):
     """What is wrong, with the values, and the next step, in the user's words."""
@@ -27,3 +29,10 @@ class TrainingError(MechsubError):
 
 class AnalysisError(MechsubError):
     """An analysis that this run cannot feed."""
+
+
+def join_errors(errors: Sequence[MechsubError]) -> MechsubError:
+    """One error that says what all of them say, each thing once; of their kind, where they share it."""
+    kinds = {type(error) for error in errors}
+    kind = kinds.pop() if len(kinds) == 1 else MechsubError
+    return kind("\n".join(dict.fromkeys(map(str, errors))))

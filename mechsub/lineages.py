@@ -18,6 +18,7 @@ from mechsub.errors import RunDirectoryError
 from mechsub.rundir import atomic_write, write_json
 
 SPEC_FILE = "lineage.json"
+_METADATA = "mechsub"
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,13 @@ def lineage_files(lineage: str, steps: Sequence[int], optimizer_state: bool = Fa
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write named tensors to one safetensors file, atomically."""
+    """Write named tensors to one safetensors file, atomically.
+
+    The metadata is one JSON entry: safetensors writes several in an order that changes from run to run, and with it the hash.
+    """
     with atomic_write(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata=dict(metadata))
+        save_file(contiguous, temporary, metadata={_METADATA: json.dumps(metadata, sort_keys=True)})
 
 
 def write_spec(folder: Path, spec: LineageSpec) -> None:
@@ -162,9 +166,10 @@ def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def load_metadata(path: Path) -> dict[str, str]:
-    """The metadata of a safetensors file."""
+    """What `write_tensors` was given beside the tensors."""
     with safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+        content: dict[str, str] = json.loads(file.metadata()[_METADATA])
+        return content
 
 
 def _read_spec(path: Path) -> LineageSpec:

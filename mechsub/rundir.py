@@ -24,9 +24,12 @@ _HASH_CHUNK = 1 << 20
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside ``path``; on success flush it to the disk and rename it to ``path``."""
+    """Yield a temporary name beside ``path``; on success flush it to the disk and rename it to ``path``.
+
+    The name is always the same, so that what a killed process left is written over: locks keep out a second writer.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f"{path.name}.part")
     try:
         yield temporary
         with temporary.open("rb+") as file:

@@ -30,6 +30,7 @@ FLOORS = [
     {"executors"},
     {"api"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 """From the bottom up. Rooms on one floor do not import each other."""
 

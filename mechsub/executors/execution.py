@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mechsub.errors import MechsubError
+from mechsub.errors import join_errors
 from mechsub.rundir import RunDirectory
 from mechsub.stage import Stage, StageFunction, Task, load_function
 
@@ -46,7 +46,7 @@ def execute_stages(run: Path, stages: Sequence[Stage], device: str) -> None:
                     path.unlink(missing_ok=True)
     errors = [task.error for task in tasks if task.error is not None]
     if errors:
-        raise errors[0] if len(errors) == 1 else MechsubError("\n".join(str(error) for error in errors))
+        raise join_errors(errors)
 
 
 def read_progress(directory: RunDirectory, stage: Stage) -> int:

@@ -16,7 +16,7 @@ import psutil
 from loky import ProcessPoolExecutor
 
 from mechsub.environment import available_cores
-from mechsub.errors import MechsubError
+from mechsub.errors import MechsubError, join_errors
 from mechsub.executors.execution import execute_stages, read_progress
 from mechsub.rundir import RunDirectory
 from mechsub.stage import Stage
@@ -40,7 +40,7 @@ def run_stages(
     """Run all stages that are not done yet, each after those that make its inputs.
 
     ``workers``: processes; None gives one for each core that the stages' threads leave; 0 runs everything in this
-    process. A failed stage stops nothing but what needs it; the first failure is raised at the end.
+    process. A failed stage stops nothing but what needs it; what failed is raised at the end.
 
     Raises:
         MechsubError: a stage failed, or a worker process was killed.
@@ -101,13 +101,13 @@ def _run_here(stages: Sequence[Stage], directory: RunDirectory, device: str, lim
                 else:
                     failed.add(stage.key)
     if errors:
-        raise errors[0]
+        raise join_errors(errors)
 
 
 def _run_in_processes(
     stages: Sequence[Stage], directory: RunDirectory, device: str, workers: int, limit: int, report: Progress
 ) -> None:
-    errors: list[Exception] = []
+    errors: list[MechsubError] = []
     failed: set[str] = set()
     running: dict[Future[None], list[Stage]] = {}
     pool = ProcessPoolExecutor(max_workers=workers, initializer=_watch_parent, initargs=(os.getpid(),))
@@ -127,12 +127,12 @@ def _run_in_processes(
         # Also the way out of Ctrl-C: a killed worker loses nothing that the next run does not resume.
         pool.shutdown(wait=True, kill_workers=True)
     if errors:
-        raise errors[0]
+        raise join_errors(errors)
 
 
 def _collect(
     future: "Future[None]", group: Sequence[Stage], directory: RunDirectory, failed: set[str], report: Progress
-) -> list[Exception]:
+) -> list[MechsubError]:
     """What a finished call leaves: progress for the stages that are done, the error of those that are not."""
     for stage in group:
         if directory.is_done(stage):

@@ -70,13 +70,14 @@ def check_resources(stages: Sequence[Stage], folder: Path) -> None:
         )
 
 
-def format_bytes(count: float) -> str:
+def format_bytes(count: int) -> str:
     """A number of bytes for a person."""
+    size = float(count)
     for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
 
 
 def _inputs(stage: Stage, *names: str) -> dict[str, str]:

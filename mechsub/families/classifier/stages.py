@@ -23,7 +23,7 @@ def reference_stage(config: Config) -> Stage:
     arguments = _common(config) | {
         "lineage": "reference",
         "initialisation_scale": config.model.initialisation_scale,
-        "origin": _origin(config, ConditionConfig()),
+        "origin": _origin(ConditionConfig()),
         "steps": [0],
     }
     size = _lineage_bytes(config)
@@ -40,7 +40,7 @@ def teacher_stage(config: Config, lineage: str, neutral: str | None, inputs: Map
         "training": training.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json"),
         "labels": neutral or "true",
-        "origin": _origin(config, ConditionConfig()),
+        "origin": _origin(ConditionConfig()),
     }
     resources = _training_resources(config, arguments, training.batch_size, "teachers")
     return Stage(lineage, f"{_MODULE}.train:train_teachers", arguments, inputs, _files(config, arguments), resources)
@@ -86,7 +86,7 @@ def student_stage(config: Config, plan: StudentPlan, inputs: Mapping[str, str]) 
         "teacher": plan.teacher,
         "carrier_of": plan.carrier,
         "replicate": plan.replicate,
-        "origin": _origin(config, condition),
+        "origin": _origin(condition),
         "logits": condition.logits,
         "shuffle_outputs": condition.shuffle_outputs,
     }
@@ -115,15 +115,13 @@ def _last_teacher_step(config: Config) -> int:
     return config.teacher.epochs * ceil(num_examples / config.teacher.batch_size)
 
 
-def _origin(config: Config, condition: ConditionConfig) -> dict[str, Any]:
+def _origin(condition: ConditionConfig) -> dict[str, Any]:
     """Where a condition starts.
 
     A different start is the next member's reference: a derangement that a further member changes at its end only.
     """
-    shift = 1 if condition.init == "different" else 0
     return {
-        "lineage": "reference",
-        "members": [(member + shift) % config.members for member in range(config.members)],
+        "shift": 1 if condition.init == "different" else 0,
         "permute_hidden": condition.permute_hidden,
         "noise_std": condition.noise_std,
     }

@@ -169,7 +169,9 @@ def _recorder(task: Task) -> LineageRecorder:
 
 
 def _origin(arguments: Mapping[str, Any]) -> Origin:
-    return Origin(**{**arguments["origin"], "members": tuple(arguments["origin"]["members"])})
+    origin, members = arguments["origin"], arguments["members"]
+    partners = tuple((member + origin["shift"]) % members for member in range(members))
+    return Origin("reference", partners, origin["permute_hidden"], origin["noise_std"])
 
 
 def _dtype(arguments: Mapping[str, Any]) -> torch.dtype:

@@ -1,0 +1,5 @@
+"""``python -m mechsub``: the command line."""
+
+from mechsub.cli import main
+
+main()

@@ -1,0 +1,220 @@
+"""The whole way of a run: again, further, killed, changed, damaged."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import xarray as xr
+
+import mechsub
+from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment, verify_run, write_report
+from mechsub.errors import AnalysisError, MechsubError, ResourceError, RunDirectoryError
+from mechsub.recipe import load_recipe
+from tests.helpers import output_hashes
+
+
+def run(recipe, out, *settings):
+    return run_experiment(load_recipe(recipe, settings), out, device="cpu", workers=0)
+
+
+def results_of(path):
+    return {name: data for name, data in open_run(path).results.items()}
+
+
+def test_the_same_recipe_gives_the_same_bytes(tiny_recipe, tiny_run, tmp_path):
+    run(tiny_recipe, tmp_path / "again")
+    assert output_hashes(tmp_path / "again") == {
+        name: found for name, found in output_hashes(tiny_run.path).items() if not name.startswith("results/")
+    }
+    analyze_run(tmp_path / "again", device="cpu", workers=0)
+    for name, data in results_of(tmp_path / "again").items():
+        xr.testing.assert_identical(data, tiny_run.results[name])
+
+
+def test_processes_give_the_bytes_that_one_process_gives(tiny_recipe, tiny_run, tmp_path):
+    run_experiment(tiny_recipe, tmp_path / "parallel", device="cpu", workers=2)
+    assert output_hashes(tmp_path / "parallel").items() <= output_hashes(tiny_run.path).items()
+
+
+def test_an_added_condition_runs_only_its_own_stages_and_changes_nothing_else(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    analyze_run(out, device="cpu", workers=0)
+    before, times = output_hashes(out, "lineages/"), {path: path.stat().st_mtime_ns for path in out.glob("lineages/*/*")}
+    scores = results_of(out)["behaviour"].trait_score
+    further = load_recipe(tiny_recipe, ["conditions.far={init: different, noise_std: 0.1}"])
+    plan = plan_experiment(further, out)
+    assert [stage.name for stage in plan.pending] == ["student.far", "control.far"]
+    run_experiment(plan, device="cpu", workers=0)
+    assert before.items() <= output_hashes(out, "lineages/").items()
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items())
+    analyze_run(out, device="cpu", workers=0)
+    after = results_of(out)["behaviour"].trait_score
+    xr.testing.assert_identical(after.sel(lineage=scores.lineage), scores)
+    assert "far" in (out / "report/index.html").read_text()
+
+
+def test_an_analysis_is_kept_until_a_lineage_changes(tiny_run):
+    path = tiny_run.path / "results/behaviour.h5"
+    stamp = path.stat().st_mtime_ns
+    analyze_run(tiny_run.path, device="cpu", workers=0)
+    assert path.stat().st_mtime_ns == stamp
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("student.epochs=3", "`student.epochs` was 2, is 3"),
+        ("seed=5", "`seed` was 0, is 5"),
+        ("verdict.margin=0.2", "`verdict.margin` was 0.05, is 0.2"),
+        ("conditions.noised-init={noise_std: 0.7}", "`conditions.noised-init.noise_std` was 0.05, is 0.7"),
+    ],
+)
+def test_another_recipe_is_refused_with_both_values(tiny_recipe, tiny_run, setting, message):
+    before = (tiny_run.path / "recipe.yaml").read_text()
+    with pytest.raises(RunDirectoryError, match="was made by another recipe") as caught:
+        run(tiny_recipe, tiny_run.path, setting)
+    assert message in str(caught.value) and "another --out" in str(caught.value)
+    assert (tiny_run.path / "recipe.yaml").read_text() == before
+
+
+def test_a_folder_with_other_things_is_refused(tiny_recipe, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="no run.json"):
+        run(tiny_recipe, tmp_path)
+    with pytest.raises(RunDirectoryError, match="does not exist"):
+        run(tiny_recipe, tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_plan_that_the_disk_cannot_hold_is_refused_before_anything_is_written(tiny_recipe, tmp_path):
+    with pytest.raises(ResourceError, match=r"writes about [\d.]+ TB .* free; lower members"):
+        run(tiny_recipe, tmp_path / "huge", "members=100000000")
+    assert not (tmp_path / "huge").exists()
+
+
+def test_a_plan_that_the_memory_cannot_hold_is_refused(tiny_recipe, tmp_path):
+    with pytest.raises(ResourceError, match=r"needs about [\d.]+ [GT]B of memory"):
+        run(tiny_recipe, tmp_path / "wide", "student.batch_size=100000000")
+
+
+def test_a_dry_run_writes_nothing(tiny_recipe, tmp_path):
+    plan = plan_experiment(tiny_recipe, tmp_path / "out")
+    assert len(plan.pending) == len(plan.stages) and plan.disk_bytes > 0
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def damaged(tiny_recipe, tmp_path):
+    """A finished run whose teacher has one byte flipped."""
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    path = sorted(out.glob("lineages/teacher/step-*.safetensors"))[-1]
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x10
+    path.write_bytes(content)
+    return out, path
+
+
+def test_a_flipped_byte_is_found_by_verify_and_stops_the_analysis(damaged):
+    out, path = damaged
+    (problem,) = verify_run(out)
+    assert path.name in problem and "expected sha256" in problem and "delete it and run" in problem
+    with pytest.raises(RunDirectoryError, match="has changed since stage teacher made it"):
+        analyze_run(out, device="cpu", workers=0)
+    assert not (out / "results").exists() or not list((out / "results").glob("*.h5"))
+
+
+def test_a_deleted_file_is_rebuilt_as_it_was(damaged, tiny_recipe, tiny_run):
+    out, path = damaged
+    path.unlink()
+    assert [stage.name for stage in plan_experiment(tiny_recipe, out).pending] == ["teacher"]
+    run(out / "recipe.yaml", out)
+    assert verify_run(out) == []
+    assert output_hashes(out).items() <= output_hashes(tiny_run.path).items()
+
+
+def test_a_truncated_result_is_named_and_rebuilt(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    analyze_run(out, device="cpu", workers=0)
+    path = out / "results/behaviour.h5"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(RunDirectoryError, match=r"behaviour.h5 has changed.*mechsub analyze"):
+        write_report(out)
+    analyze_run(out, device="cpu", workers=0)
+    assert verify_run(out) == []
+
+
+def test_there_is_no_report_without_results_and_no_analysis_without_students(tiny_recipe, tmp_path):
+    plan = plan_experiment(tiny_recipe, tmp_path / "run")
+    run_experiment(type(plan)(plan.recipe, plan.out, plan.stages, plan.stages[:3]), device="cpu", workers=0)
+    with pytest.raises(RunDirectoryError, match="has no results yet"):
+        write_report(plan.out)
+    with pytest.raises(AnalysisError, match="no condition with both its student and its control"):
+        analyze_run(plan.out, device="cpu")
+
+
+def test_a_partial_run_is_analysed_and_says_what_is_missing(tiny_recipe, tmp_path):
+    plan = plan_experiment(tiny_recipe, tmp_path / "run")
+    kept = [stage for stage in plan.stages if not stage.name.endswith(("noised-init", "shuffled-carrier"))]
+    run_experiment(type(plan)(plan.recipe, plan.out, plan.stages, kept), device="cpu", workers=0)
+    page = analyze_run(plan.out, device="cpu", workers=0).read_text()
+    assert "Not finished, so not judged: noised-init, shuffled-carrier." in page
+
+
+def test_names_and_devices_that_do_not_exist_are_refused(tiny_run):
+    with pytest.raises(AnalysisError, match="did you mean `behaviour`"):
+        analyze_run(tiny_run.path, ["behavior"])
+    with pytest.raises(MechsubError, match="choose auto, cpu or cuda"):
+        analyze_run(tiny_run.path, device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(MechsubError, match="sees no GPU"):
+            analyze_run(tiny_run.path, device="cuda")
+
+
+def test_a_run_opens_with_its_recipe_lineages_results_and_findings(tiny_run):
+    opened = mechsub.open_run(tiny_run.path)
+    assert opened.recipe.name == "tiny"
+    assert next(iter(opened.lineages)) == "reference"
+    assert set(opened.results) == {"behaviour", "parameter_alignment"}
+    assert set(opened.findings.analysis) == {"behaviour", "parameter_alignment"}
+    document = json.loads((tiny_run.path / "findings.json").read_text())
+    assert len(document["findings"]) == len(opened.findings)
+
+
+KILLS = 5
+
+
+def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(tiny_recipe, tiny_run, tmp_path):
+    out = tmp_path / "killed"
+    settings = ["--set", "student.epochs=60", "--set", "student.batch_size=8", "--set", "teacher.epochs=40"]
+    command = [sys.executable, "-m", "mechsub", "run", str(tiny_recipe), "--out", str(out), "--device", "cpu", *settings]
+    chance = random.Random(0)
+    interrupted = 0
+    for attempt in range(KILLS):
+        before = set(out.glob("lineages/*/*"))
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        started = time.monotonic()
+        while set(out.glob("lineages/*/*")) == before and process.poll() is None and time.monotonic() - started < 60:
+            time.sleep(0.02)  # past the imports, where a kill has nothing to disturb
+        time.sleep(chance.uniform(0.0, 0.6))
+        if process.poll() is None:
+            interrupted += 1
+            # Half of the kills take the parent only: its workers must notice and free their locks.
+            os.kill(process.pid, signal.SIGKILL) if attempt % 2 else os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        time.sleep(1.2 if attempt % 2 else 0.0)
+    assert interrupted >= 2
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert verify_run(out) == []
+    run(tiny_recipe, tmp_path / "undisturbed", *settings[1::2])
+    assert output_hashes(out) == output_hashes(tmp_path / "undisturbed")
+    assert not [*out.rglob("resume*"), *out.rglob("*.part"), *out.rglob("*.progress")]
