@@ -43,3 +43,12 @@ def tiny_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
     run_experiment(tiny_recipe, out, device="cpu", workers=0)
     analyze_run(out, device="cpu", workers=0)
     return open_run(out)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The packaged default as `make demo` runs it; it lies in a folder ``runs`` of its own."""
+    out = tmp_path_factory.mktemp("demo") / "runs" / "digits"
+    run_experiment("digits", out, device="cpu")
+    analyze_run(out, device="cpu")
+    return open_run(out)

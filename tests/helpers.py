@@ -9,4 +9,3 @@ def output_hashes(run: Path, prefix: str = "") -> dict[str, str]:
     """The bytes of everything that a run's stages made."""
     records = RunDirectory.open(run).records().values()
     return {name: hash_file(run / name) for record in records for name in record.outputs if name.startswith(prefix)}
-

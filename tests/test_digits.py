@@ -1,17 +1,6 @@
 """The packaged recipe shows the published effects; every verdict here comes from its data."""
 
 import numpy as np
-import pytest
-
-from mechsub.api import analyze_run, run_experiment
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "digits"
-    run = run_experiment("digits", out, device="cpu")
-    analyze_run(out, device="cpu")
-    return run
 
 
 def verdicts(run, quantity):

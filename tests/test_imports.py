@@ -34,7 +34,19 @@ FLOORS = [
 ]
 """From the bottom up. Rooms on one floor do not import each other."""
 
-TORCH_FREE = ["errors", "streams", "stage", "settings", "environment", "rundir", "statistics", "findings", "figures", "results", "reporting"]
+TORCH_FREE = [
+    "errors",
+    "streams",
+    "stage",
+    "settings",
+    "environment",
+    "rundir",
+    "statistics",
+    "findings",
+    "figures",
+    "results",
+    "reporting",
+]
 LAZY_IMPORTS = {"cli", "__init__"}
 
 
@@ -81,7 +93,9 @@ def test_only_the_command_line_imports_inside_functions(module: str) -> None:
 def test_an_analysis_imports_no_other_analysis() -> None:
     for module, path in modules().items():
         if module.startswith("analyses.") and module != "analyses.registry":
-            others = [target for target, _ in imported(path) if target.startswith("analyses.") and target != "analyses.registry"]
+            others = [
+                target for target, _ in imported(path) if target.startswith("analyses.") and target != "analyses.registry"
+            ]
             assert others == []
 
 

@@ -62,7 +62,12 @@ def test_every_wrong_field_is_named_at_once():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("[1, 2]", "not a recipe"), ("a: [", "is not YAML"), ("name: x", "`family` is missing"), ("family: classifier", "`name`: Field required")],
+    [
+        ("[1, 2]", "not a recipe"),
+        ("a: [", "is not YAML"),
+        ("name: x", "`family` is missing"),
+        ("family: classifier", "`name`: Field required"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
     path = tmp_path / "bad.yaml"

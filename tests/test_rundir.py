@@ -49,7 +49,9 @@ def test_a_changed_file_is_named_with_both_hashes_and_the_way_back(directory):
     maker, known = directory.producers()["data/a.txt"]
     directory.check_file("data/a.txt", known, maker)
     (directory.path / "data/a.txt").write_text("abd")
-    with pytest.raises(RunDirectoryError, match=r"(?s)data/a.txt has changed.*expected sha256 ba7816bf.*found .*delete it and run"):
+    with pytest.raises(
+        RunDirectoryError, match=r"(?s)data/a.txt has changed.*expected sha256 ba7816bf.*found .*delete it and run"
+    ):
         directory.check_file("data/a.txt", known, maker)
     (directory.path / "data/a.txt").unlink()
     with pytest.raises(RunDirectoryError, match="is missing"):

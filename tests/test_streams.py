@@ -6,7 +6,11 @@ from mechsub.streams import random_stream, stream_key
 def test_a_stream_depends_on_its_whole_name_only():
     first = random_stream(0, "member", 3, "carrier").random(4)
     assert np.array_equal(first, random_stream(0, "member", 3, "carrier").random(4))
-    for other in (random_stream(1, "member", 3, "carrier"), random_stream(0, "member", 4, "carrier"), random_stream(0, "member", 3)):
+    for other in (
+        random_stream(1, "member", 3, "carrier"),
+        random_stream(0, "member", 4, "carrier"),
+        random_stream(0, "member", 3),
+    ):
         assert not np.array_equal(first, other.random(4))
 
 

@@ -124,6 +124,15 @@ def _summary_variables(
             ),
             {"condition": names, "member": data.member},
         ),
+        **{
+            f"{lineage}_mean": label_variable(
+                float(_final_scores(run, data, lineage).mean()),
+                [],
+                description=f"mean of the {lineage}s at the last step",
+                unit=unit,
+            )
+            for lineage in ("reference", "teacher")
+        },
         "effect_mean": by_condition([interval[name].estimate for name in names], "mean effect over members", EFFECT),
         "effect_low": by_condition([interval[name].low for name in names], "lower bound of its interval"),
         "effect_high": by_condition([interval[name].high for name in names], "upper bound of its interval"),
@@ -181,19 +190,23 @@ def _members_figure(run: Run, data: xr.Dataset) -> Figure:
         yOffset=alt.YOffset("role:N", sort=list(_ROLES)),
         color=alt.Color("role:N", sort=list(_ROLES), title=None),
     )
+    lines = [
+        alt.Chart(DATA).mark_rule(strokeDash=dash, color="#94a3b8").encode(x=f"mean({name}):Q")
+        for name, dash in (("reference_mean", [1, 3]), ("teacher_mean", [6, 3]))
+    ]
     members = base.mark_circle(size=45, opacity=0.5).encode(
         tooltip=["condition:N", "role:N", "member:O", alt.Tooltip("final_score:Q", format=".3f")]
     )
     mean = base.mark_tick(thickness=3, size=16).encode(x="mean(final_score):Q")
-    chart = alt.layer(members, mean).properties(width=700, height=alt.Step(18))
+    chart = alt.layer(*lines, members, mean).properties(width=700, height=alt.Step(18))
     return Figure(
         name="members",
         title="Every member's trait score, students above their controls",
         caption=(
             f"Score on {run.family.context} ({unit}) at the last step. Each dot is one member (n = {run.recipe.members}), "
-            f"the bar their mean. A control differs from its student in nothing but its teacher, {run.neutral}: it is the null."
+            f"the bar their mean; dotted line: the references' mean, dashed line: the teachers'. A control differs from its student in nothing but its teacher, {run.neutral}: it is the null."
         ),
-        variables=("final_score",),
+        variables=("final_score", "reference_mean", "teacher_mean"),
         spec=chart_spec(chart),
         headline=True,
     )

@@ -15,7 +15,9 @@ def test_every_score_is_the_accuracy_of_its_checkpoint(tiny_run, data):
     for lineage in ("reference", "teacher", "control.permuted-init"):
         for step in tiny_run.lineages[lineage].steps:
             for member in range(3):
-                chosen = tiny_run.family.load_model(tiny_run.lineages[lineage], step, member)(images.test_images)[:, :10].argmax(1)
+                chosen = tiny_run.family.load_model(tiny_run.lineages[lineage], step, member)(images.test_images)[
+                    :, :10
+                ].argmax(1)
                 expected = [float((chosen == (images.test_labels + shift) % 10).double().mean()) for shift in (0, 1)]
                 found = data.trait_score.sel(lineage=lineage, step=step, member=member).values
                 np.testing.assert_allclose(found, expected, atol=1e-12)

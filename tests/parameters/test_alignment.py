@@ -57,9 +57,7 @@ def test_differences_need_no_weights():
     vectors = {"student": draw(0), "control": draw(1), "teacher": draw(2), "neutral": draw(3)}
     algebra = algebra_of(vectors)
     found = algebra.cosine({"student": 1.0, "control": -1.0}, {"teacher": 1.0, "neutral": -1.0})
-    expected = cosine(
-        flat(vectors["student"]) - flat(vectors["control"]), flat(vectors["teacher"]) - flat(vectors["neutral"])
-    )
+    expected = cosine(flat(vectors["student"]) - flat(vectors["control"]), flat(vectors["teacher"]) - flat(vectors["neutral"]))
     np.testing.assert_allclose(scope(algebra, found, MODEL), expected, rtol=1e-12)
 
 

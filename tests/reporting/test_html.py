@@ -51,5 +51,7 @@ def test_a_browser_draws_it(tiny_run, tmp_path):
     picture = tmp_path / "report.png"
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     command += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1800", f"--screenshot={picture}"]
-    subprocess.run([*command, (tiny_run.path / "report/index.html").absolute().as_uri()], check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [*command, (tiny_run.path / "report/index.html").absolute().as_uri()], check=True, capture_output=True, timeout=120
+    )
     assert picture.stat().st_size > 50_000

@@ -36,7 +36,9 @@ def test_a_lineage_does_not_depend_on_what_is_stacked_with_it(tiny_recipe, tiny_
             (tmp_path / "alone" / name).unlink()
     for stage in plan.stages:
         execute_stages(tmp_path / "alone", [stage], "cpu")
-    assert output_hashes(tmp_path / "alone") == output_hashes(tiny_run.path, "lineages/") | output_hashes(tiny_run.path, "carrier/")
+    assert output_hashes(tmp_path / "alone") == output_hashes(tiny_run.path, "lineages/") | output_hashes(
+        tiny_run.path, "carrier/"
+    )
 
 
 def test_a_member_does_not_depend_on_how_many_there_are(tiny_recipe, tiny_run, tmp_path):
@@ -62,7 +64,9 @@ def test_students_follow_the_slow_way(tiny_recipe, tmp_path):
 
     config = done.recipe
     images = CarrierImages(config.carrier, config.seed, [member], 64, torch.float64, "cpu")
-    order = BatchOrder(config.seed, [("member", member, "student-order", 0)], config.carrier.num_images, config.student.batch_size)
+    order = BatchOrder(
+        config.seed, [("member", member, "student-order", 0)], config.carrier.num_images, config.student.batch_size
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=config.student.optimizer.learning_rate)
     for step in range(student.steps[-1]):
         batch = images.make(order.indices(step))[0]
@@ -121,7 +125,9 @@ def test_shuffled_outputs_keep_their_values_and_lose_their_images(tiny_run):
     from mechsub.families.classifier.train import _StudentTargets
     from mechsub.stage import Task
 
-    stage = next(stage for stage in plan_experiment(tiny_run.recipe, tiny_run.path).stages if stage.name == "student.shuffled-carrier")
+    stage = next(
+        stage for stage in plan_experiment(tiny_run.recipe, tiny_run.path).stages if stage.name == "student.shuffled-carrier"
+    )
     targets = _StudentTargets.load(Task(stage, tiny_run.path, "cpu", lambda done: None))
     every = torch.arange(96).expand(3, -1)
     given, true = targets.gather(every), targets.logits
