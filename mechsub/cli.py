@@ -57,25 +57,25 @@ def run(
         _print_plan(plan)
         if dry_run:
             return
-        with _progress(plan.pending, len(plan.stages)) as on_progress:
+        with _progress(plan.pending) as on_progress:
             api.run_experiment(plan, device=device, on_progress=on_progress)
         typer.echo(f"The run is in {plan.out}; `mechsub analyze {plan.out}` measures it.")
 
 
 @app.command()
 def analyze(
-    run_dir: RunDir,
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN_DIR…", show_default=False)],
     only: Annotated[list[str] | None, typer.Option(help="Run this analysis only; may be repeated.")] = None,
     device: Device = "auto",
 ) -> None:
-    """Run the analyses over a run directory and write its report and findings.json."""
+    """Run the analyses over run directories and write their reports and findings.json."""
     from mechsub import api
 
     with _errors():
-        stages = api.plan_analyses(run_dir, only or [])
-        with _progress(stages, len(stages)) as on_progress:
-            report_path = api.analyze_run(run_dir, only or [], device=device, on_progress=on_progress)
-        typer.echo(f"Report: {report_path}")
+        for run_dir in run_dirs:
+            with _progress(api.plan_analyses(run_dir, only or [])) as on_progress:
+                report_path = api.analyze_run(run_dir, only or [], device=device, on_progress=on_progress)
+            typer.echo(f"Report: {report_path}")
 
 
 @app.command()
@@ -160,7 +160,7 @@ def _print_plan(plan: Any) -> None:
 
 
 @contextmanager
-def _progress(pending: Any, total: int) -> Iterator[Any]:
+def _progress(pending: Any) -> Iterator[Any]:
     """A progress bar over the steps of the pending stages; yields the callback that moves it."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

@@ -102,7 +102,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     with atomic_write(path) as temporary:
         contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={_METADATA: json.dumps(metadata, sort_keys=True)})
+        try:
+            save_file(contiguous, temporary, metadata={_METADATA: json.dumps(metadata, sort_keys=True)})
+        except SafetensorError as error:  # how safetensors tells of a full disk
+            raise OSError(str(error)) from error
 
 
 def write_spec(folder: Path, spec: LineageSpec) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,20 +28,23 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     The name is always the same, so that what a killed process left is written over: locks keep out a second writer.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -200,13 +203,15 @@ class RunDirectory:
         """
         path = self.path / "stages" / f"{name}.lock"
         holder = path.with_suffix(".holder")
-        path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path, timeout=0)
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
             who = holder.read_text() if holder.is_file() else "another process"
             raise StageHeldError(f"{name} in {self.path} is being worked on by {who}; wait for it, or stop it") from None
+        except OSError as error:
+            raise _cannot_write(path, error) from error
         try:
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
             yield
@@ -236,3 +241,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
+
+
+def _cannot_write(path: Path, error: OSError) -> RunDirectoryError:
+    """A full disk or a missing permission, in the user's words."""
+    why = error.strerror or str(error)
+    return RunDirectoryError(f"{path} cannot be written: {why}; free the disk or choose another --out, then run again")

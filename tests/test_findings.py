@@ -6,7 +6,8 @@ from mechsub.findings import Finding, findings_document
 def finding(**fields):
     values = dict(
         analysis="demo", quantity="effect", condition="same-init", trait="digits", context="images", step=6, scope="all",
-        estimate=0.5, low=0.4, high=0.6, confidence=0.95, unit="accuracy", null="none", null_low=float("nan"), null_high=0.0, n=5,
+        estimate=0.5, low=0.4, high=0.6, confidence=0.95, unit="accuracy", n=5,
+        null="none", null_low=float("nan"), null_high=0.0,
         num_references=5, verdict="transferred", reason="because", margin=0.05, formula="a − b", source="here",
     )  # fmt: skip
     return Finding(**{**values, **fields})

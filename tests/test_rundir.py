@@ -82,3 +82,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"schema": 99, "versions": {"mechsub": "9.9"}}))
     with pytest.raises(RunDirectoryError, match=r"schema version 99.*mechsub 9.9"):
         RunDirectory.open(tmp_path)
+
+
+def test_what_cannot_be_written_says_so_and_how_to_go_on(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunDirectoryError, match=r"file/x.json cannot be written: .*; free the disk or choose another --out"):
+        write_json(tmp_path / "file" / "x.json", {})
+    with pytest.raises(RunDirectoryError, match="cannot be written"), RunDirectory(tmp_path / "file").lock("run"):
+        pass

@@ -204,7 +204,8 @@ def _members_figure(run: Run, data: xr.Dataset) -> Figure:
         title="Every member's trait score, students above their controls",
         caption=(
             f"Score on {run.family.context} ({unit}) at the last step. Each dot is one member (n = {run.recipe.members}), "
-            f"the bar their mean; dotted line: the references' mean, dashed line: the teachers'. A control differs from its student in nothing but its teacher, {run.neutral}: it is the null."
+            f"the bar their mean; dotted line: the references' mean, dashed line: the teachers'. A control differs from its "
+            f"student in nothing but its teacher, {run.neutral}: it is the null."
         ),
         variables=("final_score", "reference_mean", "teacher_mean"),
         spec=chart_spec(chart),
