@@ -16,7 +16,7 @@ from mechsub.experiment.plan import check_resources, plan_run
 from mechsub.findings import findings_document
 from mechsub.recipe import Recipe, dump_recipe, list_recipes, load_recipe
 from mechsub.reporting.html import render_report
-from mechsub.results import read_result
+from mechsub.results import find_results, read_result
 from mechsub.run import Run
 from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, write_json
 from mechsub.settings import nearest_name
@@ -199,21 +199,21 @@ def describe_installation() -> dict[str, Any]:
 
 
 def _write_report(directory: RunDirectory) -> Path:
-    results = {}
-    for record in directory.records().values():
-        for name, known in record.outputs.items():
-            if name.startswith("results/"):
-                directory.check_file(name, known, record.name)
-                results[Path(name).stem] = read_result(directory.path / name)
-    if not results:
-        raise RunDirectoryError(f"{directory.path} has no results yet; `mechsub analyze {directory.path}` makes them")
-    results = dict(sorted(results.items()))
+    current, outgrown = find_results(directory)
+    if not current:
+        why = "only results that it has outgrown" if outgrown else "no results yet"
+        raise RunDirectoryError(f"{directory.path} has {why}; `mechsub analyze {directory.path}` makes them")
+    made = directory.producers()
+    for path in current.values():
+        name = path.relative_to(directory.path).as_posix()
+        directory.check_file(name, made[name][1], made[name][0])
+    results = {name: read_result(path) for name, path in current.items()}
     recipe = yaml.safe_load(directory.recipe_path.read_text())
     findings = [finding for result in results.values() for finding in result.findings]
     write_json(directory.path / "findings.json", findings_document(recipe["name"], findings))
     path = directory.path / "report" / "index.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(render_report(directory.header, recipe, results))
+        temporary.write_text(render_report(directory.header, recipe, results, outgrown))
     return path
 
 

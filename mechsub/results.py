@@ -15,7 +15,7 @@ import xarray as xr
 from mechsub.errors import RunDirectoryError
 from mechsub.figures import Figure
 from mechsub.findings import FIELDS, Finding
-from mechsub.rundir import atomic_write
+from mechsub.rundir import RunDirectory, atomic_write
 
 SCHEMA_VERSION = 1
 _CHUNK_BYTES = 2 << 20
@@ -82,6 +82,24 @@ def read_result(path: Path) -> Result:
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{path} cannot be read as a result ({error}); analyse the run again") from error
     return Result(data, findings, figures, summary)
+
+
+def find_results(directory: RunDirectory) -> tuple[dict[str, Path], list[str]]:
+    """The result files of a run by their analyses' names, and the names of those that the run has outgrown.
+
+    A result is outgrown when the lineages that it read are not the lineages that are there now: a condition was added.
+    """
+    records = directory.records().values()
+    lineages = {name: known for record in records for name, known in record.outputs.items() if name.startswith("lineages/")}
+    current: dict[str, Path] = {}
+    outgrown = []
+    for record in records:
+        for name in (name for name in record.outputs if name.startswith("results/")):
+            if dict(record.inputs) == lineages:
+                current[Path(name).stem] = directory.path / name
+            else:
+                outgrown.append(Path(name).stem)
+    return dict(sorted(current.items())), sorted(outgrown)
 
 
 def _encoding(variable: xr.Variable) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mechsub.families.registry import load_family
 from mechsub.findings import Finding
 from mechsub.lineages import Lineage, open_lineage
 from mechsub.recipe import Recipe, load_recipe
-from mechsub.results import Result, read_result
+from mechsub.results import Result, find_results, read_result
 from mechsub.rundir import RunDirectory
 
 _ROLES = ("student", "control")
@@ -94,7 +94,8 @@ class Run:
 
     @cached_property
     def _results(self) -> dict[str, Result]:
-        return {path.stem: read_result(path) for path in sorted((self.path / "results").glob("*.h5"))}
+        current, _ = find_results(self.directory)
+        return {name: read_result(path) for name, path in current.items()}
 
     @property
     def _condition_names(self) -> list[str]:

@@ -54,6 +54,9 @@ def test_an_added_condition_runs_only_its_own_stages_and_changes_nothing_else(ti
     run_experiment(plan, device="cpu", workers=0)
     assert before.items() <= output_hashes(out, "lineages/").items()
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in times.items())
+    page = analyze_run(out, ["behaviour"], device="cpu", workers=0).read_text()
+    assert "Left out, since the run has changed after they were measured: parameter alignment." in page
+    assert set(results_of(out)) == {"behaviour"}
     analyze_run(out, device="cpu", workers=0)
     after = results_of(out)["behaviour"].trait_score
     xr.testing.assert_identical(after.sel(lineage=scores.lineage), scores)

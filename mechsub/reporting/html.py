@@ -1,7 +1,7 @@
 """The report: one self-contained HTML file that tells a newcomer what was run and what came out."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +35,13 @@ class DrawnFigure:
     headline: bool
 
 
-def render_report(header: Mapping[str, Any], recipe: Mapping[str, Any], results: Mapping[str, Result]) -> str:
-    """The whole page. Every number on it comes from the results, the recipe or the run's header."""
+def render_report(
+    header: Mapping[str, Any], recipe: Mapping[str, Any], results: Mapping[str, Result], outgrown: Sequence[str] = ()
+) -> str:
+    """The whole page. Every number on it comes from the results, the recipe or the run's header.
+
+    ``outgrown`` names the analyses whose results the run has outgrown; they are left out, and the page says so.
+    """
     findings = [finding for result in results.values() for finding in result.findings]
     page = _environment().get_template("report.html")
     return page.render(
@@ -47,6 +52,7 @@ def render_report(header: Mapping[str, Any], recipe: Mapping[str, Any], results:
         conditions=_conditions(results),
         sections=[(name, result, _draw(result)) for name, result in results.items()],
         findings=findings,
+        outgrown=outgrown,
     )
 
 
