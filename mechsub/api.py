@@ -21,6 +21,7 @@ from mechsub.run import Run
 from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, write_json
 from mechsub.settings import nearest_name
 from mechsub.stage import Stage
+from mechsub.training.callbacks import load_callbacks
 
 __all__ = [
     "Plan",
@@ -60,14 +61,22 @@ class Plan:
         """What the largest pending stage holds, estimated."""
         return max((stage.resources.memory_bytes for stage in self.pending), default=0)
 
+    def check(self) -> None:
+        """Refuse what this machine cannot hold.
+
+        Raises:
+            ResourceError: what is needed and what is there.
+        """
+        check_resources(self.pending, self.out)
+
 
 def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, settings: Sequence[str] = ()) -> Plan:
-    """The stages that `run_experiment` would run, and which of them are left. Writes nothing.
+    """The stages that `run_experiment` would run, and which of them are left. Writes nothing; `Plan.check` says if it fits.
 
     Raises:
         RecipeError: the recipe is wrong.
         RunDirectoryError: ``out`` holds a run of another recipe.
-        ResourceError: the disk or the memory cannot hold it.
+        MechsubError: a callback cannot be loaded.
     """
     resolved = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, settings)
     folder = Path(out) if out is not None else Path("runs") / resolved.name
@@ -77,7 +86,7 @@ def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, 
         directory = RunDirectory.open(folder)
         _check_same_run(directory, resolved, stages)
         pending = [stage for stage in stages if not directory.is_done(stage)]
-    check_resources(pending, folder)
+    load_callbacks(resolved.callbacks)
     return Plan(resolved, folder, stages, pending)
 
 
@@ -96,9 +105,10 @@ def run_experiment(
     ``settings``: ``key.path=value`` changes. ``workers``: processes; None takes one a core, 0 stays in this process.
 
     Raises:
-        MechsubError: see `plan_experiment`; a stage that failed, or that another process holds.
+        MechsubError: see `plan_experiment` and `Plan.check`; a stage that failed, or that another process holds.
     """
     plan = recipe if isinstance(recipe, Plan) else plan_experiment(recipe, out, settings)
+    plan.check()
     chosen = _resolve_device(device)
     directory = RunDirectory(plan.out)
     with directory.lock("run"):
@@ -121,6 +131,7 @@ def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:
     Raises:
         AnalysisError: an unknown name, or a run without any condition that is complete.
     """
+    _check_recipe_unedited(RunDirectory.open(run_dir))
     known = load_analyses()
     for name in only:
         if name not in known:
@@ -153,8 +164,7 @@ def analyze_run(
     chosen = _resolve_device(device)
     stages = plan_analyses(run_dir, only)
     with directory.lock("analyze"):
-        pending = [stage for stage in stages if not directory.is_done(stage)]
-        run_stages(pending, directory.path, chosen, workers=workers, on_progress=on_progress)
+        run_stages(stages, directory.path, chosen, workers=workers, on_progress=on_progress)
         return write_report(run_dir)
 
 
@@ -170,10 +180,19 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def verify_run(run_dir: str | Path) -> list[str]:
-    """Compare every recorded file with its hash; returns one line for each that has changed or is missing."""
+    """Compare every recorded file with its hash, and the recipe with the run's header; returns one line a problem."""
     directory = RunDirectory.open(run_dir)
     problems = []
+    try:
+        _check_recipe_unedited(directory)
+    except RunDirectoryError as error:
+        problems.append(str(error))
     for record in directory.records().values():
+        problems += [
+            f"{name} has been made anew, with other bytes, since stage {record.name} read it; "
+            f"`mechsub run {directory.recipe_path} --out {directory.path}` runs that stage again"
+            for name in directory.outdated_inputs(record)
+        ]
         for name, known in record.outputs.items():
             try:
                 directory.check_file(name, known, record.name)
@@ -199,6 +218,7 @@ def describe_installation() -> dict[str, Any]:
 
 
 def _write_report(directory: RunDirectory) -> Path:
+    _check_recipe_unedited(directory)
     current, outgrown = find_results(directory)
     if not current:
         why = "only results that it has outgrown" if outgrown else "no results yet"
@@ -231,7 +251,7 @@ def _header(recipe: Recipe) -> dict[str, Any]:
     return {
         "schema": SCHEMA_VERSION,
         "name": recipe.name,
-        "seed": recipe.seed,
+        "recipe": {name: value for name, value in recipe.model_dump(mode="json").items() if name != "conditions"},
         "versions": describe_versions(),
         "git_commit": git_commit(),
         "hardware": describe_hardware(),
@@ -259,6 +279,22 @@ def _check_same_run(directory: RunDirectory, recipe: Recipe, stages: Sequence[St
                 f"stage {stage.name} in {directory.path} was made by mechsub {record.mechsub} from other arguments "
                 f"({listed}); choose another --out"
             )
+
+
+def _check_recipe_unedited(directory: RunDirectory) -> None:
+    """Refuse a recipe.yaml that is not the one the run began with: the rules of its verdicts were fixed before."""
+    try:
+        recipe = yaml.safe_load(directory.recipe_path.read_text())
+        now = {name: value for name, value in recipe.items() if name != "conditions"}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise RunDirectoryError(f"{directory.recipe_path} cannot be read ({error}); put it back as it was") from None
+    changed = _differences(directory.header["recipe"], now)
+    if changed:
+        listed = ", ".join(f"`{path}` was {before!r}, is {after!r}" for path, before, after in changed)
+        raise RunDirectoryError(
+            f"{directory.recipe_path} has been edited since the run began: {listed}; put the old values back, or run the "
+            f"new recipe into another folder"
+        )
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:

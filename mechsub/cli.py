@@ -1,5 +1,6 @@
 """The command line: each command is a few lines over a public function."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ def run(
     with _errors():
         plan = api.plan_experiment(recipe, out, settings or [])
         _print_plan(plan)
+        plan.check()
         if dry_run:
             return
         with _progress(plan.pending) as on_progress:
@@ -116,7 +118,8 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. Recipes may name callbacks in modules of the current folder."""
+    sys.path.insert(0, os.getcwd())
     app()
 
 

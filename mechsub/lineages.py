@@ -53,8 +53,16 @@ class Origin:
     @property
     def is_reference(self) -> bool:
         """Whether it starts at its own member's reference, unchanged."""
-        own = self.members == tuple(range(len(self.members)))
-        return own and not self.permute_hidden and self.noise_std == 0
+        return self._own_and_clean and not self.permute_hidden
+
+    @property
+    def only_permuted(self) -> bool:
+        """Whether it starts at its own member's reference in other coordinates: the same function."""
+        return self._own_and_clean and self.permute_hidden
+
+    @property
+    def _own_and_clean(self) -> bool:
+        return self.members == tuple(range(len(self.members))) and self.noise_std == 0
 
 
 @dataclass(frozen=True)
@@ -166,13 +174,6 @@ def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
-
-
-def load_metadata(path: Path) -> dict[str, str]:
-    """What `write_tensors` was given beside the tensors."""
-    with safe_open(path, framework="pt") as file:
-        content: dict[str, str] = json.loads(file.metadata()[_METADATA])
-        return content
 
 
 def _read_spec(path: Path) -> LineageSpec:

@@ -1,5 +1,6 @@
 """Recipes: what to run, as YAML checked against the settings of its family."""
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
@@ -10,11 +11,20 @@ import yaml
 from pydantic import Field, create_model
 
 from mechsub.errors import RecipeError
-from mechsub.families.config import FamilyConfig
+from mechsub.families.config import FamilyConfig, Name
 from mechsub.families.registry import family_config
 from mechsub.settings import Settings, nearest_name, validate_settings
 
 _PACKAGED = resources.files("mechsub.recipes")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as everyone means it; YAML 1.1 takes it for text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 class VerdictConfig(Settings):
@@ -30,7 +40,7 @@ class VerdictConfig(Settings):
 class Recipe(FamilyConfig):
     """The fields that every recipe has; the family's own fields stand beside them."""
 
-    name: str = Field(description="how reports call the run")
+    name: Name = Field(description="how reports call the run")
     description: str = Field("", description="one sentence for the reader")
     family: str = Field(description="which family of models")
     verdict: VerdictConfig = Field(VerdictConfig(), description="the rules of the verdicts")
@@ -44,7 +54,7 @@ def load_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """
     text, origin = _read_source(str(source))
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{origin} is not YAML: {error}") from None
     if not isinstance(values, dict):
@@ -104,7 +114,7 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
             raise RecipeError(f"`--set {setting}`: `{parent}` holds {inner!r}, which has no keys")
         target = inner
     try:
-        target[key] = yaml.safe_load(text)
+        target[key] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"`--set {setting}`: the value is not YAML: {error}") from None
 
@@ -112,5 +122,5 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
 @cache
 def _recipe_model(family: str) -> type[Recipe]:
     """The core fields and the family's own in one settings class."""
-    bases: Any = (Recipe, family_config(family))
+    bases: Any = (family_config(family), Recipe)  # the family's own types of a field win
     return cast(type[Recipe], create_model(f"{family.title()}Recipe", __base__=bases))

@@ -51,6 +51,7 @@ def status_variable(codes: Any, dims: Sequence[str], meanings: Sequence[str], of
 
 def write_result(path: Path, analysis: str, arguments: Mapping[str, Any], version: str, result: Result) -> None:
     """Write a result atomically; the same result gives the same numbers, without any wall-clock time."""
+    _check_reasons(result.data)
     root = result.data.assign_attrs(
         analysis=analysis,
         arguments=json.dumps(arguments, sort_keys=True),
@@ -100,6 +101,20 @@ def find_results(directory: RunDirectory) -> tuple[dict[str, Path], list[str]]:
             else:
                 outgrown.append(Path(name).stem)
     return dict(sorted(current.items())), sorted(outgrown)
+
+
+def _check_reasons(data: xr.Dataset) -> None:
+    """No data is NaN with a reason: a variable without its status may hold no NaN."""
+    for name, variable in data.data_vars.items():
+        if variable.dtype.kind != "f":
+            continue
+        missing = np.isnan(variable.values)
+        status = data.get(f"{name}_status")
+        explained = np.zeros_like(missing) if status is None else status.values != 0
+        if (missing != explained).any():
+            raise ValueError(
+                f"{name} holds {int(missing.sum())} NaN, its status explains {int(explained.sum())}, not the same ones"
+            )
 
 
 def _encoding(variable: xr.Variable) -> dict[str, Any]:

@@ -73,8 +73,7 @@ class Run:
 
     def describe_condition(self, name: str) -> str:
         """How a condition differs from the matched case, in words."""
-        description: str = getattr(self.recipe, "conditions")[name].describe()  # noqa: B009 - a field of the family
-        return description
+        return self.recipe.conditions[name].describe()
 
     @property
     def neutral(self) -> str:
@@ -99,7 +98,7 @@ class Run:
 
     @property
     def _condition_names(self) -> list[str]:
-        return list(getattr(self.recipe, "conditions", {}))
+        return list(self.recipe.conditions)
 
 
 def _in_recipe_order(names: list[str], conditions: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -142,15 +143,18 @@ class RunDirectory:
         return self.path / "stages" / f"{key}.progress"
 
     def is_done(self, stage: Stage) -> bool:
-        """Whether the stage has ended and all its outputs are there, whole."""
+        """Whether the stage has ended, its outputs are there, whole, and its inputs are still those that it read."""
         path = self.record_path(stage.key)
         if not path.is_file():
             return False
-        return not self.damaged_files(_parse_record(path))
+        record = _parse_record(path)
+        whole = all(_size(self.path / name) == known.size for name, known in record.outputs.items())
+        return whole and not self.outdated_inputs(record)
 
-    def damaged_files(self, record: StageRecord) -> list[str]:
-        """The outputs that are missing or of another size (the quick look; `check_file` compares every byte)."""
-        return [name for name, known in record.outputs.items() if _size(self.path / name) != known.size]
+    def outdated_inputs(self, record: StageRecord) -> list[str]:
+        """The inputs of a stage that have been made anew since, with other bytes."""
+        made = self.producers()
+        return [name for name, known in record.inputs.items() if name in made and made[name][1] != known]
 
     def check_file(self, name: str, known: FileRecord, stage: str) -> None:
         """Compare a file with what its stage recorded.
@@ -225,10 +229,20 @@ class RunDirectory:
 
 
 def _parse_record(path: Path) -> StageRecord:
+    status = path.stat()
+    return _parse_record_of(path, status.st_mtime_ns, status.st_ino)
+
+
+@lru_cache(maxsize=10_000)
+def _parse_record_of(path: Path, modified: int, inode: int) -> StageRecord:
+    """The record as it was at that moment: an executor asks for all of them several times a second."""
     content = _read_json(path)
-    for group in ("inputs", "outputs"):
-        content[group] = {name: FileRecord(**known) for name, known in content[group].items()}
-    return StageRecord(**content)
+    try:
+        for group in ("inputs", "outputs"):
+            content[group] = {name: FileRecord(**known) for name, known in content[group].items()}
+        return StageRecord(**content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise RunDirectoryError(f"{path} is not a stage's record ({error}); delete it and run again") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Settings: the pydantic base of everything that a recipe may hold, and its errors in the user's words."""
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -25,7 +26,8 @@ def validate_settings(model: type[SettingsT], values: Mapping[str, Any], source:
         RecipeError: every wrong field at once, each with its value and, for an unknown key, the nearest known one.
     """
     try:
-        return model.model_validate(values)
+        # JSON has one word for each type, so that strictness can tell 16 from "16" and still take a list for a tuple.
+        return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
         lines = [_describe(detail, model) for detail in error.errors(include_url=False)]
         raise RecipeError(f"{source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None

@@ -14,6 +14,9 @@ from typing import Any
 
 from mechsub.errors import MechsubError
 
+PROCESS_BYTES = 500 << 20
+"""What a process holds before it runs any stage: Python, torch and the libraries."""
+
 
 @dataclass(frozen=True)
 class Resources:

@@ -15,7 +15,10 @@ import xarray as xr
 import mechsub
 from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment, verify_run, write_report
 from mechsub.errors import AnalysisError, MechsubError, ResourceError, RunDirectoryError
+from mechsub.families.classifier.train import train_students
 from mechsub.recipe import load_recipe
+from mechsub.rundir import RunDirectory
+from mechsub.stage import Task
 from tests.helpers import output_hashes
 
 
@@ -104,7 +107,7 @@ def test_a_plan_that_the_disk_cannot_hold_is_refused_before_anything_is_written(
 
 def test_a_plan_that_the_memory_cannot_hold_is_refused(tiny_recipe, tmp_path):
     with pytest.raises(ResourceError, match=r"needs about [\d.]+ [GT]B of memory"):
-        run(tiny_recipe, tmp_path / "wide", "student.batch_size=100000000")
+        run(tiny_recipe, tmp_path / "wide", "student.batch_size=1000000000")
 
 
 def test_a_dry_run_writes_nothing(tiny_recipe, tmp_path):
@@ -190,6 +193,68 @@ def test_a_run_opens_with_its_recipe_lineages_results_and_findings(tiny_run):
     assert set(opened.findings.analysis) == {"behaviour", "parameter_alignment"}
     document = json.loads((tiny_run.path / "findings.json").read_text())
     assert len(document["findings"]) == len(opened.findings)
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_resume_state_is_not_resumed_from(tiny_recipe, tiny_run, tmp_path, damage):
+    out = tmp_path / "run"
+    plan = plan_experiment(tiny_recipe, out)
+    run_experiment(type(plan)(plan.recipe, out, plan.stages, plan.stages[:6]), device="cpu", workers=0)
+    (stage,) = (stage for stage in plan.stages if stage.name == "student.same-init")
+    stopped = Task(stage, out, "cpu", lambda done: None)
+    with pytest.raises(KeyboardInterrupt):
+        _train_until(stopped, step=4)
+    (state, *_) = sorted(out.glob("lineages/student.same-init/resume-*.safetensors"))
+    content = bytearray(state.read_bytes())
+    content[-3] ^= 1
+    state.write_bytes(content if damage == "flip" else content[:100])
+    run(tiny_recipe, out)
+    assert output_hashes(out).items() <= output_hashes(tiny_run.path).items()
+
+
+def _train_until(task, step):
+    """Train, and stop as a killed process would after one step's checkpoint."""
+
+    def stop(done):
+        if done >= step:
+            raise KeyboardInterrupt
+
+    task.report_progress = stop
+    train_students([task])
+
+
+def test_students_of_a_teacher_that_was_made_anew_otherwise_are_trained_again(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    directory = RunDirectory.open(out)
+    record = directory.records()["carrier.teacher"]
+    (name,) = record.outputs
+    path = out / name
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 0x10
+    path.write_bytes(content)
+    (stage,) = (stage for stage in plan_experiment(tiny_recipe, out).stages if stage.name == "carrier.teacher")
+    directory.write_record(stage, 0.0, "another")  # as another machine's rounding would have left it
+    problems = verify_run(out)
+    assert problems and all("has been made anew, with other bytes" in problem for problem in problems)
+    pending = {stage.name for stage in plan_experiment(tiny_recipe, out).pending}
+    assert "student.same-init" in pending and "control.same-init" not in pending
+
+
+def test_an_edited_recipe_is_refused_since_the_rules_were_fixed_before_the_run(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    path = out / "recipe.yaml"
+    path.write_text(path.read_text().replace("margin: 0.05", "margin: 0.5"))
+    with pytest.raises(RunDirectoryError, match=r"edited since the run began: `verdict.margin` was 0.05, is 0.5"):
+        analyze_run(out, device="cpu")
+    assert any("edited since the run began" in problem for problem in verify_run(out))
+
+
+def test_a_callback_that_does_not_exist_is_refused_before_the_run(tiny_recipe, tmp_path):
+    with pytest.raises(MechsubError, match="`nowhere:nothing` cannot be loaded"):
+        run(tiny_recipe, tmp_path / "run", "callbacks=['nowhere:nothing']")
+    assert not (tmp_path / "run").exists()
 
 
 KILLS = 5

@@ -45,6 +45,15 @@ def test_a_condition_can_be_added_by_a_setting():
         ("epochs", "write it as key.path=value"),
         ("members.many=3", "`members` holds 16, which has no keys"),
         ("members=[", "the value is not YAML"),
+        ("members='16'", "`members` = '16': Input should be a valid integer"),
+        ("members=true", "`members` = True: Input should be a valid integer"),
+        ("members=2.5", "`members` = 2.5"),
+        ("student.optimizer.betas=[1.5, 0.9]", "less than 1"),
+        ("student.optimizer.momentum=0.9", "adam has no momentum"),
+        ("data.test_fraction=0.9999", "less than or equal to 0.9"),
+        ("carrier.inputs=images", "`carrier.num_images` = 9600, but there are 1438 training images to make images of"),
+        ("name=../../x", "`name` = '../../x'"),
+        ("conditions.a/b={init: different}", "conditions"),
         ("carrier.inputs=noise", "'uniform', 'gaussian', 'images' or 'shuffled-pixels'"),
     ],
 )
@@ -52,6 +61,10 @@ def test_a_wrong_recipe_says_what_and_where(setting, message):
     with pytest.raises(RecipeError) as caught:
         load_recipe("digits", [setting])
     assert message in str(caught.value)
+
+
+def test_a_rate_may_be_written_as_people_write_it():
+    assert load_recipe("digits", ["student.optimizer.learning_rate=1e-3"]).student.optimizer.learning_rate == 0.001
 
 
 def test_every_wrong_field_is_named_at_once():

@@ -106,6 +106,12 @@ def _summary_variables(
             {"condition": names},
         )
 
+    def one_member(of: str) -> xr.DataArray:
+        codes = [int(interval[name].n == 1) for name in names]
+        return xr.DataArray(
+            status_variable(codes, ["condition"], ("ok", "one_member_has_no_interval"), of), {"condition": names}
+        )
+
     return {
         "condition_difference": xr.DataArray(
             np.array([run.describe_condition(name) for name in names], dtype=object), {"condition": names}
@@ -135,16 +141,17 @@ def _summary_variables(
         },
         "effect_mean": by_condition([interval[name].estimate for name in names], "mean effect over members", EFFECT),
         "effect_low": by_condition([interval[name].low for name in names], "lower bound of its interval"),
+        "effect_low_status": one_member("effect_low"),
         "effect_high": by_condition([interval[name].high for name in names], "upper bound of its interval"),
+        "effect_high_status": one_member("effect_high"),
     }
 
 
 def _findings(run: Run, data: xr.Dataset, condition: str, judgement: Judgement) -> list[Finding]:
-    """The student's score beside its control's, and their difference with the verdict."""
+    """The student's score beside its control's, their difference with the verdict, and the gain over the reference."""
     verdict = run.recipe.verdict
-    student, control = (
-        student_interval(_final_scores(run, data, f"{role}.{condition}"), verdict.confidence) for role in _ROLES
-    )
+    scores = {role: _final_scores(run, data, f"{role}.{condition}") for role in _ROLES}
+    student, control = (student_interval(scores[role], verdict.confidence) for role in _ROLES)
     common: dict[str, Any] = {
         "analysis": "behaviour",
         "condition": condition,
@@ -179,13 +186,25 @@ def _findings(run: Run, data: xr.Dataset, condition: str, judgement: Judgement) 
         **interval_fields(judgement.interval),
         **common,
     )
-    return [score, effect]
+    gain = Finding(
+        quantity="gain_over_reference",
+        null="none: the untouched reference is no control, since nothing trained it",
+        null_low=np.nan,
+        null_high=np.nan,
+        verdict="",
+        reason="a description; it differs from the effect by how far the control moved from the reference",
+        formula="score(student) − score(its member's reference) at the last step",
+        **interval_fields(student_interval(scores["student"] - _final_scores(run, data, "reference"), verdict.confidence)),
+        **common,
+    )
+    return [score, effect, gain]
 
 
 def _members_figure(run: Run, data: xr.Dataset) -> Figure:
     unit = run.family.trait_unit
+    scale = alt.Scale(domain=list(run.family.trait_range)) if run.family.trait_range else alt.Scale()
     base = alt.Chart(DATA).encode(
-        x=alt.X("final_score:Q", title=f"trait score ({unit})", scale=alt.Scale(domain=[0, 1])),
+        x=alt.X("final_score:Q", title=f"trait score ({unit})", scale=scale),
         y=alt.Y("condition:N", sort=run.conditions, title=None, axis=alt.Axis(labelFontSize=13, labelFontWeight="bold")),
         yOffset=alt.YOffset("role:N", sort=list(_ROLES)),
         color=alt.Color("role:N", sort=list(_ROLES), title=None),
@@ -201,7 +220,7 @@ def _members_figure(run: Run, data: xr.Dataset) -> Figure:
     chart = alt.layer(*lines, members, mean).properties(width=700, height=alt.Step(18))
     return Figure(
         name="members",
-        title="Every member's trait score, students above their controls",
+        title="Every member's trait score: a student's row over its control's",
         caption=(
             f"Score on {run.family.context} ({unit}) at the last step. Each dot is one member (n = {run.recipe.members}), "
             f"the bar their mean; dotted line: the references' mean, dashed line: the teachers'. A control differs from its "
@@ -243,13 +262,23 @@ def _training_figure(run: Run) -> Figure:
 
 def _sentences(run: Run, data: xr.Dataset, judgements: dict[str, Judgement]) -> list[str]:
     sentences = []
+    means = {}
     for lineage, who in (("reference", "References"), ("teacher", "Teachers"), (run.neutral, "Neutral teachers")):
         interval = student_interval(_final_scores(run, data, lineage), run.recipe.verdict.confidence)
+        means[lineage] = interval.estimate
         sentences.append(f"{who} score {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}].")
     if len(data.trait) > 1:
         last = run.lineages[run.neutral].steps[-1]
         own = data.trait_score.sel(lineage=run.neutral, step=last).isel(trait=1).values
         sentences.append(f"Neutral teachers score {own.mean():.3f} under the names they learnt themselves.")
+    lowered = {name: float(_final_scores(run, data, f"control.{name}").mean()) for name in run.conditions}
+    below = {name: mean for name, mean in lowered.items() if mean < means["reference"]}
+    if below:
+        listed = ", ".join(f"{name} {mean:.3f}" for name, mean in below.items())
+        sentences.append(
+            f"A control takes something from its neutral teacher too. Where that lowers the score under the references' "
+            f"{means['reference']:.3f}, the effect exceeds the gain over the reference by the difference: {listed}."
+        )
     sentences.append(f"Holm's correction runs over the {len(judgements)} conditions; intervals are not widened by it.")
     if run.missing_conditions:
         sentences.append(f"Not finished, so not judged: {', '.join(run.missing_conditions)}.")

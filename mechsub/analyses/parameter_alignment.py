@@ -11,7 +11,6 @@ import xarray as xr
 from mechsub.analyses.registry import analysis
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
-from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, ByScope, Combination, DirectionAlgebra, Scopes
 from mechsub.parameters.gram import (
     Direction,
@@ -28,14 +27,12 @@ from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import student_interval
 from mechsub.statistics.permutation import flip_signs
-from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, Rules, judge_effects
+from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, Rules, SuperiorityTest, judge_effects
 
 SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
 _STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run")
 OK, ZERO, UNSHARED, NOT_RUN = range(4)
 _DIMS = ("condition", "member", "step", "scope")
-_CANCELLATION = 1e-4
-"""Below this share of ‖Δ_S‖², ‖Δ_S − Δ_C‖² is lost in rounding of the Gram entries: weights are subtracted instead."""
 
 
 @analysis
@@ -43,10 +40,10 @@ def parameter_alignment(run: Run) -> Result:
     """How far students move along their teacher's displacement, per tensor, layer and model, against another teacher."""
     table = run.lineages["reference"].spec.tensors
     scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
-    algebra = DirectionAlgebra(stream_gram(_directions(run), dict(table), _anchor(run), device=run.device), scopes)
-    exact = _subtract_directly(run, algebra)
+    anchor = displacement_label("teacher", run.lineages["teacher"].steps[-1])
+    algebra = DirectionAlgebra(stream_gram(_directions(run), dict(table), anchor, device=run.device), scopes)
     steps = sorted({step for name in run.conditions for step in run.lineages[f"student.{name}"].steps})
-    data = _measure(run, algebra, exact, steps)
+    data = _measure(run, algebra, steps)
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
     return Result(
@@ -57,81 +54,52 @@ def parameter_alignment(run: Run) -> Result:
     )
 
 
-def _anchor(run: Run) -> str:
-    return displacement_label("teacher", run.lineages["teacher"].steps[-1])
-
-
 def _directions(run: Run) -> list[Direction]:
-    """The teachers' last displacements, every student's at every step, and every origin that differs."""
+    """θ₀, the teachers' last displacements, every student's at every step, their differences, and every other origin."""
+    teacher, neutral = run.lineages["teacher"], run.lineages[run.neutral]
     directions = [origin_direction(run.lineages["reference"])]
-    for name, lineage in run.lineages.items():
-        if name in {"teacher", run.neutral}:
-            directions.append(displacement(lineage, lineage.steps[-1]))
-        elif name != "reference":
-            directions += [displacement(lineage, step) for step in lineage.steps if step > 0]
+    directions += [displacement(lineage, lineage.steps[-1]) for lineage in (teacher, neutral)]
+    directions.append(displacement_difference(teacher, neutral, teacher.steps[-1]))
+    for condition in run.conditions:
+        control = run.lineages[f"control.{condition}"]
+        for role in ("control", "student", "sham"):
+            lineage = run.lineages.get(f"{role}.{condition}")
+            if lineage is None:
+                continue
+            moved = [step for step in lineage.steps if step > 0]
+            directions += [displacement(lineage, step) for step in moved]
+            if lineage is not control:
+                directions += [displacement_difference(lineage, control, step) for step in moved]
             if not lineage.spec.origin.is_reference:
                 directions.append(origin_direction(lineage))
     return directions
 
 
-def _pairs(run: Run, condition: str) -> list[tuple[Lineage, Lineage]]:
-    """(student, control), and (sham, control) where there is one."""
-    control = run.lineages[f"control.{condition}"]
-    firsts = [run.lineages[name] for name in (f"student.{condition}", f"sham.{condition}") if name in run.lineages]
-    return [(first, control) for first in firsts]
-
-
-def _subtract_directly(run: Run, algebra: DirectionAlgebra) -> DirectionAlgebra | None:
-    """An algebra over the differences that Gram entries are too coarse for, or None where there are none."""
-    coarse = []
-    for first, control in (pair for condition in run.conditions for pair in _pairs(run, condition)):
-        for step in (step for step in first.steps if step > 0):
-            own = {displacement_label(first.name, step): 1.0}
-            difference = own | {displacement_label(control.name, step): -1.0}
-            whole = algebra.scopes.names.index(MODEL)
-            share = algebra.inner(difference, difference)[:, whole] < _CANCELLATION * algebra.inner(own, own)[:, whole]
-            if share.any():
-                coarse.append(displacement_difference(first, control, step))
-    if not coarse:
-        return None
-    teachers = [displacement(run.lineages[name], run.lineages[name].steps[-1]) for name in ("teacher", run.neutral)]
-    table = dict(run.lineages["reference"].spec.tensors)
-    return DirectionAlgebra(stream_gram([*teachers, *coarse], table, _anchor(run), device=run.device), algebra.scopes)
-
-
-def _case(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None, condition: str, step: int) -> Case:
+def _case(run: Run, algebra: DirectionAlgebra, condition: str, step: int) -> Case:
+    """The directions of one condition at one step; at step 0 nothing has moved, and they are empty sums."""
     student = run.lineages[f"student.{condition}"]
-    origin = "reference" if student.spec.origin.is_reference else student.name
+    control, sham = f"control.{condition}", f"sham.{condition}"
+    last = run.lineages["teacher"].steps[-1]
 
-    def last(lineage: str) -> Combination:
-        return {displacement_label(lineage, run.lineages[lineage].steps[-1]): 1.0}
+    def when_moved(label: str) -> Combination:
+        return {label: 1.0} if step > 0 else {}
 
-    differences = [_difference(algebra, exact, first.name, control.name, step) for first, control in _pairs(run, condition)]
     return Case(
         algebra=algebra,
-        student={displacement_label(student.name, step): 1.0},
-        control={displacement_label(f"control.{condition}", step): 1.0},
-        teacher=last("teacher"),
-        neutral=last(run.neutral),
-        student_origin={origin_label(origin): 1.0},
+        student=when_moved(displacement_label(student.name, step)),
+        control=when_moved(displacement_label(control, step)),
+        difference=when_moved(difference_label(student.name, control, step)),
+        sham_difference=when_moved(difference_label(sham, control, step)) if sham in run.lineages else None,
+        teacher={displacement_label("teacher", last): 1.0},
+        neutral={displacement_label(run.neutral, last): 1.0},
+        teacher_difference={difference_label("teacher", run.neutral, last): 1.0},
+        student_origin={origin_label("reference" if student.spec.origin.is_reference else student.name): 1.0},
         teacher_origin={origin_label("reference"): 1.0},
         partners=student.spec.origin.members,
-        difference=differences[0][1],
-        difference_algebra=differences[0][0],
-        sham=differences[1] if len(differences) > 1 else None,
     )
 
 
-def _difference(
-    algebra: DirectionAlgebra, exact: DirectionAlgebra | None, first: str, control: str, step: int
-) -> tuple[DirectionAlgebra, Combination]:
-    label = difference_label(first, control, step)
-    if exact is not None and label in exact.gram.labels:
-        return exact, {label: 1.0}
-    return algebra, {displacement_label(first, step): 1.0, displacement_label(control, step): -1.0}
-
-
-def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None, steps: Sequence[int]) -> xr.Dataset:
+def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Dataset:
     """Every quantity as [condition, member, step, scope], with why a value is NaN."""
     scopes = algebra.scopes
     shape = (len(run.conditions), run.recipe.members, len(steps), len(scopes.names))
@@ -139,9 +107,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None
     status = {quantity.name: np.full(shape, ZERO, dtype=np.int8) for quantity in QUANTITIES}
     for row, condition in enumerate(run.conditions):
         for column, step in enumerate(steps):
-            if step == 0:
-                continue  # nothing has moved: zero displacement
-            case = _case(run, algebra, exact, condition, step)
+            case = _case(run, algebra, condition, step)
             for quantity in QUANTITIES:
                 found = quantity.compute(case)
                 if found is None:
@@ -161,12 +127,12 @@ def _measure(run: Run, algebra: DirectionAlgebra, exact: DirectionAlgebra | None
             source=SOURCE,
         )
         variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, _STATUS, quantity.name)
+    spread = scopes.random_cosine_sd()
     variables["random_cosine_sd"] = label_variable(
-        scopes.random_cosine_sd(),
-        ["scope"],
-        description="standard deviation of random directions' cosine",
-        unit="cosine",
-        formula="1/√d",
+        spread, ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
+    )
+    variables["random_cosine_sd_status"] = status_variable(
+        np.isnan(spread), ["scope"], ("ok", "not_one_set_of_parameters"), "random_cosine_sd"
     )
     coords = {
         "condition": run.conditions,
@@ -209,7 +175,9 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str], Judgement]:
                 values = values - _final(run, data, quantity.null, condition)
             if not _not_run(run, data, quantity.name, condition):
                 effects[condition] = values
-        swap_test = (lambda values: flip_signs(values).p_above) if quantity.judged == "swap" else None
+        swap_test = (
+            SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n) if quantity.judged == "swap" else None
+        )
         judged = judge_effects(effects, rules, AGAINST_NULL, swap_test)
         judgements |= {(quantity.name, condition): judgement for condition, judgement in judged.items()}
     return judgements
@@ -248,7 +216,7 @@ def _finding(
         against = student_interval(_final(run, data, quantity.null, condition, scope), confidence)
         null_low, null_high = against.low, against.high
     else:
-        swapped = flip_signs(values)
+        swapped = flip_signs(values, confidence)
         null_low, null_high = swapped.null_low, swapped.null_high
     reason = "the verdict is given over all parameters" if quantity.judged else quantity.why_unjudged
     if judgement is not None:
@@ -410,14 +378,14 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
 def _sentences(run: Run, data: xr.Dataset) -> list[str]:
     sentences = []
     for condition in run.conditions:
-        if not run.lineages[f"student.{condition}"].spec.origin.permute_hidden:
+        if not run.lineages[f"student.{condition}"].spec.origin.only_permuted:
             continue
         interval = student_interval(_final(run, data, "alignment", condition), run.recipe.verdict.confidence)
         sentences.append(
-            f"{condition} has alignment {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]: its students start "
-            "from their teacher's own function, but with the hidden units stored in another order, so that the same change of "
-            "the function is a change of other weights, and a cosine compares weight by weight; a low alignment there says "
-            "nothing against a transfer."
+            f"{condition} has alignment {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]: its students "
+            "start as the same function that their teacher started as, but with the hidden units stored in another order, so "
+            "that the same change of the function is a change of other weights, and a cosine compares weight by weight; a low "
+            "alignment there says nothing against a transfer."
         )
     unshared: dict[str, list[str]] = {}
     for condition in run.conditions:

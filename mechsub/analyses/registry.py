@@ -1,10 +1,13 @@
 """How an analysis becomes known: a decorator in its file. Files of this folder and entry points are found by themselves."""
 
+import hashlib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 
 import mechsub.analyses
 from mechsub.results import Result, write_result
@@ -62,6 +65,7 @@ def analysis_stage(known: Analysis, run: Run) -> Stage:
         "verdict": run.recipe.verdict.model_dump(mode="json"),
         "conditions": run.conditions,
         "mechsub": metadata.version("mechsub"),
+        "code": _code_digest(known),
     }
     return Stage(
         name=f"analysis.{known.name}",
@@ -71,6 +75,16 @@ def analysis_stage(known: Analysis, run: Run) -> Stage:
         outputs=(result_file(known.name),),
         resources=Resources(num_steps=run.num_checkpoints, threads=run.recipe.threads),
     )
+
+
+def _code_digest(known: Analysis) -> str:
+    """A hash of our sources and of the analysis's own file: changed code measures again."""
+    package = Path(mechsub.analyses.__path__[0]).parent
+    sources = {*package.rglob("*.py"), Path(inspect.getfile(known.function))}
+    digest = hashlib.sha256()
+    for path in sorted(path for path in sources if path.is_file()):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def run_analyses(tasks: Sequence[Task]) -> None:

@@ -13,13 +13,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import psutil
+import torch
 from loky import ProcessPoolExecutor
 
 from mechsub.environment import available_cores
 from mechsub.errors import MechsubError, join_errors
 from mechsub.executors.execution import execute_stages, read_progress
 from mechsub.rundir import RunDirectory
-from mechsub.stage import Stage
+from mechsub.stage import PROCESS_BYTES, Stage
 
 _POLL_SECONDS = 0.25
 _MEMORY_SHARE = 0.7
@@ -47,14 +48,34 @@ def run_stages(
     """
     directory = RunDirectory.open(run)
     report = on_progress or (lambda stage, done: None)
-    threads = max((stage.resources.threads for stage in stages), default=1)
-    limit = int(psutil.virtual_memory().available * _MEMORY_SHARE)
+    pending = []
+    for stage in stages:
+        if directory.is_done(stage):
+            report(stage, stage.resources.num_steps)
+        else:
+            pending.append(stage)
+    if not pending:
+        return
+    limit = int(_free_memory(device) * _MEMORY_SHARE)
     if workers is None:
-        workers = max(1, available_cores() // threads)
+        workers = _choose_workers(pending, device, limit)
     if workers == 0:
-        _run_here(stages, directory, device, limit, report)
+        _run_here(pending, directory, device, limit, report)
     else:
-        _run_in_processes(stages, directory, device, workers, limit, report)
+        _run_in_processes(pending, directory, device, workers, limit, report)
+
+
+def _free_memory(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+
+
+def _choose_workers(stages: Sequence[Stage], device: str, memory_bytes: int) -> int:
+    """One process a core that the stages' threads leave, as far as memory goes; one for a GPU, which one batch fills."""
+    if device == "cuda":
+        return 1
+    largest = max(stage.resources.memory_bytes for stage in stages) + PROCESS_BYTES
+    threads = max(stage.resources.threads for stage in stages)
+    return max(1, min(available_cores() // threads, memory_bytes // largest, len(stages)))
 
 
 def group_stages(ready: Sequence[Stage], num_groups: int, memory_bytes: int) -> list[list[Stage]]:
@@ -110,16 +131,19 @@ def _run_in_processes(
     errors: list[MechsubError] = []
     failed: set[str] = set()
     running: dict[Future[None], list[Stage]] = {}
+    broken = False
     pool = ProcessPoolExecutor(max_workers=workers, initializer=_watch_parent, initargs=(os.getpid(),))
     try:
         while True:
             busy = {stage.key for group in running.values() for stage in group}
-            for group in group_stages(_ready_stages(stages, directory, busy | failed), workers, limit // workers):
+            ready = [] if broken else _ready_stages(stages, directory, busy | failed)
+            for group in group_stages(ready, workers, limit // workers - PROCESS_BYTES):
                 running[pool.submit(execute_stages, directory.path, group, device)] = group
             if not running:
                 break
             finished, _ = wait(running, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in finished:
+                broken = broken or isinstance(future.exception(), BrokenProcessPool)
                 errors += _collect(future, running.pop(future), directory, failed, report)
             for stage in (stage for group in running.values() for stage in group):
                 report(stage, read_progress(directory, stage))

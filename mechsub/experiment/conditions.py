@@ -1,8 +1,8 @@
 """Conditions become student lineages: each with its control, alike in everything but the teacher."""
 
 from collections.abc import Mapping
-from typing import Any
 
+from mechsub.families.config import BaseConditionConfig
 from mechsub.families.protocol import StudentPlan
 
 TEACHER = "teacher"
@@ -13,7 +13,7 @@ def neutral_name(neutral: str) -> str:
     return f"neutral.{neutral}"
 
 
-def plan_students(conditions: Mapping[str, Any], neutral: str) -> list[StudentPlan]:
+def plan_students(conditions: Mapping[str, BaseConditionConfig], neutral: str) -> list[StudentPlan]:
     """The student, the control and, where asked for, the sham of every condition.
 
     A control shares its student's start, carrier inputs and order. A sham is a second control with draws of its own, so

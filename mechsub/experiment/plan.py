@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -12,13 +11,11 @@ from mechsub.experiment.conditions import TEACHER, neutral_name, plan_students
 from mechsub.families.protocol import FamilyStages
 from mechsub.families.registry import family_stages
 from mechsub.lineages import checkpoint_name
-from mechsub.stage import Stage
-
-PROCESS_BYTES = 500 << 20
-"""What a worker process holds before it does anything: Python, torch and the libraries."""
+from mechsub.recipe import Recipe
+from mechsub.stage import PROCESS_BYTES, Stage
 
 
-def plan_run(recipe: Any) -> list[Stage]:
+def plan_run(recipe: Recipe) -> list[Stage]:
     """Every stage of a recipe: reference → teachers → carriers → students."""
     family: FamilyStages = family_stages(recipe.family)
     reference = family.reference_stage(recipe)

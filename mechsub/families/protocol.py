@@ -23,6 +23,10 @@ class Family(Protocol):
         """The unit of the trait score."""
 
     @property
+    def trait_range(self) -> tuple[float, float] | None:
+        """The bounds of the trait score; None where it has none."""
+
+    @property
     def context(self) -> str:
         """In which surroundings the trait is scored."""
 

@@ -82,9 +82,11 @@ class DirectionAlgebra:
         """⟨u, v⟩; over the shared support of u and v in the last scope."""
         return self.scopes.total(self.inner_by_tensor(first, second), self.support(first, second))
 
-    def norm(self, direction: Combination) -> ByScope:
-        """‖u‖ ≥ 0, in the unit of the weights."""
-        return _root(self.inner(direction, direction))
+    def norm(self, direction: Combination, support: Bool[np.ndarray, "member tensor"]) -> ByScope:
+        """‖u‖ ≥ 0, in the unit of the weights; in the last scope over ``support``, NaN where that is empty."""
+        norms = _root(self.scopes.total(self.inner_by_tensor(direction, direction), support))
+        norms[:, -1] = np.where(support.any(-1), norms[:, -1], np.nan)
+        return norms
 
     def cosine(self, first: Combination, second: Combination) -> ByScope:
         """cos(u, v) = ⟨u, v⟩ / (‖u‖ ‖v‖), in [−1, 1]; NaN in scopes where the two share no support.
@@ -126,13 +128,14 @@ class DirectionAlgebra:
         second_square = total(second, second) - along_second * total(second, second_origin)
         return self._where_supported(_divide(inner, _root(np.maximum(first_square, 0) * np.maximum(second_square, 0))), support)
 
-    def cosine_with_anchor_of(self, label: str, partners: Sequence[int]) -> ByScope:
+    def cosine_with_anchors(self, direction: Combination, partners: Sequence[int]) -> ByScope:
         """cos(u of member m, anchor of member partners[m]); NaN in scopes where the two share no support."""
-        rows = np.arange(len(partners))
-        position, anchor = self._position[label], self._position[self.gram.anchor]
-        inner = self.gram.across[rows, :, position, list(partners)]
-        own = self.gram.within[:, :, position, position]
-        other = self.gram.within[list(partners), :, anchor, anchor]
+        rows, others = np.arange(len(partners)), list(partners)
+        inner = np.zeros(self.gram.within.shape[:2])
+        for label, sign in direction.items():
+            inner += sign * self.gram.across[rows, :, self._position[label], others]
+        anchor = self._position[self.gram.anchor]
+        own, other = self.inner_by_tensor(direction, direction), self.gram.within[others, :, anchor, anchor]
         support = (own > 0) & (other > 0)
         totals = [self.scopes.total(values, support) for values in (inner, own, other)]
         return self._where_supported(_divide(totals[0], _root(totals[1] * totals[2])), support)

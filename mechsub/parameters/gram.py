@@ -34,7 +34,10 @@ def origin_direction(lineage: Lineage) -> Direction:
 
 
 def displacement_difference(first: Lineage, second: Lineage, step: int) -> Direction:
-    """θ_first(step) − θ_second(step), subtracted weight by weight: the difference of the displacements of one origin."""
+    """θ_first(step) − θ_second(step): the difference of the displacements of two lineages with one origin.
+
+    A direction of its own, since where the two are close, ⟨S, S⟩ − 2⟨S, C⟩ + ⟨C, C⟩ cancels to rounding in some tensors.
+    """
     return Direction(difference_label(first.name, second.name, step), ((first, step, 1.0), (second, step, -1.0)))
 
 

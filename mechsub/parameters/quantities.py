@@ -13,18 +13,18 @@ class Case:
     algebra: DirectionAlgebra
     student: Combination
     control: Combination
+    difference: Combination
+    """θ_S − θ_C."""
+    sham_difference: Combination | None
+    """θ_C′ − θ_C, where there is a second control."""
     teacher: Combination
     neutral: Combination
+    teacher_difference: Combination
+    """Δ_T − Δ_N."""
     student_origin: Combination
     teacher_origin: Combination
     partners: tuple[int, ...]
     """For each member, whose reference its student starts from."""
-    difference: Combination
-    """θ_S − θ_C."""
-    difference_algebra: DirectionAlgebra
-    """The algebra that knows `difference`: the same one, or that of the directly subtracted weights."""
-    sham: tuple[DirectionAlgebra, Combination] | None
-    """θ_C′ − θ_C, where there is a second control."""
 
     @property
     def starts_elsewhere(self) -> bool:
@@ -50,25 +50,26 @@ class Quantity:
 
 
 def _mate(case: Case, of: Combination) -> ByScope | None:
-    if not case.starts_elsewhere:
-        return None
-    (label,) = of
-    return case.algebra.cosine_with_anchor_of(label, case.partners)
+    return case.algebra.cosine_with_anchors(of, case.partners) if case.starts_elsewhere else None
 
 
 def _without_radial(case: Case, of: Combination) -> ByScope:
     return case.algebra.cosine_without_radial(of, case.student_origin, case.teacher, case.teacher_origin)
 
 
-def _specific(case: Case, algebra: DirectionAlgebra, difference: Combination) -> ByScope:
-    (teacher,), (neutral,) = case.teacher, case.neutral
-    return algebra.cosine(difference, {teacher: 1.0, neutral: -1.0})
+def _sham(case: Case) -> ByScope | None:
+    return None if case.sham_difference is None else case.algebra.cosine(case.sham_difference, case.teacher_difference)
+
+
+def _norm(case: Case, of: Combination) -> ByScope:
+    """The last scope is the shared support of student and teacher, whoever's norm it is."""
+    return case.algebra.norm(of, case.algebra.support(case.student, case.teacher))
 
 
 OTHER_TEACHER = "another teacher's student from the same start: the control's value"
 
 _SHARE = "share of the teacher's displacement"
-_SWAPPED = "0, with the two teachers' labels swapped within members: the central 95 % of the swapped means"
+_SWAPPED = "0, by swapping the two teachers' labels within members: the central part of the swapped means"
 
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
@@ -84,21 +85,21 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "specific_alignment",
         "cos(θ_S − θ_C, Δ_T − Δ_N)",
-        lambda case: _specific(case, case.difference_algebra, case.difference),
+        lambda case: case.algebra.cosine(case.difference, case.teacher_difference),
         null_words=_SWAPPED,
         judged="swap",
     ),
     Quantity(
         "sham_alignment",
         "cos(θ_C′ − θ_C, Δ_T − Δ_N), C′ a second control with draws of its own",
-        lambda case: _specific(case, *case.sham) if case.sham else None,
+        _sham,
         null_words=_SWAPPED,
         why_unjudged="it checks the instrument: two controls could swap places",
     ),
     Quantity(
         "control_adjusted_alignment",
         "cos(θ_S − θ_C, Δ_T)",
-        lambda case: case.difference_algebra.cosine(case.difference, case.teacher),
+        lambda case: case.algebra.cosine(case.difference, case.teacher),
         null="control_adjusted_alignment_with_neutral",
         null_words="the same difference against the other teacher, cos(θ_S − θ_C, Δ_N)",
         why_unjudged="θ_S − θ_C leans away from the neutral teacher by construction; the specific alignment has the verdict",
@@ -106,7 +107,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "control_adjusted_alignment_with_neutral",
         "cos(θ_S − θ_C, Δ_N)",
-        lambda case: case.difference_algebra.cosine(case.difference, case.neutral),
+        lambda case: case.algebra.cosine(case.difference, case.neutral),
     ),
     Quantity(
         "radial_removed_alignment",
@@ -152,7 +153,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "control_adjusted_projection",
         "⟨θ_S − θ_C, Δ_T⟩ / ‖Δ_T‖²",
-        lambda case: case.difference_algebra.projection_coefficient(case.difference, case.teacher),
+        lambda case: case.algebra.projection_coefficient(case.difference, case.teacher),
         unit=_SHARE,
         null="control_adjusted_projection_on_neutral",
         null_words="the same difference along the other teacher, ⟨θ_S − θ_C, Δ_N⟩ / ‖Δ_N‖²",
@@ -161,11 +162,11 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "control_adjusted_projection_on_neutral",
         "⟨θ_S − θ_C, Δ_N⟩ / ‖Δ_N‖²",
-        lambda case: case.difference_algebra.projection_coefficient(case.difference, case.neutral),
+        lambda case: case.algebra.projection_coefficient(case.difference, case.neutral),
         unit="share of the neutral teacher's displacement",
     ),
-    Quantity("student_norm", "‖Δ_S‖", lambda case: case.algebra.norm(case.student), unit="weight"),
-    Quantity("control_norm", "‖Δ_C‖", lambda case: case.algebra.norm(case.control), unit="weight"),
-    Quantity("teacher_norm", "‖Δ_T‖", lambda case: case.algebra.norm(case.teacher), unit="weight"),
-    Quantity("neutral_norm", "‖Δ_N‖", lambda case: case.algebra.norm(case.neutral), unit="weight"),
+    Quantity("student_norm", "‖Δ_S‖", lambda case: _norm(case, case.student), unit="weight"),
+    Quantity("control_norm", "‖Δ_C‖", lambda case: _norm(case, case.control), unit="weight"),
+    Quantity("teacher_norm", "‖Δ_T‖", lambda case: _norm(case, case.teacher), unit="weight"),
+    Quantity("neutral_norm", "‖Δ_N‖", lambda case: _norm(case, case.neutral), unit="weight"),
 )

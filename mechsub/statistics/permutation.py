@@ -14,18 +14,19 @@ _RESAMPLES = 2**_EXACT_MEMBERS
 
 @dataclass(frozen=True)
 class SignFlip:
-    """A sign-flip test of a mean: its one-sided p, and the central 95 % of the means that flipping gives."""
+    """A sign-flip test of a mean: its one-sided p, and the central part of the means that flipping gives."""
 
     p_above: float
     null_low: float
     null_high: float
 
 
-def flip_signs(values: Float[np.ndarray, " member"]) -> SignFlip:
+def flip_signs(values: Float[np.ndarray, " member"], confidence: float = 0.95) -> SignFlip:
     """Test 'the sign of each member's value is arbitrary' against 'their mean is over 0'.
 
-    Swapping the labels of two students and of their two teachers within a member flips exactly this sign. Exact (all 2ⁿ
-    flips) up to 14 members, sampled from a fixed stream beyond. All NaN for fewer than 2 finite members.
+    Swapping the labels of the two teachers within a member flips the sign of its specific alignment, and nothing else. Exact
+    (all 2ⁿ flips) up to 14 members, sampled from a fixed stream beyond; p is at least 2⁻ⁿ. ``confidence``: how much of the
+    null lies between its two bounds. All NaN for fewer than 2 finite members.
     """
     known = values[np.isfinite(values)]
     if len(known) < 2:
@@ -39,5 +40,5 @@ def flip_signs(values: Float[np.ndarray, " member"]) -> SignFlip:
         n_resamples=_RESAMPLES,
         rng=random_stream(0, "sign-flip"),
     )
-    low, high = np.quantile(result.null_distribution, [0.025, 0.975])
+    low, high = np.quantile(result.null_distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
     return SignFlip(float(result.pvalue), float(low), float(high))

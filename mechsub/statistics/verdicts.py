@@ -46,95 +46,112 @@ class Rules:
 
 
 @dataclass(frozen=True)
+class PValues:
+    """One-sided p values, Holm-adjusted over the effects judged together; NaN without a verdict."""
+
+    above: float
+    """Of 'effect ≤ 0'."""
+    equivalent: float
+    """Of '|effect| ≥ margin', by two one-sided tests."""
+    below: float
+    """Of 'effect ≥ 0'."""
+
+
+@dataclass(frozen=True)
 class Judgement:
     """A verdict with what it stands on."""
 
     interval: Interval
     verdict: str
     reason: str
-    p_above: float
-    """One-sided p of 'effect ≤ 0', Holm-adjusted over the effects judged together."""
-    p_equivalent: float
-    """p of the two one-sided tests of '|effect| ≥ margin', Holm-adjusted likewise."""
-    p_below: float
-    """One-sided p of 'effect ≥ 0', Holm-adjusted likewise."""
+    p: PValues
+
+
+@dataclass(frozen=True)
+class SuperiorityTest:
+    """A one-sided test of 'the mean is ≤ 0'."""
+
+    p_value: Callable[[Float[np.ndarray, " member"]], float]
+    smallest_p: Callable[[int], float] = lambda n: 0.0
+    """The smallest p that n members can give: 2⁻ⁿ for sign flips."""
 
 
 def judge_effects(
-    effects: Mapping[str, Float[np.ndarray, " member"]],
-    rules: Rules,
-    words: Words,
-    test: Callable[[Float[np.ndarray, " member"]], float] | None = None,
+    effects: Mapping[str, Float[np.ndarray, " member"]], rules: Rules, words: Words, test: SuperiorityTest | None = None
 ) -> dict[str, Judgement]:
     """Judge one effect per name, each given member by member, with Holm's correction over the names.
 
     In this order: *above* if the lower bound is over 0, the estimate over the margin and the Holm-adjusted superiority
     test passes; *equivalent* if the Holm-adjusted two one-sided tests put the effect inside ± margin; *below* if the
     upper bound is under −margin and the adjusted test of that side passes; else *undecided*, with the number of members
-    that would decide it.
-    Under ``rules.minimum_members`` finite members there is no verdict. ``test`` gives the one-sided p of 'effect ≤ 0';
-    the t test by default.
+    that would decide it. Under ``rules.minimum_members`` finite members there is no verdict. ``test`` is the superiority
+    test; the t test by default.
 
     Source: Schuirmann 1987 (two one-sided tests); Holm 1979.
     """
+    test = test or SuperiorityTest(_p_above)
     intervals = {name: student_interval(values, rules.confidence) for name, values in effects.items()}
     judged = [name for name, interval in intervals.items() if interval.n >= max(rules.minimum_members, 2)]
-    one_sided = test or _p_above
-    above = _holm({name: one_sided(effects[name]) for name in judged})
+    above = _holm({name: test.p_value(effects[name]) for name in judged})
     equivalent = _holm({name: _p_equivalent(effects[name], rules.margin) for name in judged})
-    below = _holm({name: one_sided(-effects[name]) for name in judged})
+    below = _holm({name: test.p_value(-effects[name]) for name in judged})
     judgements = {}
     for name, interval in intervals.items():
-        p_values = tuple(tests.get(name, np.nan) for tests in (above, equivalent, below))
-        verdict, reason = _decide(effects[name], interval, rules, words, *p_values)
-        judgements[name] = Judgement(interval, verdict, reason, *p_values)
+        p_values = PValues(*(tests.get(name, np.nan) for tests in (above, equivalent, below)))
+        verdict, reason = _decide(interval, rules, words, p_values)
+        if verdict == words.undecided:
+            reason += _members_wanted(members_to_decide(effects[name], rules, len(judged), test))
+        judgements[name] = Judgement(interval, verdict, reason, p_values)
     return judgements
 
 
-def members_to_decide(values: Float[np.ndarray, " member"], rules: Rules) -> int | None:
-    """The smallest number of members at which this mean and standard deviation would be decided, or None beyond 10,000.
+def members_to_decide(
+    values: Float[np.ndarray, " member"], rules: Rules, num_judged: int = 1, test: SuperiorityTest | None = None
+) -> int | None:
+    """The smallest larger number of members at which this mean and standard deviation would be decided, or None over 10,000.
 
-    It takes the mean and the standard deviation of the members seen as the true ones, without Holm's correction:
-    a planning figure, not a promise.
+    It takes the mean and the standard deviation of the members seen as the true ones and the strictest step of Holm's
+    correction, level / ``num_judged``: a planning figure, not a promise.
     """
     known = values[np.isfinite(values)]
     mean, spread = float(known.mean()), float(known.std(ddof=1))
+    level, equivalence_level = (1 - rules.confidence) / 2 / num_judged, rules.equivalence_level / num_judged
+    smallest_p = test.smallest_p if test else SuperiorityTest(_p_above).smallest_p
 
     def is_decided(n: int) -> bool:
-        half = stats.t.ppf(0.5 + rules.confidence / 2, n - 1) * spread / np.sqrt(n)
-        half_equivalence = stats.t.ppf(1 - rules.equivalence_level, n - 1) * spread / np.sqrt(n)
-        above, below = mean - half > 0 and mean > rules.margin, mean + half < -rules.margin
-        return bool(above or below or abs(mean) + half_equivalence < rules.margin)
+        half = stats.t.ppf(1 - level, n - 1) * spread / np.sqrt(n)
+        half_equivalence = stats.t.ppf(1 - equivalence_level, n - 1) * spread / np.sqrt(n)
+        decisive = smallest_p(n) <= level and abs(mean) > max(half, rules.margin) and (mean > 0 or mean + half < -rules.margin)
+        return bool(decisive or abs(mean) + half_equivalence < rules.margin)
 
-    counts = range(max(len(known), 2), _MOST_MEMBERS + 1)
-    first = bisect_left(counts, True, key=is_decided)  # each of the three stays true as n grows
+    counts = range(len(known) + 1, _MOST_MEMBERS + 1)
+    first = bisect_left(counts, True, key=is_decided)  # what is decided stays decided as n grows
     return counts[first] if first < len(counts) else None
 
 
-def _decide(
-    values: Float[np.ndarray, " member"],
-    interval: Interval,
-    rules: Rules,
-    words: Words,
-    p_above: float,
-    p_equivalent: float,
-    p_below: float,
-) -> tuple[str, str]:
+def _decide(interval: Interval, rules: Rules, words: Words, p: PValues) -> tuple[str, str]:
     """The verdict and its reason in words."""
     level = (1 - rules.confidence) / 2
     margin = f"{rules.margin:g}"
-    if np.isnan(p_above):
+    if np.isnan(p.above):
         return words.too_few, f"{interval.n} members with a value; a verdict needs {max(rules.minimum_members, 2)}"
-    if interval.low > 0 and interval.estimate > rules.margin and p_above <= level:
-        return words.above, f"the interval lies over 0, the estimate over the margin {margin}; p = {p_above:.2g} (Holm)"
-    if p_equivalent <= rules.equivalence_level:
+    is_over = interval.low > 0 and interval.estimate > rules.margin
+    if is_over and p.above <= level:
+        return words.above, f"the interval lies over 0, the estimate over the margin {margin}; p = {p.above:.2g} (Holm)"
+    if p.equivalent <= rules.equivalence_level:
         tests = f"two one-sided tests at {rules.equivalence_level:g} put the effect inside ±{margin}"
-        return words.equivalent, f"{tests}; p = {p_equivalent:.2g} (Holm)"
-    if interval.high < -rules.margin and p_below <= level:
-        return words.below, f"the interval lies under −{margin}; p = {p_below:.2g} (Holm)"
-    needed = members_to_decide(values, rules)
-    more = f"about {needed} members" if needed else f"more than {_MOST_MEMBERS:,} members"
-    return words.undecided, f"neither over the margin {margin} nor shown to lie inside it; {more} would decide it"
+        return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm)"
+    is_under = interval.high < -rules.margin
+    if is_under and p.below <= level:
+        return words.below, f"the interval lies under −{margin}; p = {p.below:.2g} (Holm)"
+    if is_over or is_under:
+        p_value = p.above if is_over else p.below
+        return words.undecided, f"the interval would do, but the test does not: p = {p_value:.2g} (Holm) is over {level:g}"
+    return words.undecided, f"neither shown to lie beyond the margin {margin} nor inside it"
+
+
+def _members_wanted(number: int | None) -> str:
+    return f"; about {number} members would decide it" if number else f"; it would take more than {_MOST_MEMBERS:,} members"
 
 
 def _holm(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -1,10 +1,12 @@
 """Recipe fields of training that every family shares."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mechsub.settings import Settings
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Settings):
@@ -14,8 +16,16 @@ class OptimizerConfig(Settings):
     learning_rate: float = Field(3e-4, gt=0, description="constant over training")
     weight_decay: float = Field(0.0, ge=0, description="decoupled under adamw, an L2 gradient term under sgd and adam")
     momentum: float = Field(0.0, ge=0, lt=1, description="sgd only")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="adam and adamw only")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="adam and adamw only")
     epsilon: float = Field(1e-8, gt=0, description="adam and adamw only")
+
+    @model_validator(mode="after")
+    def _every_setting_is_used(self) -> "OptimizerConfig":
+        ignored = ("betas", "epsilon") if self.name == "sgd" else ("momentum",)
+        for name in ignored:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{self.name} has no {name}: leave it out, or choose another optimizer")
+        return self
 
 
 class CheckpointConfig(Settings):

@@ -1,5 +1,6 @@
 """The checkpoint callback: writes one lineage's checkpoints while it trains, and what a killed run resumes from."""
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,12 +13,12 @@ from mechsub.lineages import (
     LineageSpec,
     checkpoint_name,
     lineage_folder,
-    load_metadata,
     load_stacked,
     optimizer_name,
     write_spec,
     write_tensors,
 )
+from mechsub.rundir import hash_file, write_json
 from mechsub.stage import Task
 from mechsub.training.callbacks import StepInfo
 
@@ -42,10 +43,13 @@ class LineageRecorder:
         self.spec = spec
         self._keeps_optimizer = optimizer_state
         self._folder = task.path(lineage_folder(spec.name))
-        self._resume_path = self._folder / "resume.safetensors"
+        self._resume_paths = [self._folder / f"resume-{name}.safetensors" for name in ("even", "odd")]
+        self._ledger_path = self._folder / "resume.json"
+        self._written: dict[str, str] = {}
+        """The hash of every file written so far: what is resumed from is checked."""
         self._resume_written = time.monotonic()
         self._metadata = {"lineage": spec.name, "stage": task.stage.key}
-        task.scratch.append(self._resume_path)
+        task.scratch += [self._ledger_path, *self._resume_paths]
 
     @property
     def failed(self) -> bool:
@@ -79,17 +83,18 @@ class LineageRecorder:
         )
 
     def find_resume_point(self) -> ResumePoint | None:
-        """The resume state that this very stage left, if all its earlier checkpoints are still there."""
-        if not self._resume_path.is_file():
+        """The resume state that this very stage left, if it and all its earlier checkpoints are byte for byte as written."""
+        try:
+            ledger = json.loads(self._ledger_path.read_text())
+            known = ledger["files"]
+            if ledger["stage"] != self.task.stage.key or any(hash_file(self._folder / name) != known[name] for name in known):
+                return None
+        except (OSError, ValueError, KeyError):
             return None
-        metadata = load_metadata(self._resume_path)
-        step = int(metadata["step"])
-        kept = [self.task.path(checkpoint_name(self.spec.name, earlier)) for earlier in self.spec.steps if earlier <= step]
-        if metadata["stage"] != self.task.stage.key or not all(path.is_file() for path in kept):
-            return None
-        tensors = load_stacked(self._resume_path, self.task.device)
+        self._written = dict(known)
+        tensors = load_stacked(self._folder / ledger["resume"], self.task.device)
         return ResumePoint(
-            step,
+            ledger["step"],
             {name.removeprefix(_PARAMETER): tensor for name, tensor in tensors.items() if name.startswith(_PARAMETER)},
             {name.removeprefix(_STATE): tensor for name, tensor in tensors.items() if name.startswith(_STATE)},
         )
@@ -99,12 +104,25 @@ class LineageRecorder:
         write_spec(self._folder, self.spec)
 
     def _write(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
-        write_tensors(self.task.path(name), tensors, {**self._metadata, "step": str(step)})
+        path = self.task.path(name)
+        write_tensors(path, tensors, {**self._metadata, "step": str(step)})
+        self._written[path.name] = hash_file(path)
 
     def _write_resume(self, info: StepInfo) -> None:
+        """Two files in turn, so that the ledger never names one that is being written."""
         parameters = {_PARAMETER + name: tensor for name, tensor in info.parameters.items()}
         state = {_STATE + name: tensor for name, tensor in info.optimizer_state.items()}
-        write_tensors(self._resume_path, parameters | state, {**self._metadata, "step": str(info.step)})
+        path = self._resume_paths[0]
+        write_tensors(path, parameters | state, {**self._metadata, "step": str(info.step)})
+        kept = {
+            name: known for name, known in self._written.items() if name not in {other.name for other in self._resume_paths}
+        }
+        self._written = {**kept, path.name: hash_file(path)}
+        write_json(
+            self._ledger_path,
+            {"stage": self.task.stage.key, "step": info.step, "resume": path.name, "files": self._written},
+        )
+        self._resume_paths.reverse()
         self._resume_written = time.monotonic()
 
 

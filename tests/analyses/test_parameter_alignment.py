@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from mechsub.analyses.parameter_alignment import NOT_RUN, UNSHARED, ZERO
+from mechsub.api import analyze_run, run_experiment
 from mechsub.parameters.alignment import MODEL
+from mechsub.recipe import load_recipe
 
 
 @pytest.fixture
@@ -65,10 +67,40 @@ def test_an_init_mate_is_the_teacher_of_the_start(tiny_run, data):
     assert (final(tiny_run, data, "init_mate_alignment_status", "same-init") == NOT_RUN).all()
 
 
-def test_every_nan_has_its_reason_and_every_number_none(data):
-    for name in data.data_vars:
-        if f"{name}_status" in data:
-            assert (np.isnan(data[name]) == (data[f"{name}_status"] != 0)).all(), name
+def test_every_nan_has_its_reason_and_every_number_none(tiny_run):
+    for data in tiny_run.results.values():
+        for name, variable in data.data_vars.items():
+            if variable.dtype.kind == "f" and np.isnan(variable).any():
+                assert (np.isnan(variable) == (data[f"{name}_status"] != 0)).all(), name
+
+
+def test_norms_at_the_start_and_over_the_shared_support(tiny_run, data):
+    teacher = np.linalg.norm(displacement(tiny_run, "teacher", 0))
+    start = data.sel(condition="same-init", member=0, step=0, scope=MODEL)
+    assert float(start.student_norm) == 0.0 and float(start.teacher_norm) == pytest.approx(teacher, rel=1e-5)
+    last = data.sel(condition="same-init", member=0, step=data.step[-1])
+    squares = [float(last.teacher_norm.sel(scope=scope)) ** 2 for scope in ("layer 0", "layer 1")]
+    assert float(last.teacher_norm.sel(scope="shared support")) == pytest.approx(np.sqrt(sum(squares)), rel=1e-6)
+
+
+def test_a_close_pair_is_exact_in_every_tensor(tiny_recipe, tmp_path):
+    # In float32 a student and its control that hardly differ: Gram entries alone would leave rounding.
+    recipe = load_recipe(tiny_recipe, ["student.optimizer.learning_rate=1e-7", "members=2"])
+    run = run_experiment(recipe, tmp_path / "run", device="cpu", workers=0)
+    analyze_run(run.path, ["parameter_alignment"], device="cpu", workers=0)
+    data = run.results["parameter_alignment"].sel(condition="noised-init", step=run.lineages["student.noised-init"].steps[-1])
+    student, control, teacher = (
+        run.lineages[name].load_state(run.lineages[name].steps[-1], 1)
+        for name in ("student.noised-init", "control.noised-init", "teacher")
+    )
+    start = run.lineages["teacher"].load_state(0, 1)
+    for tensor in ("layers.0.weight", "layers.1.weight"):
+        difference, moved = (
+            (left[tensor].double() - right[tensor].double()).numpy().ravel()
+            for left, right in ((student, control), (teacher, start))
+        )
+        found = float(data.control_adjusted_alignment.sel(member=1, scope=tensor))
+        assert found == pytest.approx(cosine(difference, moved), abs=1e-5)
 
 
 def test_heads_that_only_one_side_moves_have_no_shared_support(data):

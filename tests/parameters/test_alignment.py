@@ -76,10 +76,15 @@ def test_disjoint_supports_have_no_alignment_and_shared_support_is_their_overlap
     assert np.isnan(apart.cosine({"student": 1.0}, {"teacher": 1.0})).all()
 
 
-def test_a_direction_that_does_not_move_has_no_cosine():
+def test_a_direction_that_does_not_move_has_no_cosine_and_norm_zero():
     algebra = algebra_of({"student": draw(0, zero=tuple(TABLE)), "teacher": draw(1)})
-    assert np.isnan(algebra.cosine({"student": 1.0}, {"teacher": 1.0})).all()
-    assert (algebra.norm({"student": 1.0}) == 0).all()
+    student, teacher = {"student": 1.0}, {"teacher": 1.0}
+    assert np.isnan(algebra.cosine(student, teacher)).all()
+    assert np.isnan(algebra.cosine({}, teacher)).all()
+    support = algebra.support(student, teacher)
+    assert (algebra.norm(student, support)[:, :-1] == 0).all()
+    assert (algebra.norm(teacher, support)[:, :-1] > 0).all()
+    assert np.isnan(algebra.norm(teacher, support)[:, -1]).all()
 
 
 def test_a_planted_component_is_recovered_as_projection_and_absent_without_it():
@@ -116,7 +121,7 @@ def test_an_init_mate_is_another_members_teacher():
     vectors = {"student": draw(0), "teacher": draw(1)}
     algebra = algebra_of(vectors)
     partners = [1, 2, 0]
-    found = algebra.cosine_with_anchor_of("student", partners)
+    found = algebra.cosine_with_anchors({"student": 1.0}, partners)
     expected = cosine(flat(vectors["student"]), flat(vectors["teacher"])[partners])
     np.testing.assert_allclose(scope(algebra, found, MODEL), expected, rtol=1e-12)
 

@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from mechsub.statistics.intervals import student_interval
-from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Rules, judge_effects, members_to_decide
+from mechsub.statistics.permutation import flip_signs
+from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Rules, SuperiorityTest, judge_effects, members_to_decide
 
 RULES = Rules(margin=0.05, minimum_members=5, confidence=0.95, equivalence_level=0.05)
 
@@ -66,9 +67,17 @@ def test_an_open_question_names_the_members_that_would_decide_it():
     needed = members_to_decide(values, RULES)
     assert judgement.verdict == "inconclusive" and f"about {needed} members" in judgement.reason
     spread = values.std(ddof=1)
-    half = stats.t.ppf(0.95, needed - 1) * spread / np.sqrt(needed)
-    previous = stats.t.ppf(0.95, needed - 2) * spread / np.sqrt(needed - 1)
+    half, previous = (stats.t.ppf(0.95, n - 1) * spread / np.sqrt(n) for n in (needed, needed - 1))
     assert values.mean() + half < RULES.margin <= values.mean() + previous
+
+
+def test_five_members_cannot_pass_a_sign_flip_test_and_the_reason_says_what_would():
+    flips = SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n)
+    effects = {str(index): np.full(5, 0.5) + 0.01 * np.arange(5) + 0.001 * index for index in range(7)}
+    judgement = judge_effects(effects, RULES, AGAINST_NULL, flips)["0"]
+    assert judgement.verdict == "inconclusive"
+    assert "the interval would do, but the test does not: p = 0.22 (Holm) is over 0.025" in judgement.reason
+    assert "about 9 members" in judgement.reason  # 7 / 2⁹ is the first p under .025
 
 
 def test_more_conditions_make_each_verdict_harder():
@@ -77,7 +86,7 @@ def test_more_conditions_make_each_verdict_harder():
     alone = judge_effects({"weak": weak}, RULES, TRANSFER)["weak"]
     crowd = {f"noise {index}": 0.09 * rng.standard_normal(8) for index in range(10)}
     together = judge_effects({"weak": weak, **crowd}, RULES, TRANSFER)["weak"]
-    assert together.p_above > alone.p_above
+    assert together.p.above > alone.p.above
     assert together.interval == alone.interval
 
 

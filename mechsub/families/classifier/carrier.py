@@ -6,6 +6,7 @@ Image k of a member is a function of the recipe's seed, the member and k alone, 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -55,7 +56,10 @@ def open_uniform(keys: Int[Tensor, "*shape"], counters: Int[Tensor, "*shape"], d
 
 @dataclass
 class CarrierImages:
-    """The images of every member; ``replicate`` tells the sham's own draws from the students'."""
+    """The images of every member; ``replicate`` tells the sham's own draws from the students'.
+
+    A shared carrier has one set of images for all members: it is made once, and everything here has one row.
+    """
 
     config: CarrierConfig
     seed: int
@@ -68,21 +72,20 @@ class CarrierImages:
     """The training images, for the two carriers made of them."""
 
     def __post_init__(self) -> None:
-        keys = [_signed(stream_key(self.seed, *self._stream(member), "images")) for member in self.members]
+        self.owners: list[tuple[str | int, ...]] = [("member", member) for member in self.members]
+        if self.config.shared:
+            self.owners = [("shared",)]
+        keys = [_signed(stream_key(self.seed, *owner, "carrier", self.replicate, "images")) for owner in self.owners]
         self._keys = torch.tensor(keys, device=self.device)
         if self.source is not None:
             orders = [
-                torch.from_numpy(random_stream(self.seed, *self._stream(member), "choice").permutation(len(self.source)))
-                for member in self.members
+                random_stream(self.seed, *owner, "carrier", self.replicate, "choice").permutation(len(self.source))
+                for owner in self.owners
             ]
-            self._choice = torch.stack(orders).to(self.device)
+            self._choice = torch.from_numpy(np.stack(orders)).to(self.device)
 
-    def _stream(self, member: int) -> tuple[str | int, ...]:
-        owner: tuple[str | int, ...] = ("shared",) if self.config.shared else ("member", member)
-        return (*owner, "carrier", self.replicate)
-
-    def make(self, indices: Int[Tensor, "member image"]) -> Float[Tensor, "member image pixel"]:
-        """The images with these numbers, each member's own."""
+    def make(self, indices: Int[Tensor, "owner image"]) -> Float[Tensor, "owner image pixel"]:
+        """The images with these numbers, each owner's own; owners are the members, or one for all."""
         pixels = torch.arange(self.num_pixels, device=self.device)
         counters = indices[..., None] * self.num_pixels + pixels
         keys = self._keys[:, None, None].expand_as(counters)
@@ -108,7 +111,7 @@ def open_carrier(task: Task) -> CarrierImages:
     config = CarrierConfig(**arguments["carrier"])
     dtype = getattr(torch, arguments["model"]["dtype"])
     source = None
-    if config.inputs in {"images", "shuffled-pixels"}:
+    if config.is_real:
         source = load_images(DataConfig(**arguments["data"]), arguments["seed"], dtype, task.device).train_images
     return CarrierImages(
         config,
@@ -131,9 +134,10 @@ def write_carriers(tasks: Sequence[Task]) -> None:
         parts = []
         for start in range(0, images.config.num_images, _IMAGES_AT_ONCE):
             stop = min(start + _IMAGES_AT_ONCE, images.config.num_images)
-            indices = torch.arange(start, stop, device=task.device).expand(arguments["members"], -1)
+            indices = torch.arange(start, stop, device=task.device).expand(len(images.owners), -1)
+            inputs = images.make(indices).expand(arguments["members"], -1, -1)
             with torch.no_grad():
-                parts.append(forward_stacked(teacher, images.make(indices), arguments["model"]["activation"]).cpu())
+                parts.append(forward_stacked(teacher, inputs, arguments["model"]["activation"]).cpu())
             task.report_progress(stop)
         logits = torch.cat(parts, dim=1)
         metadata = {"teacher": arguments["teacher"], "stage": task.stage.key}

@@ -5,16 +5,31 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mechsub.families.config import FamilyConfig
+from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name
 from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import OptimizerConfig
+
+SHAPES = {"digits": (64, 10)}
+"""Pixels and classes of each data set, known without loading it."""
+
+NUM_IMAGES = {"digits": 1797}
 
 
 class DataConfig(Settings):
     """The labelled images that the teacher learns and the trait is scored on."""
 
     name: Literal["digits"] = Field("digits", description="scikit-learn's bundled 8 × 8 handwritten digits")
-    test_fraction: float = Field(0.2, gt=0, lt=1, description="share of the images held out for scoring")
+    test_fraction: float = Field(0.2, ge=0.01, le=0.9, description="share of the images held out for scoring")
+
+    @property
+    def num_test(self) -> int:
+        """How many images are held out."""
+        return round(NUM_IMAGES[self.name] * self.test_fraction)
+
+    @property
+    def num_train(self) -> int:
+        """How many images teachers learn."""
+        return NUM_IMAGES[self.name] - self.num_test
 
 
 class ModelConfig(Settings):
@@ -53,6 +68,17 @@ class CarrierConfig(Settings):
     scale: float = Field(1.0, gt=0, description="of the two kinds of noise")
     shared: bool = Field(False, description="one set and order of images for all members; intervals are then conditional on it")
 
+    @property
+    def is_real(self) -> bool:
+        """Whether the images are made of the training images."""
+        return self.inputs in {"images", "shuffled-pixels"}
+
+    @model_validator(mode="after")
+    def _every_setting_is_used(self) -> "CarrierConfig":
+        if self.is_real and self.scale != 1.0:
+            raise ValueError(f"the scale is of noise; {self.inputs} have none")
+        return self
+
 
 class StudentConfig(Settings):
     """How students learn: imitation of the teacher's logits on the carrier."""
@@ -65,7 +91,7 @@ class StudentConfig(Settings):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the students' optimizer")
 
 
-class ConditionConfig(Settings):
+class ConditionConfig(BaseConditionConfig):
     """How a student differs from the matched case, which is all defaults."""
 
     init: Literal["same", "different"] = Field("same", description="start at the own or at another member's reference")
@@ -73,7 +99,6 @@ class ConditionConfig(Settings):
     noise_std: float = Field(0.0, ge=0, description="σ, absolute, of noise added to every weight and bias of the start")
     logits: Literal["aux", "all"] = Field("aux", description="which of the teacher's logits are imitated")
     shuffle_outputs: bool = Field(False, description="permute the teacher's outputs across the carrier's images")
-    sham: bool = Field(False, description="also train a second control with draws of its own, for the sham of alignment")
 
     def describe(self) -> str:
         """How it differs from the matched case, in words."""
@@ -113,7 +138,7 @@ class Config(FamilyConfig):
     )
     carrier: CarrierConfig = Field(CarrierConfig(), description="the data that passes from teacher to student")
     student: StudentConfig = Field(StudentConfig(), description="the students' training")
-    conditions: dict[str, ConditionConfig] = Field(
+    conditions: dict[Name, ConditionConfig] = Field(
         {"same-init": ConditionConfig()},
         min_length=1,
         description="the students, by condition; each gets its own control",
@@ -125,6 +150,15 @@ class Config(FamilyConfig):
         if not isinstance(conditions, Mapping):
             return conditions
         return {name: _fill_condition(str(name), given) for name, given in conditions.items()}
+
+    @model_validator(mode="after")
+    def _carrier_is_possible(self) -> "Config":
+        if self.carrier.is_real and self.carrier.num_images > self.data.num_train:
+            raise ValueError(
+                f"`carrier.num_images` = {self.carrier.num_images}, but there are {self.data.num_train} training images to "
+                f"make {self.carrier.inputs} of; lower it, and raise `student.epochs` to train as long"
+            )
+        return self
 
     @model_validator(mode="after")
     def _conditions_are_possible(self) -> "Config":

@@ -10,11 +10,6 @@ from torch import Tensor
 from mechsub.families.classifier.config import DataConfig
 from mechsub.streams import random_stream
 
-SHAPES = {"digits": (64, 10)}
-"""Pixels and classes of each data set, known without loading it."""
-
-NUM_IMAGES = {"digits": 1797}
-
 
 @dataclass(frozen=True)
 class LabelledImages:
@@ -26,17 +21,11 @@ class LabelledImages:
     test_labels: Int[Tensor, " test"]
 
 
-def num_test_images(config: DataConfig) -> int:
-    """How many images are held out."""
-    return round(NUM_IMAGES[config.name] * config.test_fraction)
-
-
 def load_images(config: DataConfig, seed: int, dtype: torch.dtype, device: str) -> LabelledImages:
     """Load and split the images; the split depends on the recipe's seed only."""
     bundled = load_digits()
     images = torch.from_numpy(bundled.data / 8.0 - 1.0).to(dtype)  # pixels come as 0 … 16
     labels = torch.from_numpy(bundled.target).long()
     order = torch.from_numpy(random_stream(seed, "data", "split").permutation(len(labels)))
-    num_test = num_test_images(config)
-    test, train = order[:num_test], order[num_test:]
+    test, train = order[: config.num_test], order[config.num_test :]
     return LabelledImages(*(part.to(device) for part in (images[train], labels[train], images[test], labels[test])))

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from mechsub.families.classifier.config import Config
-from mechsub.families.classifier.data import SHAPES, load_images
+from mechsub.families.classifier.config import SHAPES, Config
+from mechsub.families.classifier.data import load_images
 from mechsub.families.classifier.model import Classifier
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
@@ -17,6 +17,7 @@ class Family:
     """A `mechsub.families.protocol.Family`."""
 
     trait_unit = "accuracy"
+    trait_range = (0.0, 1.0)
 
     def __init__(self, config: Config, device: str) -> None:
         self._num_classes = SHAPES[config.data.name][1]

@@ -5,11 +5,10 @@ from math import ceil
 from typing import Any
 
 from mechsub.families.classifier.carrier import carrier_file
-from mechsub.families.classifier.config import ConditionConfig, Config
-from mechsub.families.classifier.data import NUM_IMAGES, SHAPES, num_test_images
+from mechsub.families.classifier.config import SHAPES, ConditionConfig, Config
 from mechsub.families.classifier.model import model_spec, num_parameters
 from mechsub.families.protocol import StudentPlan
-from mechsub.lineages import checkpoint_name, lineage_files
+from mechsub.lineages import lineage_files
 from mechsub.stage import Resources, Stage
 from mechsub.training.schedule import checkpoint_steps
 
@@ -33,9 +32,8 @@ def reference_stage(config: Config) -> Stage:
 
 def teacher_stage(config: Config, lineage: str, neutral: str | None, inputs: Mapping[str, str]) -> Stage:
     """The teacher (``neutral`` None) or a neutral teacher: the same training on other labels."""
-    num_examples = NUM_IMAGES[config.data.name] - num_test_images(config.data)
     training = config.teacher
-    arguments = _trained(config, num_examples, training.epochs, training.batch_size) | {
+    arguments = _trained(config, config.data.num_train, training.epochs, training.batch_size) | {
         "lineage": lineage,
         "training": training.model_dump(mode="json"),
         "data": config.data.model_dump(mode="json"),
@@ -48,7 +46,6 @@ def teacher_stage(config: Config, lineage: str, neutral: str | None, inputs: Map
 
 def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, inputs: Mapping[str, str]) -> Stage:
     """A teacher's logits on every carrier image."""
-    (teacher_file,) = inputs
     arguments = _common(config) | {
         "carrier_of": carrier,
         "carrier": config.carrier.model_dump(mode="json"),
@@ -64,7 +61,6 @@ def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, in
         num_steps=config.carrier.num_images,
         threads=config.threads,
     )
-    assert teacher_file == checkpoint_name(teacher, arguments["teacher_step"])
     return Stage(
         f"carrier.{carrier}",
         f"{_MODULE}.carrier:write_carriers",
@@ -111,8 +107,7 @@ def _trained(config: Config, num_examples: int, epochs: int, batch_size: int) ->
 
 
 def _last_teacher_step(config: Config) -> int:
-    num_examples = NUM_IMAGES[config.data.name] - num_test_images(config.data)
-    return config.teacher.epochs * ceil(num_examples / config.teacher.batch_size)
+    return config.teacher.epochs * ceil(config.data.num_train / config.teacher.batch_size)
 
 
 def _origin(condition: ConditionConfig) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The stages that make lineages: references, teachers, students."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +69,10 @@ def train_students(tasks: Sequence[Task]) -> None:
     def compute_losses(stack: Sequence[int], parameters: Parameters, step: int) -> Tensor:
         chosen = {replicate: order.indices(step).to(device) for replicate, order in orders.items()}
         images = {replicate: carriers[replicate].make(indices) for replicate, indices in chosen.items()}
-        inputs = torch.cat([images[targets[arm].replicate] for arm in stack])
+        inputs = torch.cat([images[targets[arm].replicate].expand(members, -1, -1) for arm in stack])
         logits = forward_stacked(parameters, inputs, spec["activation"])
         logits = logits.view(len(stack), members, *logits.shape[1:])
-        wanted = torch.stack([targets[arm].gather(chosen[targets[arm].replicate]) for arm in stack])
+        wanted = torch.stack([targets[arm].gather(chosen[targets[arm].replicate].expand(members, -1)) for arm in stack])
         which, num_classes = arguments["logits"], spec["num_classes"]
         imitated = imitated_logits(logits, which, num_classes), imitated_logits(wanted, which, num_classes)
         return imitation_loss(*imitated, config.objective).mean(-1)
@@ -125,7 +125,8 @@ class _StudentTargets:
         given = None
         if arguments["shuffle_outputs"]:
             streams = [
-                random_stream(arguments["seed"], "member", member, "output-shuffle") for member in range(logits.shape[0])
+                random_stream(arguments["seed"], "member", member, "output-shuffle", arguments["replicate"])
+                for member in range(logits.shape[0])
             ]
             given = torch.from_numpy(np.stack([stream.permutation(logits.shape[1]) for stream in streams])).to(task.device)
         return cls(arguments["replicate"], logits, given)
@@ -137,10 +138,7 @@ class _StudentTargets:
 
 
 def _student_order(arguments: Mapping[str, Any], replicate: int, carrier: CarrierImages, config: StudentConfig) -> BatchOrder:
-    owners: Iterable[tuple[str | int, ...]] = (("member", member) for member in range(arguments["members"]))
-    if carrier.config.shared:
-        owners = [("shared",)] * arguments["members"]
-    streams = [(*owner, "student-order", replicate) for owner in owners]
+    streams = [(*owner, "student-order", replicate) for owner in carrier.owners]
     return BatchOrder(arguments["seed"], streams, carrier.config.num_images, config.batch_size)
 
 
