@@ -288,7 +288,7 @@ def _check_recipe_unedited(directory: RunDirectory) -> None:
         now = {name: value for name, value in recipe.items() if name != "conditions"}
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise RunDirectoryError(f"{directory.recipe_path} cannot be read ({error}); put it back as it was") from None
-    changed = _differences(directory.header["recipe"], now)
+    changed = _differences(directory.header.get("recipe", {}), now)
     if changed:
         listed = ", ".join(f"`{path}` was {before!r}, is {after!r}" for path, before, after in changed)
         raise RunDirectoryError(

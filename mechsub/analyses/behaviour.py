@@ -217,7 +217,7 @@ def _members_figure(run: Run, data: xr.Dataset) -> Figure:
         tooltip=["condition:N", "role:N", "member:O", alt.Tooltip("final_score:Q", format=".3f")]
     )
     mean = base.mark_tick(thickness=3, size=16).encode(x="mean(final_score):Q")
-    chart = alt.layer(*lines, members, mean).properties(width=700, height=alt.Step(18))
+    chart = alt.layer(*lines, members, mean).properties(width=400, height=alt.Step(17))
     return Figure(
         name="members",
         title="Every member's trait score: a student's row over its control's",

@@ -297,9 +297,12 @@ def _training_figure(run: Run) -> Figure:
     y = alt.Y("cosine:Q", title="cos(Δ, Δ_T)")
     members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail="member:N", color=color)
     mean = chart.mark_line(strokeWidth=2.5).encode(x=x, y="mean(cosine):Q", color=color)
+    spread = {"upper": "2 * datum.random_cosine_sd", "lower": "-2 * datum.random_cosine_sd"}
+    line = alt.Chart(DATA).transform_calculate(**spread).mark_rule(color="#2563eb", strokeDash=[1, 2])
+    random = [line.encode(y=f"mean({side}):Q") for side in ("upper", "lower")]
     facets = (
-        alt.layer(_ZERO.encode(y=alt.datum(0)), members, mean, data=DATA)
-        .properties(width=195, height=140)
+        alt.layer(*random, members, mean, data=DATA)
+        .properties(width=132, height=118)
         .facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4)
     )
     return Figure(
@@ -307,9 +310,10 @@ def _training_figure(run: Run) -> Figure:
         title="Alignment with the teacher's displacement along training",
         caption=(
             f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of {run.neutral} "
-            f"from the same start (the null). Thin lines are members (n = {run.recipe.members}), thick ones their mean."
+            f"from the same start (the null). Thin lines are members (n = {run.recipe.members}), thick ones their mean. "
+            "Between the blue lines lie 95 % of random directions (±2/√d): a line to read by, not the null."
         ),
-        variables=("alignment", "alignment_of_control"),
+        variables=("alignment", "alignment_of_control", "random_cosine_sd"),
         spec=chart_spec(facets),
         select={"scope": [MODEL]},
         headline=True,

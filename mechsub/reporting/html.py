@@ -23,6 +23,9 @@ _TONES = {
 }
 """How loud a verdict is shown; every other one is an open question."""
 
+_NOT_SETUP = {"name", "description", "members", "conditions", "checkpoints", "callbacks", "threads"}
+"""What the first screen says elsewhere, or leaves to the recipe at the end."""
+
 
 @dataclass(frozen=True)
 class DrawnFigure:
@@ -48,12 +51,27 @@ def render_report(
         header=header,
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+        setup=_setup(recipe),
         verdicts=_verdict_table(findings),
         conditions=_conditions(results),
         sections=[(name, result, _draw(result)) for name, result in results.items()],
         findings=findings,
         outgrown=outgrown,
     )
+
+
+def _setup(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The recipe in a line a part, for the first screen: what is off or zero is left out; all of it stands at the end."""
+    shown = {name: value for name, value in recipe.items() if name not in _NOT_SETUP}
+    return [(name, _say(value)) for name, value in shown.items()]
+
+
+def _say(value: Any) -> str:
+    if isinstance(value, Mapping):
+        named = [str(value["name"])] if "name" in value else []
+        settings = {name: inner for name, inner in value.items() if inner and name != "name"}
+        return ", ".join(named + [f"{name.replace('_', ' ')} {_say(inner)}" for name, inner in settings.items()])
+    return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
 
 
 def _environment() -> Environment:
