@@ -34,8 +34,9 @@ class Family:
 
     def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
         """One member of a lineage as an ordinary module, in evaluation mode."""
-        model = Classifier(lineage.spec.model)
-        model.load_state_dict(lineage.load_state(step, member))
+        with torch.device("meta"):  # no weights are drawn only to be replaced
+            model = Classifier(lineage.spec.model)
+        model.load_state_dict(lineage.load_state(step, member), assign=True)
         return model.to(self._device).eval()
 
     def trait_score(self, model: nn.Module) -> Mapping[str, float]:
