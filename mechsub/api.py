@@ -109,7 +109,7 @@ def run_experiment(
     """
     plan = recipe if isinstance(recipe, Plan) else plan_experiment(recipe, out, settings)
     plan.check()
-    chosen = _resolve_device(device)
+    chosen = resolve_device(device)
     directory = RunDirectory(plan.out)
     with directory.lock("run"):
         if not directory.header_path.is_file():
@@ -161,9 +161,12 @@ def analyze_run(
         MechsubError: a file has changed or is missing, there is nothing to analyse, or an analysis failed.
     """
     directory = RunDirectory.open(run_dir)
-    chosen = _resolve_device(device)
+    chosen = resolve_device(device)
     stages = plan_analyses(run_dir, only)
+    if any(stage.arguments["module"] == "__main__" for stage in stages):
+        workers = 0  # another process could not import what was typed into this one
     with directory.lock("analyze"):
+        _check_measured_files(directory, [stage for stage in stages if directory.is_done(stage)])
         run_stages(stages, directory.path, chosen, workers=workers, on_progress=on_progress)
         return write_report(run_dir)
 
@@ -182,7 +185,7 @@ def write_report(run_dir: str | Path) -> Path:
 def verify_run(run_dir: str | Path) -> list[str]:
     """Compare every recorded file with its hash, and the recipe with the run's header; returns one line a problem."""
     directory = RunDirectory.open(run_dir)
-    problems = []
+    problems = [] if directory.records() else [f"{directory.path} has no record of any finished stage in stages/"]
     try:
         _check_recipe_unedited(directory)
     except RunDirectoryError as error:
@@ -237,7 +240,12 @@ def _write_report(directory: RunDirectory) -> Path:
     return path
 
 
-def _resolve_device(device: str) -> str:
+def resolve_device(device: str) -> str:
+    """The torch device that ``auto``, ``cpu`` or ``cuda`` means here.
+
+    Raises:
+        MechsubError: there is no such device.
+    """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -279,6 +287,13 @@ def _check_same_run(directory: RunDirectory, recipe: Recipe, stages: Sequence[St
                 f"stage {stage.name} in {directory.path} was made by mechsub {record.mechsub} from other arguments "
                 f"({listed}); choose another --out"
             )
+
+
+def _check_measured_files(directory: RunDirectory, stages: Sequence[Stage]) -> None:
+    """Compare what finished analyses have read with its hashes: a report over damaged files would not say so."""
+    made = directory.producers()
+    for name in sorted({name for stage in stages for name in stage.inputs}):
+        directory.check_file(name, made[name][1], made[name][0])
 
 
 def _check_recipe_unedited(directory: RunDirectory) -> None:

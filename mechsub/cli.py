@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +24,20 @@ RunDir = Annotated[Path, typer.Argument(help="A run directory.", show_default=Fa
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
+def _show_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"mechsub {metadata.version('mechsub')}")
+        raise typer.Exit
+    return asked
+
+
 @app.callback()
-def configure(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def configure(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
     """Options of every command."""
     _state["debug"] = debug
 
@@ -57,6 +70,7 @@ def run(
         plan = api.plan_experiment(recipe, out, settings or [])
         _print_plan(plan)
         plan.check()
+        api.resolve_device(device)
         if dry_run:
             return
         with _progress(plan.pending) as on_progress:
@@ -132,6 +146,11 @@ def _errors() -> Iterator[None]:
         if _state["debug"]:
             raise
         typer.echo(f"mechsub: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        if _state["debug"]:
+            raise
+        typer.echo(f"mechsub: {error.filename or 'a file'} cannot be used: {error.strerror or error}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         typer.echo("mechsub: interrupted; what was done is kept, and the same command goes on from there", err=True)

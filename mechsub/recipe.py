@@ -19,7 +19,15 @@ _PACKAGED = resources.files("mechsub.recipes")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as everyone means it; YAML 1.1 takes it for text."""
+    """Safe YAML in which 1e-3 is a number, as everyone means it (YAML 1.1 takes it for text), and no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping; YAML itself would let the last of two equal keys win in silence."""
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"the key {twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

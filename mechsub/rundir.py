@@ -99,10 +99,12 @@ class RunDirectory:
             RunDirectoryError: not a run directory, or one of another schema.
         """
         directory = cls(Path(path))
+        if directory.path.is_file():
+            raise RunDirectoryError(f"{path} is a file, not a run directory; choose another path")
         if not directory.path.is_dir():
             raise RunDirectoryError(f"{path} does not exist; `mechsub run RECIPE --out {path}` makes it")
         if not directory.header_path.is_file():
-            raise RunDirectoryError(f"{path} is not a run directory: it has no run.json; `mechsub run` makes one")
+            raise RunDirectoryError(f"{path} is not a run directory: it has no run.json; runs go into a new or an empty folder")
         schema = directory.header.get("schema")
         if schema != SCHEMA_VERSION:
             raise RunDirectoryError(
@@ -249,7 +251,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(f"{path} cannot be read ({error}); it is damaged or not ours") from None
+        raise RunDirectoryError(
+            f"{path} cannot be read ({error}); a stage's record can be deleted: the stage runs again"
+        ) from None
     return content
 
 

@@ -35,7 +35,7 @@ def validate_settings(model: type[SettingsT], values: Mapping[str, Any], source:
 
 def nearest_name(name: str, known: Sequence[str]) -> str:
     """``did you mean …?`` where a known name is near, else the list of the known ones."""
-    near = difflib.get_close_matches(name, known, n=1)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean `{near[0]}`?" if near else f"known: {', '.join(known)}"
 
 

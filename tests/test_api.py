@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def test_a_folder_with_other_things_is_refused(tiny_recipe, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(RunDirectoryError, match="no run.json"):
         run(tiny_recipe, tmp_path)
-    with pytest.raises(RunDirectoryError, match="does not exist"):
+    with pytest.raises(RunDirectoryError, match="is a file, not a run directory"):
         run(tiny_recipe, tmp_path / "notes.txt")
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
@@ -135,6 +136,52 @@ def test_a_flipped_byte_is_found_by_verify_and_stops_the_analysis(damaged):
     with pytest.raises(RunDirectoryError, match="has changed since stage teacher made it"):
         analyze_run(out, device="cpu", workers=0)
     assert not (out / "results").exists() or not list((out / "results").glob("*.h5"))
+
+
+def test_a_damaged_file_stops_the_analysis_even_when_its_results_are_there(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    analyze_run(out, device="cpu", workers=0)
+    path = out / "lineages/teacher/step-00000001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(RunDirectoryError, match="step-00000001.safetensors has changed"):
+        analyze_run(out, device="cpu", workers=0)
+
+
+def test_a_users_own_analysis_and_callback_run_in_other_processes(tiny_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(
+        "import xarray as xr\n"
+        "from mechsub.analyses.registry import analysis\n"
+        "from mechsub.results import Result\n\n"
+        "@analysis\n"
+        "def count_lineages(run):\n"
+        '    """How many lineages there are."""\n'
+        '    return Result(xr.Dataset({"lineages": len(run.lineages)}), [], [])\n\n'
+        "def look(info):\n"
+        '    open(f"seen-{info.lineage}", "w").close()\n'
+    )
+    command = [
+        str(Path(sys.executable).parent / "mechsub"),
+        "run",
+        str(tiny_recipe),
+        "--out",
+        "run",
+        "--set",
+        "callbacks=['mine:look']",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "seen-student.same-init").is_file()
+    program = "import mine, mechsub; mechsub.analyze_run('run', only=['count_lineages'], workers=2)"
+    program += "; assert int(mechsub.open_run('run').results['count_lineages'].lineages) == 18"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_callback_that_fails_is_named_with_lineage_and_step(tiny_recipe, tmp_path):
+    with pytest.raises(MechsubError, match=r"callback `os:fspath` failed on (teacher|neutral.relabelled) at step 0"):
+        run(tiny_recipe, tmp_path / "run", "callbacks=['os:fspath']")
 
 
 def test_a_deleted_file_is_rebuilt_as_it_was(damaged, tiny_recipe, tiny_run):

@@ -54,6 +54,8 @@ def test_a_condition_can_be_added_by_a_setting():
         ("carrier.inputs=images", "`carrier.num_images` = 9600, but there are 1438 training images to make images of"),
         ("name=../../x", "`name` = '../../x'"),
         ("conditions.a/b={init: different}", "conditions"),
+        ("model={hidden_widths: [4], hidden_widths: [5]}", "the key 'hidden_widths' stands twice"),
+        ("model.hiden=3", "did you mean `hidden_widths`?"),
         ("carrier.inputs=noise", "'uniform', 'gaussian', 'images' or 'shuffled-pixels'"),
     ],
 )

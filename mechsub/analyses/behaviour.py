@@ -1,5 +1,6 @@
 """Behaviour: did the student take the trait, against its own control?"""
 
+from dataclasses import replace
 from typing import Any
 
 import altair as alt
@@ -17,6 +18,7 @@ from mechsub.statistics.verdicts import TRANSFER, Judgement, Rules, judge_effect
 
 SOURCE = "Cloud et al., arXiv:2507.14805"
 EFFECT = "score(student) − score(control), member by member, at the last step"
+WITHOUT_TRAIT = "teacher-without-trait"
 _STATUS = ("ok", "not_recorded_at_this_step")
 _ROLES = ("student", "control")
 
@@ -27,6 +29,7 @@ def behaviour(run: Run) -> Result:
     data = _score_lineages(run)
     effects = _final_effects(run, data)
     judgements = judge_effects({name: effects[name] for name in run.conditions}, _rules(run.recipe.verdict), TRANSFER)
+    judgements = _void_without_trait(run, data, judgements)
     data = data.assign(_summary_variables(run, data, effects, judgements))
     findings = [finding for name, judged in judgements.items() for finding in _findings(run, data, name, judged)]
     return Result(data, findings, [_members_figure(run, data), _training_figure(run)], _sentences(run, data, judgements))
@@ -84,6 +87,18 @@ def _final_effects(run: Run, data: xr.Dataset) -> dict[str, np.ndarray]:
         name: _final_scores(run, data, f"student.{name}") - _final_scores(run, data, f"control.{name}")
         for name in run.conditions
     }
+
+
+def _void_without_trait(run: Run, data: xr.Dataset, judgements: dict[str, Judgement]) -> dict[str, Judgement]:
+    """No verdict where the teachers have nothing to pass on: their own gain over the references must be over the margin."""
+    gain = _final_scores(run, data, "teacher") - _final_scores(run, data, "reference")
+    teacher = judge_effects({"teacher": gain}, _rules(run.recipe.verdict), TRANSFER)["teacher"]
+    if teacher.verdict in {TRANSFER.above, TRANSFER.too_few}:
+        return judgements
+    reason = (
+        f"the teachers gained {teacher.interval} over their references, not more than the margin: there is nothing to pass on"
+    )
+    return {name: replace(judgement, verdict=WITHOUT_TRAIT, reason=reason) for name, judgement in judgements.items()}
 
 
 def _rules(verdict: VerdictConfig) -> Rules:
@@ -266,7 +281,7 @@ def _sentences(run: Run, data: xr.Dataset, judgements: dict[str, Judgement]) -> 
     for lineage, who in (("reference", "References"), ("teacher", "Teachers"), (run.neutral, "Neutral teachers")):
         interval = student_interval(_final_scores(run, data, lineage), run.recipe.verdict.confidence)
         means[lineage] = interval.estimate
-        sentences.append(f"{who} score {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}].")
+        sentences.append(f"{who} score {interval}.")
     if len(data.trait) > 1:
         last = run.lineages[run.neutral].steps[-1]
         own = data.trait_score.sel(lineage=run.neutral, step=last).isel(trait=1).values

@@ -220,9 +220,7 @@ def _finding(
         null_low, null_high = swapped.null_low, swapped.null_high
     reason = "the verdict is given over all parameters" if quantity.judged else quantity.why_unjudged
     if judgement is not None:
-        effect = judgement.interval
-        difference = f"{effect.estimate:+.3f} [{effect.low:+.3f}, {effect.high:+.3f}]"
-        reason = f"difference from the null {difference}: {judgement.reason}"
+        reason = f"difference from the null {judgement.interval}: {judgement.reason}"
     return Finding(
         analysis="parameter_alignment",
         quantity=quantity.name,
@@ -293,7 +291,7 @@ _ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6)
 
 def _training_figure(run: Run) -> Figure:
     chart, color = _long_form(_STUDENT_AND_NULL), _who(_STUDENT_AND_NULL)
-    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log"), axis=alt.Axis(grid=False))
+    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(grid=False))
     y = alt.Y("cosine:Q", title="cos(Δ, Δ_T)")
     members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail="member:N", color=color)
     mean = chart.mark_line(strokeWidth=2.5).encode(x=x, y="mean(cosine):Q", color=color)
@@ -353,7 +351,7 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
 
 
 def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
-    names = {"specific_alignment": "student − control", "sham_alignment": "sham: control − control"}
+    names = {"specific_alignment": "student − control", "sham_alignment": "control − control"}
     dots = (
         _long_form(names)
         .mark_circle(size=40, opacity=0.55)
@@ -386,7 +384,7 @@ def _sentences(run: Run, data: xr.Dataset) -> list[str]:
             continue
         interval = student_interval(_final(run, data, "alignment", condition), run.recipe.verdict.confidence)
         sentences.append(
-            f"{condition} has alignment {interval.estimate:.3f} [{interval.low:.3f}, {interval.high:.3f}]: its students "
+            f"{condition} has alignment {interval}: its students "
             "start as the same function that their teacher started as, but with the hidden units stored in another order, so "
             "that the same change of the function is a change of other weights, and a cosine compares weight by weight; a low "
             "alignment there says nothing against a transfer."

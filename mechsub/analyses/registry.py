@@ -13,7 +13,7 @@ import mechsub.analyses
 from mechsub.results import Result, write_result
 from mechsub.run import Run
 from mechsub.rundir import RunDirectory
-from mechsub.stage import Resources, Stage, Task
+from mechsub.stage import Resources, Stage, Task, load_function
 
 ENTRY_POINTS = "mechsub.analyses"
 
@@ -62,6 +62,7 @@ def analysis_stage(known: Analysis, run: Run) -> Stage:
     }
     arguments = {
         "analysis": known.name,
+        "module": known.function.__module__,
         "verdict": run.recipe.verdict.model_dump(mode="json"),
         "conditions": run.conditions,
         "mechsub": metadata.version("mechsub"),
@@ -93,6 +94,9 @@ def run_analyses(tasks: Sequence[Task]) -> None:
     for task in tasks:
         arguments = task.stage.arguments
         run = Run(RunDirectory.open(task.run), task.device, task.report_progress)
-        result = known[arguments["analysis"]].function(run)
-        path = task.path(result_file(arguments["analysis"]))
-        write_result(path, arguments["analysis"], arguments, arguments["mechsub"], result)
+        name = arguments["analysis"]
+        # A user's own analysis may be known only to the process that planned it: here its module is imported first.
+        function = known[name].function if name in known else load_function(f"{arguments['module']}:{name}")
+        result = function(run)
+        path = task.path(result_file(name))
+        write_result(path, name, arguments, arguments["mechsub"], result)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 from mechsub.findings import Finding
 from mechsub.reporting.charts import draw_figure
 from mechsub.results import Result
+from mechsub.statistics.intervals import format_number
 
 _TONES = {
     "transferred": "strong",
@@ -52,12 +53,23 @@ def render_report(
         recipe=recipe,
         recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
         setup=_setup(recipe),
+        answers=_answers(findings),
         verdicts=_verdict_table(findings),
         conditions=_conditions(results),
         sections=[(name, result, _draw(result)) for name, result in results.items()],
         findings=findings,
         outgrown=outgrown,
     )
+
+
+def _answers(findings: Sequence[Finding]) -> dict[str, list[str]]:
+    """Verdict → conditions, for the quantity that answers the title's question: the first that has verdicts."""
+    answers: dict[str, list[str]] = {}
+    judged = [finding for finding in findings if finding.verdict]
+    for finding in judged:
+        if finding.quantity == judged[0].quantity:
+            answers.setdefault(finding.verdict, []).append(finding.condition)
+    return answers
 
 
 def _setup(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -85,11 +97,6 @@ def _environment() -> Environment:
     environment.filters.update(number=format_number, interval=format_interval, tone=lambda verdict: _TONES.get(verdict, "open"))
     environment.filters["words"] = lambda name: name.replace("_", " ")
     return environment
-
-
-def format_number(value: float) -> str:
-    """Three digits after the point; a dash where there is no number."""
-    return "–" if not math.isfinite(value) else f"{value:.3f}".replace("-", "−")
 
 
 def format_interval(low: float, high: float) -> str:

@@ -17,6 +17,18 @@ class Interval:
     n: int
     confidence: float
 
+    def __str__(self) -> str:
+        if self.n == 0:
+            return "nothing (no member has a value)"
+        if self.n == 1:
+            return f"{format_number(self.estimate)} (one member: no interval)"
+        return f"{format_number(self.estimate)} [{format_number(self.low)}, {format_number(self.high)}]"
+
+
+def format_number(value: float) -> str:
+    """Three digits after the point, without a negative zero; a dash where there is no number."""
+    return f"{value:z.3f}".replace("-", "−") if np.isfinite(value) else "–"
+
 
 def student_interval(values: Float[np.ndarray, " member"], confidence: float) -> Interval:
     """The mean of ``values`` and its Student t interval, x̄ ± t(n−1)·s/√n, over the members that are not NaN.

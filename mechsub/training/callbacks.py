@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsub.errors import MechsubError
 from mechsub.stage import load_function
 
 
@@ -32,5 +33,22 @@ Callback = Callable[[StepInfo], None]
 
 
 def load_callbacks(names: Sequence[str]) -> list[Callback]:
-    """The user's callbacks, each named ``module:name`` in the recipe; all are called at every step."""
-    return [load_function(name) for name in names]
+    """The user's callbacks, each named ``module:name`` in the recipe; all are called at every step.
+
+    Raises:
+        MechsubError: a name cannot be loaded, or is no function; later, a callback that failed, with lineage and step.
+    """
+    return [_guard(name, load_function(name)) for name in names]
+
+
+def _guard(name: str, function: Callback) -> Callback:
+    if not callable(function):
+        raise MechsubError(f"callback `{name}` is {function!r}, not a function of one StepInfo")
+
+    def call(info: StepInfo) -> None:
+        try:
+            function(info)
+        except Exception as error:
+            raise MechsubError(f"callback `{name}` failed on {info.lineage} at step {info.step}: {error!r}") from error
+
+    return call

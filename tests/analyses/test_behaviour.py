@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from mechsub.api import analyze_run, run_experiment
 from mechsub.families.classifier.data import load_images
+from mechsub.recipe import load_recipe
 
 
 @pytest.fixture
@@ -47,3 +49,13 @@ def test_every_condition_has_a_score_and_an_effect_with_its_null(tiny_run):
         assert list(rows.index) == ["trait_score", "effect", "gain_over_reference"]
         assert list(rows.verdict != "") == [False, True, False]
         assert (rows.n == 3).all() and (rows.num_references == 3).all()
+
+
+def test_teachers_that_learnt_nothing_make_no_verdict(tiny_recipe, tmp_path):
+    recipe = load_recipe(tiny_recipe, ["teacher.optimizer.learning_rate=1e-9"])
+    run = run_experiment(recipe, tmp_path / "run", device="cpu", workers=0)
+    page = analyze_run(run.path, ["behaviour"], device="cpu", workers=0).read_text()
+    effects = run.findings.query("quantity == 'effect'")
+    assert set(effects.verdict) == {"teacher-without-trait"}
+    assert effects.reason.str.contains("nothing to pass on").all()
+    assert "teacher-without-trait" in page

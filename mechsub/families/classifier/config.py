@@ -182,7 +182,10 @@ def _fill_condition(name: str, given: Any) -> Any:
     given = dict(given or {})
     if name not in CONDITIONS:
         if not given:
-            raise ValueError(f"no condition is called {name!r}; {nearest_name(name, list(CONDITIONS))}; or say how it differs")
+            hint = nearest_name(name, list(CONDITIONS))
+            raise ValueError(
+                f"no condition is called {name!r}; {hint} One of your own says how it differs, e.g. init: different"
+            )
         return given
     fixed = {**ConditionConfig().model_dump(), **CONDITIONS[name]}
     changed = [key for key, value in given.items() if key in fixed and key not in _FREE and value != fixed[key]]
