@@ -287,11 +287,12 @@ def _sentences(run: Run, data: xr.Dataset, judgements: dict[str, Judgement]) -> 
         own = data.trait_score.sel(lineage=run.neutral, step=last).isel(trait=1).values
         sentences.append(f"Neutral teachers score {own.mean():.3f} under the names they learnt themselves.")
     lowered = {name: float(_final_scores(run, data, f"control.{name}").mean()) for name in run.conditions}
-    below = {name: mean for name, mean in lowered.items() if mean < means["reference"]}
+    margin = run.recipe.verdict.margin
+    below = {name: mean for name, mean in lowered.items() if mean < means["reference"] - margin}
     if below:
         listed = ", ".join(f"{name} {mean:.3f}" for name, mean in below.items())
         sentences.append(
-            f"A control takes something from its neutral teacher too. Where that lowers the score under the references' "
+            f"A control takes something from its neutral teacher too. Where that puts it more than the margin under the references' "
             f"{means['reference']:.3f}, the effect exceeds the gain over the reference by the difference: {listed}."
         )
     sentences.append(f"Holm's correction runs over the {len(judgements)} conditions; intervals are not widened by it.")
