@@ -292,8 +292,8 @@ def _sentences(run: Run, data: xr.Dataset, judgements: dict[str, Judgement]) -> 
     if below:
         listed = ", ".join(f"{name} {mean:.3f}" for name, mean in below.items())
         sentences.append(
-            f"A control takes something from its neutral teacher too. Where that puts it more than the margin under the references' "
-            f"{means['reference']:.3f}, the effect exceeds the gain over the reference by the difference: {listed}."
+            "A control takes something from its neutral teacher too. Where that puts it more than the margin under the "
+            f"references' {means['reference']:.3f}, the effect exceeds the gain over the reference by the difference: {listed}."
         )
     sentences.append(f"Holm's correction runs over the {len(judgements)} conditions; intervals are not widened by it.")
     if run.missing_conditions:
