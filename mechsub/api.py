@@ -35,6 +35,7 @@ __all__ = [
     "open_run",
     "plan_analyses",
     "plan_experiment",
+    "resolve_device",
     "run_experiment",
     "verify_run",
     "write_report",
@@ -166,7 +167,8 @@ def analyze_run(
     if any(stage.arguments["module"] == "__main__" for stage in stages):
         workers = 0  # another process could not import what was typed into this one
     with directory.lock("analyze"):
-        _check_measured_files(directory, [stage for stage in stages if directory.is_done(stage)])
+        # What a kept analysis has read is checked here, since a report over damaged files would not say so.
+        directory.check_files(name for stage in stages if directory.is_done(stage) for name in stage.inputs)
         run_stages(stages, directory.path, chosen, workers=workers, on_progress=on_progress)
         return write_report(run_dir)
 
@@ -226,10 +228,7 @@ def _write_report(directory: RunDirectory) -> Path:
     if not current:
         why = "only results that it has outgrown" if outgrown else "no results yet"
         raise RunDirectoryError(f"{directory.path} has {why}; `mechsub analyze {directory.path}` makes them")
-    made = directory.producers()
-    for path in current.values():
-        name = path.relative_to(directory.path).as_posix()
-        directory.check_file(name, made[name][1], made[name][0])
+    directory.check_files(path.relative_to(directory.path).as_posix() for path in current.values())
     results = {name: read_result(path) for name, path in current.items()}
     recipe = yaml.safe_load(directory.recipe_path.read_text())
     findings = [finding for result in results.values() for finding in result.findings]
@@ -259,11 +258,16 @@ def _header(recipe: Recipe) -> dict[str, Any]:
     return {
         "schema": SCHEMA_VERSION,
         "name": recipe.name,
-        "recipe": {name: value for name, value in recipe.model_dump(mode="json").items() if name != "conditions"},
+        "recipe": _without_conditions(recipe.model_dump(mode="json")),
         "versions": describe_versions(),
         "git_commit": git_commit(),
         "hardware": describe_hardware(),
     }
+
+
+def _without_conditions(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe may never change; conditions may be added."""
+    return {name: value for name, value in recipe.items() if name != "conditions"}
 
 
 def _check_same_run(directory: RunDirectory, recipe: Recipe, stages: Sequence[Stage]) -> None:
@@ -289,18 +293,10 @@ def _check_same_run(directory: RunDirectory, recipe: Recipe, stages: Sequence[St
             )
 
 
-def _check_measured_files(directory: RunDirectory, stages: Sequence[Stage]) -> None:
-    """Compare what finished analyses have read with its hashes: a report over damaged files would not say so."""
-    made = directory.producers()
-    for name in sorted({name for stage in stages for name in stage.inputs}):
-        directory.check_file(name, made[name][1], made[name][0])
-
-
 def _check_recipe_unedited(directory: RunDirectory) -> None:
     """Refuse a recipe.yaml that is not the one the run began with: the rules of its verdicts were fixed before."""
     try:
-        recipe = yaml.safe_load(directory.recipe_path.read_text())
-        now = {name: value for name, value in recipe.items() if name != "conditions"}
+        now = _without_conditions(yaml.safe_load(directory.recipe_path.read_text()))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise RunDirectoryError(f"{directory.recipe_path} cannot be read ({error}); put it back as it was") from None
     changed = _differences(directory.header.get("recipe", {}), now)

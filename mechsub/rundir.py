@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,7 +125,7 @@ class RunDirectory:
 
     @property
     def header(self) -> dict[str, Any]:
-        """The immutable header: schema, versions, git commit, hardware, seed."""
+        """The immutable header: schema, the recipe but for its conditions, versions, git commit, hardware."""
         return _read_json(self.header_path)
 
     def records(self) -> dict[str, StageRecord]:
@@ -177,6 +177,13 @@ class RunDirectory:
                 f"{path} has changed since stage {stage} made it: expected sha256 {known.sha256[:16]}… "
                 f"({known.size} bytes), found {found[:16]}… ({size} bytes); {rebuild}"
             )
+
+    def check_files(self, names: Iterable[str]) -> None:
+        """`check_file` for each of these files that a stage has recorded."""
+        made = self.producers()
+        for name in sorted({*names} & made.keys()):
+            maker, known = made[name]
+            self.check_file(name, known, maker)
 
     def write_record(self, stage: Stage, seconds: float, version: str) -> None:
         """Write down that a stage has ended. The record is the last file that a stage writes."""

@@ -1,5 +1,6 @@
 """The whole way of a run: again, further, killed, changed, damaged."""
 
+import itertools
 import json
 import os
 import random
@@ -257,6 +258,19 @@ def test_a_damaged_resume_state_is_not_resumed_from(tiny_recipe, tiny_run, tmp_p
     state.write_bytes(content if damage == "flip" else content[:100])
     run(tiny_recipe, out)
     assert output_hashes(out).items() <= output_hashes(tiny_run.path).items()
+
+
+def test_a_resumed_training_leaves_alone_what_it_resumed_from(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    plan = plan_experiment(tiny_recipe, out)
+    run_experiment(type(plan)(plan.recipe, out, plan.stages, plan.stages[:6]), device="cpu", workers=0)
+    (stage,) = (stage for stage in plan.stages if stage.name == "student.same-init")
+    named = []
+    for step in stage.arguments["steps"][1:]:
+        with pytest.raises(KeyboardInterrupt):
+            _train_until(Task(stage, out, "cpu", lambda done: None), step)
+        named.append(json.loads((out / "lineages/student.same-init/resume.json").read_text())["resume"])
+    assert len(named) >= 3 and all(first != second for first, second in itertools.pairwise(named))
 
 
 def _train_until(task, step):

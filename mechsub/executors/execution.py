@@ -30,7 +30,7 @@ def execute_stages(run: Path, stages: Sequence[Stage], device: str) -> None:
         stages = [stage for stage in stages if not directory.is_done(stage)]
         if not stages:
             return  # another process finished them while we waited to start
-        _check_inputs(directory, stages)
+        directory.check_files(name for stage in stages for name in stage.inputs)
         tasks = [Task(stage, run, device, _progress_writer(directory.progress_path(stage.key))) for stage in stages]
         function: StageFunction = load_function(stages[0].function)
         started = time.monotonic()
@@ -55,14 +55,6 @@ def read_progress(directory: RunDirectory, stage: Stage) -> int:
         return int(directory.progress_path(stage.key).read_text())
     except (OSError, ValueError):
         return 0  # not begun, just ended, or being written this instant
-
-
-def _check_inputs(directory: RunDirectory, stages: Sequence[Stage]) -> None:
-    produced = directory.producers()
-    for name in sorted({name for stage in stages for name in stage.inputs}):
-        if name in produced:
-            maker, known = produced[name]
-            directory.check_file(name, known, maker)
 
 
 def _progress_writer(path: Path) -> Callable[[int], None]:

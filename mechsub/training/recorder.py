@@ -92,6 +92,8 @@ class LineageRecorder:
         except (OSError, ValueError, KeyError):
             return None
         self._written = dict(known)
+        if self._resume_paths[0].name == ledger["resume"]:
+            self._resume_paths.reverse()  # the next write must leave alone what the ledger names
         tensors = load_stacked(self._folder / ledger["resume"], self.task.device)
         return ResumePoint(
             ledger["step"],
