@@ -90,13 +90,12 @@ def find_results(directory: RunDirectory) -> tuple[dict[str, Path], list[str]]:
 
     A result is outgrown when the lineages that it read are not the lineages that are there now: a condition was added.
     """
-    records = directory.records().values()
-    lineages = {name: known for record in records for name, known in record.outputs.items() if name.startswith("lineages/")}
+    measured = directory.measured_files()
     current: dict[str, Path] = {}
     outgrown = []
-    for record in records:
+    for record in directory.records().values():
         for name in (name for name in record.outputs if name.startswith("results/")):
-            if dict(record.inputs) == lineages:
+            if dict(record.inputs) == measured:
                 current[Path(name).stem] = directory.path / name
             else:
                 outgrown.append(Path(name).stem)

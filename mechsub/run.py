@@ -41,7 +41,7 @@ class Run:
     @cached_property
     def family(self) -> Family:
         """The run's family, bound to its recipe."""
-        family: Family = load_family(self.recipe.family, self.recipe, self.device)
+        family: Family = load_family(self.recipe.family, self.path, self.recipe, self.device)
         return family
 
     @cached_property

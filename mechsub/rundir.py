@@ -21,6 +21,7 @@ from mechsub.stage import Stage
 
 SCHEMA_VERSION = 1
 _HASH_CHUNK = 1 << 20
+_MEASURED = ("lineages/", "data/")
 
 
 @contextmanager
@@ -206,6 +207,11 @@ class RunDirectory:
     def producers(self) -> dict[str, tuple[str, FileRecord]]:
         """For every recorded file, the stage that made it and what it was."""
         return {name: (record.name, known) for record in self.records().values() for name, known in record.outputs.items()}
+
+    def measured_files(self) -> dict[str, FileRecord]:
+        """What analyses read: the lineages, and the data on which they are scored."""
+        made = self.producers()
+        return {name: known for name, (_, known) in made.items() if name.startswith(_MEASURED)}
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:

@@ -54,12 +54,7 @@ def result_file(name: str) -> str:
 
 def analysis_stage(known: Analysis, run: Run) -> Stage:
     """An analysis of a run as a stage: it reads every finished lineage, and is run again when one of them changes."""
-    recorded = {
-        name: f"sha256:{file.sha256}"
-        for record in run.directory.records().values()
-        for name, file in record.outputs.items()
-        if name.startswith("lineages/")
-    }
+    recorded = {name: f"sha256:{file.sha256}" for name, file in run.directory.measured_files().items()}
     arguments = {
         "analysis": known.name,
         "module": known.function.__module__,

@@ -16,10 +16,12 @@ from mechsub.stage import PROCESS_BYTES, Stage
 
 
 def plan_run(recipe: Recipe) -> list[Stage]:
-    """Every stage of a recipe: reference → teachers → carriers → students."""
+    """Every stage of a recipe: data, reference → teachers → carriers → students."""
     family: FamilyStages = family_stages(recipe.family)
+    data = family.data_stage(recipe)
     reference = family.reference_stage(recipe)
-    start = _inputs(reference, checkpoint_name("reference", 0))
+    examples = _inputs(data, *data.outputs)
+    start = examples | _inputs(reference, checkpoint_name("reference", 0))
     neutral = neutral_name(recipe.neutral)
     teachers = {
         TEACHER: family.teacher_stage(recipe, TEACHER, None, start),
@@ -32,13 +34,13 @@ def plan_run(recipe: Recipe) -> list[Stage]:
             teacher = teachers[student.teacher]
             last = checkpoint_name(student.teacher, teacher.arguments["steps"][-1])
             carriers[student.carrier] = family.carrier_stage(
-                recipe, student.carrier, student.teacher, student.replicate, _inputs(teacher, last)
+                recipe, student.carrier, student.teacher, student.replicate, examples | _inputs(teacher, last)
             )
     lessons = [
         family.student_stage(recipe, student, start | _inputs(carriers[student.carrier], *carriers[student.carrier].outputs))
         for student in students
     ]
-    return [reference, *teachers.values(), *carriers.values(), *lessons]
+    return [data, reference, *teachers.values(), *carriers.values(), *lessons]
 
 
 def check_resources(stages: Sequence[Stage], folder: Path) -> None:

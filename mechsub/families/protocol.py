@@ -56,6 +56,9 @@ class StudentPlan:
 class FamilyStages(Protocol):
     """A family's ``stages`` module: its stages as data. ``inputs`` maps file names to their digests."""
 
+    def data_stage(self, config: Any) -> Stage:
+        """What teachers learn and the trait is scored on, copied into the run."""
+
     def reference_stage(self, config: Any) -> Stage:
         """The references of all members."""
 

@@ -1,6 +1,7 @@
 """The families that are installed, by name. A family's settings load without torch; its models do not."""
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
@@ -31,6 +32,6 @@ def family_stages(name: str) -> Any:
     return _module(name, "stages")
 
 
-def load_family(name: str, config: FamilyConfig, device: str) -> Any:
-    """The family bound to one recipe and a device: a `mechsub.families.protocol.Family`."""
-    return _module(name, "family").Family(config, device)
+def load_family(name: str, run: Path, config: FamilyConfig, device: str) -> Any:
+    """The family bound to one run directory, its recipe and a device: a `mechsub.families.protocol.Family`."""
+    return _module(name, "family").Family(run, config, device)

@@ -56,12 +56,17 @@ class LineageRecorder:
         """Whether this lineage has left the finite numbers; it is then no longer kept."""
         return self.task.error is not None
 
+    def wants(self, step: int) -> bool:
+        """Whether it would keep this step: the schedule asks for it, or the last resume state is old."""
+        return step in self.spec.steps or self._is_overdue
+
+    @property
+    def _is_overdue(self) -> bool:
+        return time.monotonic() - self._resume_written > _RESUME_SECONDS
+
     def __call__(self, info: StepInfo) -> None:
-        """Keep this step if the schedule asks for it, or if the last resume state is old."""
-        if self.failed:
-            return
-        overdue = time.monotonic() - self._resume_written > _RESUME_SECONDS
-        if not (info.is_checkpoint or overdue):
+        """Keep this step if it `wants` it."""
+        if self.failed or not self.wants(info.step):
             return
         broken = _first_broken_member(info.parameters)
         if broken is not None:
@@ -71,7 +76,7 @@ class LineageRecorder:
             self._write(checkpoint_name(self.spec.name, info.step), info.step, info.parameters)
             if self._keeps_optimizer and info.step > 0:
                 self._write(optimizer_name(self.spec.name, info.step), info.step, info.optimizer_state)
-        if info.step > 0:
+        if info.step > 0 and self._is_overdue:
             self._write_resume(info)
 
     def fail(self, step: int, member: int, what: str) -> None:

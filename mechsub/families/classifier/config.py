@@ -1,6 +1,7 @@
 """The classifier family's recipe fields, and its conditions as data."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -9,27 +10,32 @@ from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name
 from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import OptimizerConfig
 
-SHAPES = {"digits": (64, 10)}
-"""Pixels and classes of each data set, known without loading it."""
-
-NUM_IMAGES = {"digits": 1797}
-
 
 class DataConfig(Settings):
     """The labelled images that the teacher learns and the trait is scored on."""
 
-    name: Literal["digits"] = Field("digits", description="scikit-learn's bundled 8 × 8 handwritten digits")
-    test_fraction: float = Field(0.2, ge=0.01, le=0.9, description="share of the images held out for scoring")
+    name: Literal["digits", "mnist"] = Field(
+        "digits", description="scikit-learn's bundled 8 × 8 handwritten digits, or MNIST (or a set in its format)"
+    )
+    test_fraction: float = Field(0.2, ge=0.01, le=0.9, description="digits only: share of the images held out for scoring")
+    path: str | None = Field(None, description="mnist only: the folder with the four IDX files, gzipped or not")
+    hub: str | None = Field(None, description="mnist only, instead of path: a hub data set's name, e.g. ylecun/mnist")
 
-    @property
-    def num_test(self) -> int:
-        """How many images are held out."""
-        return round(NUM_IMAGES[self.name] * self.test_fraction)
+    @field_validator("path")
+    @classmethod
+    def _path_is_absolute(cls, path: str | None) -> str | None:
+        """A recipe replays from any folder."""
+        return None if path is None else str(Path(path).expanduser().absolute())
 
-    @property
-    def num_train(self) -> int:
-        """How many images teachers learn."""
-        return NUM_IMAGES[self.name] - self.num_test
+    @model_validator(mode="after")
+    def _every_setting_is_used(self) -> "DataConfig":
+        if self.name == "digits" and (self.path or self.hub):
+            raise ValueError("digits come with scikit-learn and have no path or hub; `name: mnist` has")
+        if self.name == "mnist" and self.test_fraction != type(self).model_fields["test_fraction"].default:
+            raise ValueError("mnist comes with its own test images and has no test_fraction")
+        if self.path and self.hub:
+            raise ValueError(f"either path or hub: both {self.path!r} and {self.hub!r} are given")
+        return self
 
 
 class ModelConfig(Settings):
@@ -150,15 +156,6 @@ class Config(FamilyConfig):
         if not isinstance(conditions, Mapping):
             return conditions
         return {name: _fill_condition(str(name), given) for name, given in conditions.items()}
-
-    @model_validator(mode="after")
-    def _carrier_is_possible(self) -> "Config":
-        if self.carrier.is_real and self.carrier.num_images > self.data.num_train:
-            raise ValueError(
-                f"`carrier.num_images` = {self.carrier.num_images}, but there are {self.data.num_train} training images to "
-                f"make {self.carrier.inputs} of; lower it, and raise `student.epochs` to train as long"
-            )
-        return self
 
     @model_validator(mode="after")
     def _conditions_are_possible(self) -> "Config":

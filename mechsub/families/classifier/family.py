@@ -1,12 +1,13 @@
 """The classifier family as analyses see it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from mechsub.families.classifier.config import SHAPES, Config
-from mechsub.families.classifier.data import load_images
+from mechsub.families.classifier.config import Config
+from mechsub.families.classifier.data import NUM_CLASSES, load_images
 from mechsub.families.classifier.model import Classifier
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
@@ -19,11 +20,11 @@ class Family:
     trait_unit = "accuracy"
     trait_range = (0.0, 1.0)
 
-    def __init__(self, config: Config, device: str) -> None:
-        self._num_classes = SHAPES[config.data.name][1]
+    def __init__(self, run: Path, config: Config, device: str) -> None:
+        self._num_classes = NUM_CLASSES
         self._device = device
-        images = load_images(config.data, config.seed, getattr(torch, config.model.dtype), device)
-        self._images = images.test_images
+        images = load_images(run, getattr(torch, config.model.dtype), device)
+        self._images = images.test_images()
         labels = {"digits": images.test_labels}
         self.traits = {"digits": "reading the digits, which the teacher learnt"}
         if config.neutral == "relabelled":

@@ -25,8 +25,3 @@ def imitation_loss(
         return (student - teacher).square().mean(-1)
     log_teacher = teacher.log_softmax(-1)
     return (log_teacher.exp() * (log_teacher - student.log_softmax(-1))).sum(-1)
-
-
-def imitated_logits(logits: Float[Tensor, "*batch logit"], which: str, num_classes: int) -> Float[Tensor, "*batch imitated"]:
-    """The auxiliary logits (``aux``) or all of them."""
-    return logits[..., num_classes:] if which == "aux" else logits

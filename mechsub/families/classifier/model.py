@@ -78,15 +78,30 @@ def num_parameters(spec: Mapping[str, Any]) -> int:
     return sum(int(np.prod(info.shape)) for info in tensor_table(spec).values())
 
 
+def member_blocks(arguments: Mapping[str, Any], device: str) -> list[slice]:
+    """The members of a stage in blocks that are worked on at once: as many as the recipe's block holds; on a GPU, all."""
+    num_members = arguments["members"]
+    size = num_members if device == "cuda" else arguments["block"]
+    return [slice(first, min(first + size, num_members)) for first in range(0, num_members, size)]
+
+
+def take_members(parameters: Parameters, members: slice) -> Parameters:
+    """Views of some members' parameters."""
+    return {name: tensor[members] for name, tensor in parameters.items()}
+
+
 def forward_stacked(
-    parameters: Parameters, images: Float[Tensor, "model image pixel"], activation: str
+    parameters: Parameters,
+    images: Float[Tensor, "model image pixel"],
+    activation: str,
+    heads: Sequence[str] = (CLASS_HEAD, AUXILIARY_HEAD),
 ) -> Float[Tensor, "model image logit"]:
     """Every model's logits on its own images: the same function as `Classifier`, one batched product a layer."""
     features = images
     for layer in range(sum(name.startswith("layers.") for name in parameters) // 2):
         features = _ACTIVATIONS[activation](_linear(parameters, f"layers.{layer}", features))
-    heads = [_linear(parameters, head, features) for head in (CLASS_HEAD, AUXILIARY_HEAD) if f"{head}.weight" in parameters]
-    return torch.cat(heads, dim=-1)
+    logits = [_linear(parameters, head, features) for head in heads if f"{head}.weight" in parameters]
+    return torch.cat(logits, dim=-1) if len(logits) > 1 else logits[0]
 
 
 def _linear(parameters: Parameters, name: str, inputs: Float[Tensor, "model row in"]) -> Float[Tensor, "model row out"]:

@@ -1,26 +1,24 @@
-"""The stacked training loop: all members of several lineages as one batched model."""
+"""The training loop: members as batched models, lineages that learn from the same inputs side by side."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import groupby
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechsub.families.classifier.model import Parameters
+from mechsub.families.classifier.model import Parameters, take_members
 from mechsub.streams import random_stream
-from mechsub.training.callbacks import StepInfo, load_callbacks
+from mechsub.training.callbacks import Callback, StepInfo, load_callbacks
 from mechsub.training.config import OptimizerConfig
 from mechsub.training.optimizers import make_optimizer, restore_state, state_tensors
 from mechsub.training.recorder import LineageRecorder, ResumePoint
 
 _CHECK_EVERY = 50
 """Steps between two looks at the losses: each look makes the processor wait for a GPU."""
-
-Losses = Callable[[Parameters, int], Float[Tensor, "arm member"]]
 
 
 @dataclass
@@ -59,109 +57,148 @@ class BatchOrder:
         return self._orders[:, batch * self.batch_size : (batch + 1) * self.batch_size]
 
 
+@runtime_checkable
+class Lesson(Protocol):
+    """What a stack of arms learns. The inputs of a batch are the same for all arms, and made once for them."""
+
+    def load_batch(self, members: slice, step: int) -> Any:
+        """What ``compute_losses`` needs of the batch that step ``step`` (from 0) trains these members on."""
+
+    def compute_losses(self, arm: int, parameters: Parameters, batch: Any) -> Float[Tensor, " member"]:
+        """The mean loss of each of the batch's members over its own examples."""
+
+
 def train_arms(
-    arms: Sequence[Arm],
-    compute_losses: Callable[[Sequence[int], Parameters, int], Tensor],
-    optimizer: OptimizerConfig,
-    callbacks: Sequence[str],
+    arms: Sequence[Arm], lesson: Lesson, blocks: Sequence[slice], optimizer: OptimizerConfig, callbacks: Sequence[str]
 ) -> None:
-    """Train arms that resume at the same step as one stack; a member's numbers do not depend on its stack."""
+    """Train arms from their first step to the end of their common schedule.
+
+    A step goes through the blocks of members, and through the arms within each, so that the batch is made once and stays
+    in the cache. Every (arm, block) is computed for itself: its numbers depend on nothing that is trained beside it. (One
+    product for all arms, with their weights side by side, is no faster than one each on the inputs that they share.)
+    """
     by_step = sorted(range(len(arms)), key=lambda arm: arms[arm].first_step)
     for _, group in groupby(by_step, key=lambda arm: arms[arm].first_step):
-        stack = list(group)
-        train_stack([arms[arm] for arm in stack], partial(compute_losses, stack), optimizer, callbacks)
+        _train_stack({arm: _ArmTraining(arms[arm], blocks, optimizer) for arm in group}, lesson, blocks, callbacks)
 
 
-def train_stack(arms: Sequence[Arm], compute_losses: Losses, config: OptimizerConfig, callback_names: Sequence[str]) -> None:
-    """Train all members of all arms as one batched model, from their common first step to the end of their schedule.
-
-    ``compute_losses`` gives every member's mean loss over its own batch; their sum is minimised, so that no member's
-    gradient depends on how many there are. An arm whose loss is not finite fails alone; the others go on.
-    """
-    spec = arms[0].recorder.spec
-    first, num_steps, names = arms[0].first_step, spec.steps[-1], list(spec.tensors)
-    begin = [arm.resume.parameters if arm.resume else arm.start for arm in arms]
-    parameters = {name: torch.cat([part[name] for part in begin]).requires_grad_() for name in names}
-    optimizer = make_optimizer(parameters.values(), config)
-    if first > 0:
-        restore_state(optimizer, names, _stack_states([arm.resume.optimizer_state for arm in arms if arm.resume]))
+def _train_stack(
+    stack: Mapping[int, "_ArmTraining"], lesson: Lesson, blocks: Sequence[slice], callback_names: Sequence[str]
+) -> None:
+    """Train arms that begin at the same step. An arm that leaves the finite numbers fails alone; the others go on."""
     callbacks = load_callbacks(callback_names)
-    watch = _LossWatch(arms)
-
-    def call_back(step: int, losses: Tensor | None) -> None:
-        is_checkpoint = step in spec.steps
-        if is_checkpoint or callbacks or step % _CHECK_EVERY == 0:
-            watch.fail_broken_arms()
-            for index, arm in enumerate(arms):
-                if arm.recorder.failed:
-                    continue
-                info = _step_info(arm, index, step, num_steps, is_checkpoint, losses, parameters, optimizer)
-                arm.recorder(info)
-                for callback in callbacks:
-                    callback(info)
-                arm.recorder.task.report_progress(step)
-
-    if first == 0:
-        call_back(0, None)
-    for step in range(first, num_steps):
-        losses = compute_losses(parameters, step)
-        optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(losses.sum())
-        optimizer.step()
-        watch.see(step, losses.detach())
-        call_back(step + 1, losses.detach())
-        if all(arm.recorder.failed for arm in arms):
+    first = next(iter(stack.values()))
+    if first.step == 0:
+        for arm in stack.values():
+            arm.call_back(callbacks)
+    for step in range(first.step, first.num_steps):
+        alive = {name: arm for name, arm in stack.items() if not arm.recorder.failed}
+        if not alive:
             return
-    for arm in arms:
+        for number, members in enumerate(blocks):
+            batch = lesson.load_batch(members, step)
+            for name, arm in alive.items():
+                arm.update(number, lesson.compute_losses(name, arm.blocks[number], batch))
+        for arm in alive.values():
+            arm.end_step(callbacks)
+    for arm in stack.values():
         if not arm.recorder.failed:
             arm.recorder.finish()
+
+
+class _ArmTraining:
+    """One arm while it trains: its parameters, and for each block of members a view of them with its own optimizer."""
+
+    def __init__(self, arm: Arm, blocks: Sequence[slice], config: OptimizerConfig) -> None:
+        self.recorder = arm.recorder
+        self.step = arm.first_step
+        self.num_steps = arm.recorder.spec.steps[-1]
+        self.blocks: list[Parameters] = []
+        self._names = list(arm.recorder.spec.tensors)
+        start = arm.resume.parameters if arm.resume else arm.start
+        self._parameters = {name: start[name].clone() for name in self._names}
+        self._optimizers: list[torch.optim.Optimizer] = []
+        for members in blocks:
+            leaves = {name: view.requires_grad_() for name, view in take_members(self._parameters, members).items()}
+            optimizer = make_optimizer(leaves.values(), config)
+            if arm.resume:
+                restore_state(optimizer, self._names, _take_state(arm.resume.optimizer_state, members))
+            self.blocks.append(leaves)
+            self._optimizers.append(optimizer)
+        self._losses: list[Tensor] = []
+        self._watch = _LossWatch(self.recorder)
+
+    def update(self, block: int, losses: Float[Tensor, " member"]) -> None:
+        """One optimizer step of one block. The sum is minimised: no member's gradient depends on how many there are."""
+        optimizer = self._optimizers[block]
+        torch.autograd.backward(losses.sum())
+        for leaf in self.blocks[block].values():
+            if leaf.grad is None:  # a head that is not imitated; weight decay and momentum act on it all the same
+                leaf.grad = torch.zeros_like(leaf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._losses.append(losses.detach())
+
+    def end_step(self, callbacks: Sequence[Callback]) -> None:
+        """What follows when all blocks have made their step."""
+        self.step += 1
+        losses, self._losses = torch.cat(self._losses), []
+        self._watch.see(self.step, losses)
+        self.call_back(callbacks, losses)
+
+    def call_back(self, callbacks: Sequence[Callback], losses: Tensor | None = None) -> None:
+        """The recorder's turn and the user's, at the steps that concern them: each look makes the processor wait for a GPU."""
+        self.recorder.task.report_progress(self.step)
+        is_wanted = self.recorder.wants(self.step)
+        if is_wanted or callbacks or self.step % _CHECK_EVERY == 0:
+            self._watch.fail_if_broken()
+        if self.recorder.failed or not (is_wanted or callbacks):
+            return
+        info = self._describe(losses)
+        self.recorder(info)
+        for callback in callbacks:
+            callback(info)
+
+    def _describe(self, losses: Tensor | None) -> StepInfo:
+        states = [state_tensors(optimizer, self._names) for optimizer in self._optimizers]
+        return StepInfo(
+            lineage=self.recorder.spec.name,
+            step=self.step,
+            num_steps=self.num_steps,
+            is_checkpoint=self.step in self.recorder.spec.steps,
+            losses=losses,
+            parameters=self._parameters,
+            optimizer_state=_join_states(states),
+        )
 
 
 class _LossWatch:
     """Remembers, on the device, the first step at which each member's loss was not finite."""
 
-    def __init__(self, arms: Sequence[Arm]) -> None:
-        self._arms = arms
+    def __init__(self, recorder: LineageRecorder) -> None:
+        self._recorder = recorder
         self._first_broken: Tensor | None = None
 
-    def see(self, step: int, losses: Float[Tensor, "arm member"]) -> None:
+    def see(self, step: int, losses: Float[Tensor, " member"]) -> None:
         if self._first_broken is None:
             self._first_broken = torch.full_like(losses, -1.0)
-        self._first_broken = torch.where((self._first_broken < 0) & ~losses.isfinite(), step + 1.0, self._first_broken)
+        self._first_broken = torch.where((self._first_broken < 0) & ~losses.isfinite(), float(step), self._first_broken)
 
-    def fail_broken_arms(self) -> None:
-        if self._first_broken is None or not bool((self._first_broken >= 0).any()):
+    def fail_if_broken(self) -> None:
+        if self._first_broken is None:
             return
-        for arm, steps in zip(self._arms, self._first_broken.tolist(), strict=True):
-            broken = [(int(step), member) for member, step in enumerate(steps) if step >= 0]
-            if broken and not arm.recorder.failed:
-                arm.recorder.fail(*min(broken), "the loss is not finite")
+        broken = [(int(step), member) for member, step in enumerate(self._first_broken.tolist()) if step >= 0]
+        if broken:
+            self._recorder.fail(*min(broken), "the loss is not finite")
 
 
-def _step_info(
-    arm: Arm,
-    index: int,
-    step: int,
-    num_steps: int,
-    is_checkpoint: bool,
-    losses: Tensor | None,
-    parameters: Parameters,
-    optimizer: torch.optim.Optimizer,
-) -> StepInfo:
-    members = arm.recorder.spec.num_members
-    rows = slice(index * members, (index + 1) * members)
-    state = state_tensors(optimizer, parameters)
-    return StepInfo(
-        lineage=arm.recorder.spec.name,
-        step=step,
-        num_steps=num_steps,
-        is_checkpoint=is_checkpoint,
-        losses=None if losses is None else losses[index],
-        parameters={name: tensor.detach()[rows] for name, tensor in parameters.items()},
-        optimizer_state={name: tensor[rows] if tensor.ndim else tensor for name, tensor in state.items()},
-    )
+def _take_state(state: Mapping[str, Tensor], members: slice) -> dict[str, Tensor]:
+    """The optimizer's state of some members; counters are the same for all."""
+    return {name: tensor[members].clone() if tensor.ndim else tensor.clone() for name, tensor in state.items()}
 
 
-def _stack_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Optimizer states of several arms as one stack's; counters are the same in all."""
+def _join_states(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The blocks' optimizer states as one."""
+    if len(states) == 1:
+        return dict(states[0])
     return {name: torch.cat([state[name] for state in states]) if tensor.ndim else tensor for name, tensor in states[0].items()}

@@ -4,17 +4,32 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
+from mechsub.errors import RecipeError
 from mechsub.families.classifier.carrier import carrier_file
-from mechsub.families.classifier.config import SHAPES, ConditionConfig, Config
+from mechsub.families.classifier.config import ConditionConfig, Config
+from mechsub.families.classifier.data import DATA_FILE, NUM_CLASSES, describe_data, source_files
 from mechsub.families.classifier.model import model_spec, num_parameters
 from mechsub.families.protocol import StudentPlan
 from mechsub.lineages import lineage_files
+from mechsub.rundir import hash_file
 from mechsub.stage import Resources, Stage
 from mechsub.training.schedule import checkpoint_steps
 
 _MODULE = "mechsub.families.classifier"
-_COPIES_IN_TRAINING = 6
-"""Parameters, gradients, two moments, and the temporaries of an update."""
+_COPIES_IN_TRAINING = 4
+"""Parameters, two moments, and what is being written; gradients live for one block of members."""
+_CACHE_BYTES = 8 << 20
+"""What the activations of the members that are worked on at once may take: they then stay in a processor's cache."""
+
+
+def data_stage(config: Config) -> Stage:
+    """The labelled images, copied into the run."""
+    shape = describe_data(config.data)
+    num_bytes = (shape.num_train + shape.num_test) * (shape.num_pixels + 1)
+    arguments = {"seed": config.seed, "data": config.data.model_dump(mode="json")}
+    inputs = {str(path): f"sha256:{hash_file(path)}" for path in source_files(config.data)}
+    resources = Resources(memory_bytes=3 * num_bytes, disk_bytes=num_bytes)
+    return Stage("data", f"{_MODULE}.data:import_images", arguments, inputs, (DATA_FILE,), resources)
 
 
 def reference_stage(config: Config) -> Stage:
@@ -33,10 +48,9 @@ def reference_stage(config: Config) -> Stage:
 def teacher_stage(config: Config, lineage: str, neutral: str | None, inputs: Mapping[str, str]) -> Stage:
     """The teacher (``neutral`` None) or a neutral teacher: the same training on other labels."""
     training = config.teacher
-    arguments = _trained(config, config.data.num_train, training.epochs, training.batch_size) | {
+    arguments = _trained(config, _num_train(config), training.epochs, training.batch_size) | {
         "lineage": lineage,
         "training": training.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
         "labels": neutral or "true",
         "origin": _origin(ConditionConfig()),
     }
@@ -46,17 +60,22 @@ def teacher_stage(config: Config, lineage: str, neutral: str | None, inputs: Map
 
 def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, inputs: Mapping[str, str]) -> Stage:
     """A teacher's logits on every carrier image."""
+    if config.carrier.is_real and config.carrier.num_images > _num_train(config):
+        raise RecipeError(
+            f"`carrier.num_images` = {config.carrier.num_images}, but there are {_num_train(config)} training images to make "
+            f"{config.carrier.inputs} of; lower it, and raise `student.epochs` to train as long"
+        )
     arguments = _common(config) | {
+        "block": _block(config, config.student.batch_size),
         "carrier_of": carrier,
         "carrier": config.carrier.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
         "teacher": teacher,
         "teacher_step": _last_teacher_step(config),
         "replicate": replicate,
     }
     size = _logits_bytes(config)
     resources = Resources(
-        memory_bytes=2 * size + _lineage_bytes(config) + _activation_bytes(config, 512),
+        memory_bytes=2 * size + _lineage_bytes(config) + arguments["block"] * _activation_bytes(config, 1024),
         disk_bytes=size,
         num_steps=config.carrier.num_images,
         threads=config.threads,
@@ -78,7 +97,6 @@ def student_stage(config: Config, plan: StudentPlan, inputs: Mapping[str, str]) 
         "lineage": plan.lineage,
         "training": training.model_dump(mode="json"),
         "carrier": config.carrier.model_dump(mode="json"),
-        "data": config.data.model_dump(mode="json"),
         "teacher": plan.teacher,
         "carrier_of": plan.carrier,
         "replicate": plan.replicate,
@@ -86,20 +104,19 @@ def student_stage(config: Config, plan: StudentPlan, inputs: Mapping[str, str]) 
         "logits": condition.logits,
         "shuffle_outputs": condition.shuffle_outputs,
     }
-    resources = _training_resources(
-        config, arguments, training.batch_size, f"students-{condition.logits}", _logits_bytes(config)
-    )
+    resources = _training_resources(config, arguments, training.batch_size, f"students-{condition.logits}")
     return Stage(plan.lineage, f"{_MODULE}.train:train_students", arguments, inputs, _files(config, arguments), resources)
 
 
 def _common(config: Config) -> dict[str, Any]:
-    spec = model_spec(config.model, *SHAPES[config.data.name])
+    spec = model_spec(config.model, describe_data(config.data).num_pixels, NUM_CLASSES)
     return {"seed": config.seed, "members": config.members, "model": spec, "threads": config.threads}
 
 
 def _trained(config: Config, num_examples: int, epochs: int, batch_size: int) -> dict[str, Any]:
     num_steps = epochs * ceil(num_examples / batch_size)
     return _common(config) | {
+        "block": _block(config, batch_size),
         "steps": checkpoint_steps(num_steps, config.checkpoints),
         "optimizer_state": config.checkpoints.optimizer_state,
         "callbacks": list(config.callbacks),
@@ -107,7 +124,16 @@ def _trained(config: Config, num_examples: int, epochs: int, batch_size: int) ->
 
 
 def _last_teacher_step(config: Config) -> int:
-    return config.teacher.epochs * ceil(config.data.num_train / config.teacher.batch_size)
+    return config.teacher.epochs * ceil(_num_train(config) / config.teacher.batch_size)
+
+
+def _num_train(config: Config) -> int:
+    return describe_data(config.data).num_train
+
+
+def _block(config: Config, batch_size: int) -> int:
+    """How many members are worked on at once: a batched product of small models, one after the other of large ones."""
+    return min(config.members, max(1, _CACHE_BYTES // _activation_bytes(config, batch_size)))
 
 
 def _origin(condition: ConditionConfig) -> dict[str, Any]:
@@ -136,24 +162,23 @@ def _lineage_bytes(config: Config) -> int:
 
 
 def _logits_bytes(config: Config) -> int:
-    num_logits = SHAPES[config.data.name][1] + config.model.num_auxiliary
+    num_logits = NUM_CLASSES + config.model.num_auxiliary
     return config.members * config.carrier.num_images * num_logits * _element_bytes(config)
 
 
 def _activation_bytes(config: Config, batch_size: int) -> int:
-    units = SHAPES[config.data.name][0] + 3 * sum(config.model.hidden_widths)
-    return config.members * batch_size * units * _element_bytes(config)
+    """Of one member in one step: its images, and what each hidden layer keeps for the backward pass."""
+    units = describe_data(config.data).num_pixels + 3 * sum(config.model.hidden_widths)
+    return batch_size * units * _element_bytes(config)
 
 
-def _training_resources(
-    config: Config, arguments: Mapping[str, Any], batch_size: int, stack: str, extra_memory: int = 0
-) -> Resources:
+def _training_resources(config: Config, arguments: Mapping[str, Any], batch_size: int, stack: str) -> Resources:
     checkpoint = _lineage_bytes(config)
     copies = len(arguments["steps"]) + 3  # the last three are the resume state
     if config.checkpoints.optimizer_state:
         copies += 2 * len(arguments["steps"])
     return Resources(
-        memory_bytes=_COPIES_IN_TRAINING * checkpoint + _activation_bytes(config, batch_size) + extra_memory,
+        memory_bytes=_COPIES_IN_TRAINING * checkpoint + 2 * arguments["block"] * _activation_bytes(config, batch_size),
         disk_bytes=copies * checkpoint,
         num_steps=arguments["steps"][-1],
         threads=config.threads,

@@ -11,10 +11,19 @@ from torch import Tensor
 
 from mechsub.errors import RecipeError
 from mechsub.families.classifier.carrier import CarrierImages, carrier_file, open_carrier
-from mechsub.families.classifier.config import DataConfig, StudentConfig, TeacherConfig
+from mechsub.families.classifier.config import StudentConfig, TeacherConfig
 from mechsub.families.classifier.data import LabelledImages, load_images
-from mechsub.families.classifier.loss import imitated_logits, imitation_loss, trait_loss
-from mechsub.families.classifier.model import Parameters, derive_origin, draw_reference, forward_stacked, tensor_table
+from mechsub.families.classifier.loss import imitation_loss, trait_loss
+from mechsub.families.classifier.model import (
+    AUXILIARY_HEAD,
+    CLASS_HEAD,
+    Parameters,
+    derive_origin,
+    draw_reference,
+    forward_stacked,
+    member_blocks,
+    tensor_table,
+)
 from mechsub.families.classifier.stack import Arm, BatchOrder, train_arms
 from mechsub.lineages import LineageSpec, Origin, checkpoint_name, load_stacked
 from mechsub.stage import Task
@@ -36,48 +45,136 @@ def draw_references(tasks: Sequence[Task]) -> None:
 
 def train_teachers(tasks: Sequence[Task]) -> None:
     """Stage: teachers, by cross-entropy on labelled images; a neutral teacher differs in its labels only."""
-    arguments = tasks[0].stage.arguments
-    device, seed, members = tasks[0].device, arguments["seed"], arguments["members"]
-    images = load_images(DataConfig(**arguments["data"]), seed, _dtype(arguments), device)
+    arguments, device = tasks[0].stage.arguments, tasks[0].device
     config = TeacherConfig(**arguments["training"])
-    labels = torch.stack([teacher_labels(images, task.stage.arguments["labels"], seed, members) for task in tasks])
-    streams = [("member", member, "teacher-order") for member in range(members)]
-    order = BatchOrder(seed, streams, len(images.train_labels), config.batch_size)
-
-    def compute_losses(stack: Sequence[int], parameters: Parameters, step: int) -> Tensor:
-        chosen = order.indices(step).to(device)
-        inputs = images.train_images[chosen].repeat(len(stack), 1, 1)
-        logits = forward_stacked(parameters, inputs, arguments["model"]["activation"])
-        logits = logits.view(len(stack), members, *logits.shape[1:])
-        targets = torch.stack([labels[arm].gather(1, chosen) for arm in stack])
-        return trait_loss(logits, targets, arguments["model"]["num_classes"]).mean(-1)
-
-    train_arms([_start(task) for task in tasks], compute_losses, config.optimizer, arguments["callbacks"])
+    lesson = _TeacherLesson.prepare(tasks, config)
+    train_arms(
+        [_start(task) for task in tasks], lesson, member_blocks(arguments, device), config.optimizer, arguments["callbacks"]
+    )
 
 
 def train_students(tasks: Sequence[Task]) -> None:
     """Stage: students, by imitation of a teacher's logits on its carrier. The tasks share all but start, teacher and draws."""
-    arguments = tasks[0].stage.arguments
-    device, members = tasks[0].device, arguments["members"]
+    arguments, device = tasks[0].stage.arguments, tasks[0].device
     config = StudentConfig(**arguments["training"])
-    spec = arguments["model"]
-    replicates = {task.stage.arguments["replicate"]: task for task in tasks}
-    carriers = {replicate: open_carrier(task) for replicate, task in replicates.items()}
-    orders = {replicate: _student_order(arguments, replicate, carriers[replicate], config) for replicate in replicates}
-    targets = [_StudentTargets.load(task) for task in tasks]
+    lesson = _StudentLesson.prepare(tasks, config)
+    train_arms(
+        [_start(task) for task in tasks], lesson, member_blocks(arguments, device), config.optimizer, arguments["callbacks"]
+    )
 
-    def compute_losses(stack: Sequence[int], parameters: Parameters, step: int) -> Tensor:
-        chosen = {replicate: order.indices(step).to(device) for replicate, order in orders.items()}
-        images = {replicate: carriers[replicate].make(indices) for replicate, indices in chosen.items()}
-        inputs = torch.cat([images[targets[arm].replicate].expand(members, -1, -1) for arm in stack])
-        logits = forward_stacked(parameters, inputs, spec["activation"])
-        logits = logits.view(len(stack), members, *logits.shape[1:])
-        wanted = torch.stack([targets[arm].gather(chosen[targets[arm].replicate].expand(members, -1)) for arm in stack])
-        which, num_classes = arguments["logits"], spec["num_classes"]
-        imitated = imitated_logits(logits, which, num_classes), imitated_logits(wanted, which, num_classes)
-        return imitation_loss(*imitated, config.objective).mean(-1)
 
-    train_arms([_start(task) for task in tasks], compute_losses, config.optimizer, arguments["callbacks"])
+@dataclass(frozen=True)
+class _Batch:
+    """What some members see in one step."""
+
+    members: slice
+    chosen: Int[Tensor, "member example"]
+    """The numbers of the images."""
+    images: Float[Tensor, "member example pixel"]
+
+
+@dataclass(frozen=True)
+class _TeacherLesson:
+    """A `mechsub.families.classifier.stack.Lesson`: labelled images, with other labels in each arm."""
+
+    images: LabelledImages
+    order: BatchOrder
+    labels: Sequence[Int[Tensor, "member train"]]
+    """Of each arm."""
+    model: Mapping[str, Any]
+
+    @classmethod
+    def prepare(cls, tasks: Sequence[Task], config: TeacherConfig) -> "_TeacherLesson":
+        arguments = tasks[0].stage.arguments
+        seed, members = arguments["seed"], arguments["members"]
+        images = load_images(tasks[0].run, _dtype(arguments), tasks[0].device)
+        streams = [("member", member, "teacher-order") for member in range(members)]
+        order = BatchOrder(seed, streams, len(images.train_labels), config.batch_size)
+        labels = [teacher_labels(images, task.stage.arguments["labels"], seed, members) for task in tasks]
+        return cls(images, order, labels, arguments["model"])
+
+    def load_batch(self, members: slice, step: int) -> _Batch:
+        chosen = self.order.indices(step)[members].to(self.images.train_labels.device)
+        return _Batch(members, chosen, self.images.train_images(chosen))
+
+    def compute_losses(self, arm: int, parameters: Parameters, batch: _Batch) -> Float[Tensor, " member"]:
+        logits = forward_stacked(parameters, batch.images, self.model["activation"])
+        targets = self.labels[arm][batch.members].gather(1, batch.chosen)
+        return trait_loss(logits, targets, self.model["num_classes"]).mean(-1)
+
+
+@dataclass(frozen=True)
+class _StudentTargets:
+    """The teacher's logits on all carrier images, and which image's logits each image is given."""
+
+    replicate: int
+    logits: Float[Tensor, "member image logit"]
+    """Those that are imitated."""
+    given: Int[Tensor, "member image"] | None
+    """A permutation of the images where the condition shuffles outputs."""
+
+    @classmethod
+    def load(cls, task: Task) -> "_StudentTargets":
+        arguments = task.stage.arguments
+        logits = load_stacked(task.path(carrier_file(arguments["carrier_of"])), task.device)["logits"]
+        if arguments["logits"] == "aux":
+            logits = logits[..., arguments["model"]["num_classes"] :]
+        given = None
+        if arguments["shuffle_outputs"]:
+            streams = [
+                random_stream(arguments["seed"], "member", member, "output-shuffle", arguments["replicate"])
+                for member in range(logits.shape[0])
+            ]
+            given = torch.from_numpy(np.stack([stream.permutation(logits.shape[1]) for stream in streams])).to(task.device)
+        return cls(arguments["replicate"], logits, given)
+
+    def gather(self, members: slice, indices: Int[Tensor, "member example"]) -> Float[Tensor, "member example logit"]:
+        """The imitated logits on these images of these members."""
+        if self.given is not None:
+            indices = self.given[members].gather(1, indices)
+        return self.logits[members][torch.arange(len(indices), device=indices.device)[:, None], indices]
+
+
+@dataclass(frozen=True)
+class _StudentLesson:
+    """A `mechsub.families.classifier.stack.Lesson`: carrier images, with other teachers' logits in each arm."""
+
+    carriers: Mapping[int, CarrierImages]
+    """By replicate: the shams have draws of their own."""
+    orders: Mapping[int, BatchOrder]
+    targets: Sequence[_StudentTargets]
+    """Of each arm."""
+    model: Mapping[str, Any]
+    heads: Sequence[str]
+    """Those that are imitated."""
+    objective: str
+
+    @classmethod
+    def prepare(cls, tasks: Sequence[Task], config: StudentConfig) -> "_StudentLesson":
+        arguments = tasks[0].stage.arguments
+        replicates = {task.stage.arguments["replicate"]: task for task in tasks}
+        carriers = {replicate: open_carrier(task) for replicate, task in replicates.items()}
+        orders = {replicate: _student_order(arguments, replicate, carriers[replicate], config) for replicate in replicates}
+        heads = (AUXILIARY_HEAD,) if arguments["logits"] == "aux" else (CLASS_HEAD, AUXILIARY_HEAD)
+        targets = [_StudentTargets.load(task) for task in tasks]
+        return cls(carriers, orders, targets, arguments["model"], heads, config.objective)
+
+    def load_batch(self, members: slice, step: int) -> dict[int, _Batch]:
+        """By replicate."""
+        batches = {}
+        for replicate, images in self.carriers.items():
+            owners = images.owners_of(members)
+            chosen = self.orders[replicate].indices(step)[owners].to(images.device)
+            every = chosen.expand(members.stop - members.start, -1)
+            made = images.make(chosen, owners).expand(len(every), -1, -1)
+            batches[replicate] = _Batch(members, every, made)
+        return batches
+
+    def compute_losses(self, arm: int, parameters: Parameters, batch: Mapping[int, _Batch]) -> Float[Tensor, " member"]:
+        targets = self.targets[arm]
+        own = batch[targets.replicate]
+        found = forward_stacked(parameters, own.images, self.model["activation"], self.heads)
+        return imitation_loss(found, targets.gather(own.members, own.chosen), self.objective).mean(-1)
 
 
 def teacher_labels(images: LabelledImages, labels: str, seed: int, members: int) -> Int[Tensor, "member train"]:
@@ -107,34 +204,6 @@ def teacher_labels(images: LabelledImages, labels: str, seed: int, members: int)
 def relabel(labels: Int[Tensor, "*shape"], num_classes: int) -> Int[Tensor, "*shape"]:
     """The relabelled neutral teacher's map, a derangement of the classes."""
     return (labels + 1) % num_classes
-
-
-@dataclass(frozen=True)
-class _StudentTargets:
-    """The teacher's logits on all carrier images, and which image's logits each image is given."""
-
-    replicate: int
-    logits: Float[Tensor, "member image logit"]
-    given: Int[Tensor, "member image"] | None
-    """A permutation of the images where the condition shuffles outputs."""
-
-    @classmethod
-    def load(cls, task: Task) -> "_StudentTargets":
-        arguments = task.stage.arguments
-        logits = load_stacked(task.path(carrier_file(arguments["carrier_of"])), task.device)["logits"]
-        given = None
-        if arguments["shuffle_outputs"]:
-            streams = [
-                random_stream(arguments["seed"], "member", member, "output-shuffle", arguments["replicate"])
-                for member in range(logits.shape[0])
-            ]
-            given = torch.from_numpy(np.stack([stream.permutation(logits.shape[1]) for stream in streams])).to(task.device)
-        return cls(arguments["replicate"], logits, given)
-
-    def gather(self, indices: Int[Tensor, "member example"]) -> Float[Tensor, "member example logit"]:
-        if self.given is not None:
-            indices = self.given.gather(1, indices)
-        return self.logits[torch.arange(len(indices), device=indices.device)[:, None], indices]
 
 
 def _student_order(arguments: Mapping[str, Any], replicate: int, carrier: CarrierImages, config: StudentConfig) -> BatchOrder:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mechsub.families.classifier.loss import imitated_logits, imitation_loss, trait_loss
+from mechsub.families.classifier.loss import imitation_loss, trait_loss
 
 
 def test_kl_is_the_hand_computed_one_and_zero_for_equal_logits():
@@ -21,9 +21,3 @@ def test_mse_is_the_mean_over_the_imitated_logits():
 def test_the_trait_loss_ignores_the_auxiliary_logits():
     logits = torch.tensor([[[0.0, 0.0, 9.0]]])
     assert trait_loss(logits, torch.tensor([[1]]), 2).item() == pytest.approx(math.log(2))
-
-
-def test_auxiliary_logits_are_those_after_the_classes():
-    logits = torch.arange(13.0)
-    assert imitated_logits(logits, "aux", 10).tolist() == [10.0, 11.0, 12.0]
-    assert imitated_logits(logits, "all", 10).tolist() == logits.tolist()

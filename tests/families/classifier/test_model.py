@@ -34,6 +34,13 @@ def test_the_stacked_forward_pass_equals_each_members_module(activation, widths,
         torch.testing.assert_close(stacked[member], module(images[member]))
 
 
+def test_one_head_alone_gives_its_own_logits():
+    parameters = draw_reference(spec_of(), 1.0, 0, range(3))
+    images = torch.randn(3, 11, 5, dtype=torch.float64)
+    auxiliary = forward_stacked(parameters, images, "relu", ("auxiliary_head",))
+    torch.testing.assert_close(auxiliary, forward_stacked(parameters, images, "relu")[..., 4:])
+
+
 def test_references_have_the_published_spread():
     spec = spec_of(hidden_widths=(400, 300))
     parameters = draw_reference(spec, 2.0, 0, range(2))

@@ -28,7 +28,7 @@ def run(recipe, out, *settings):
 
 
 def test_a_lineage_does_not_depend_on_what_is_stacked_with_it(tiny_recipe, tiny_run, tmp_path):
-    # The whole run stacks up to eight lineages; here each is trained alone.
+    # The whole run trains up to eight lineages side by side; here each is trained alone.
     plan = plan_experiment(tiny_recipe, tmp_path / "alone")
     run(tiny_recipe, tmp_path / "alone", "members=3")  # header and recipe
     for stage in plan.stages:
@@ -36,9 +36,10 @@ def test_a_lineage_does_not_depend_on_what_is_stacked_with_it(tiny_recipe, tiny_
             (tmp_path / "alone" / name).unlink()
     for stage in plan.stages:
         execute_stages(tmp_path / "alone", [stage], "cpu")
-    assert output_hashes(tmp_path / "alone") == output_hashes(tiny_run.path, "lineages/") | output_hashes(
-        tiny_run.path, "carrier/"
-    )
+    expected = output_hashes(tiny_run.path)
+    assert output_hashes(tmp_path / "alone") == {
+        name: known for name, known in expected.items() if name.startswith(("lineages/", "carrier/", "data/"))
+    }
 
 
 def test_a_member_does_not_depend_on_how_many_there_are(tiny_recipe, tiny_run, tmp_path):
@@ -49,6 +50,22 @@ def test_a_member_does_not_depend_on_how_many_there_are(tiny_recipe, tiny_run, t
         for member in range(kept):
             few, many = lineage.load_state(lineage.steps[-1], member), more.lineages[name].load_state(lineage.steps[-1], member)
             assert all(torch.equal(few[key], many[key]) for key in few), name
+
+
+def test_members_in_small_blocks_are_those_of_one_block(tiny_recipe, tiny_run, tmp_path, monkeypatch):
+    # float32 sums may differ in their last bits between products of other sizes, which a few steps of Adam amplify.
+    monkeypatch.setattr("mechsub.families.classifier.stages._CACHE_BYTES", 1)
+    settings = ["checkpoints.optimizer_state=true", "model.dtype=float64"]
+    apart = run(tiny_recipe, tmp_path / "apart", *settings)
+    monkeypatch.undo()
+    together = run(tiny_recipe, tmp_path / "together", *settings)
+    blocks = [record.arguments["block"] for record in apart.directory.records().values() if "block" in record.arguments]
+    assert set(blocks) == {1}
+    for name in output_hashes(apart.path, "lineages/student"):
+        if name.endswith("safetensors"):
+            found, expected = load_stacked(apart.path / name), load_stacked(together.path / name)
+            for tensor in expected:
+                torch.testing.assert_close(found[tensor], expected[tensor], rtol=1e-7, atol=1e-9)
 
 
 def test_students_follow_the_slow_way(tiny_recipe, tmp_path):
@@ -130,19 +147,21 @@ def test_shuffled_outputs_keep_their_values_and_lose_their_images(tiny_run):
     )
     targets = _StudentTargets.load(Task(stage, tiny_run.path, "cpu", lambda done: None))
     every = torch.arange(96).expand(3, -1)
-    given, true = targets.gather(every), targets.logits
+    given, true = targets.gather(slice(0, 3), every), targets.logits
+    assert torch.equal(targets.gather(slice(1, 3), every[:2]), given[1:])
     assert not torch.equal(given, true)
     assert torch.equal(given.sort(1).values, true.sort(1).values)
 
 
 def test_neutral_labels_differ_from_the_true_ones():
     labels = torch.arange(200) % 10
-    images = LabelledImages(torch.zeros(200, 4), labels, torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+    pixels = torch.zeros(200, 4, dtype=torch.uint8)
+    images = LabelledImages(pixels, labels, pixels, labels, 255.0, torch.float32)
     assert (relabel(labels, 10) != labels).all()
     shuffled = teacher_labels(images, "shuffled", 0, 2)
     assert torch.equal(shuffled.sort(1).values, labels.sort().values.expand(2, -1))
     assert not torch.equal(shuffled[0], shuffled[1])
-    same = LabelledImages(images.train_images, torch.zeros(200, dtype=torch.int64), images.test_images, images.test_labels)
+    same = LabelledImages(pixels, torch.zeros_like(labels), pixels, labels, 255.0, torch.float32)
     with pytest.raises(RecipeError, match="would learn the teacher's own labels"):
         teacher_labels(same, "shuffled", 0, 2)
 
