@@ -8,26 +8,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mechsub.api import (
         analyze_run,
+        analyze_sweep,
         list_analyses,
         list_recipes,
         load_recipe,
         open_run,
         plan_experiment,
+        plan_sweep,
         run_experiment,
+        run_sweep,
         verify_run,
+        verify_sweep,
         write_report,
+        write_sweep_report,
     )
 
 __all__ = [
     "analyze_run",
+    "analyze_sweep",
     "list_analyses",
     "list_recipes",
     "load_recipe",
     "open_run",
     "plan_experiment",
+    "plan_sweep",
     "run_experiment",
+    "run_sweep",
     "verify_run",
+    "verify_sweep",
     "write_report",
+    "write_sweep_report",
 ]
 
 

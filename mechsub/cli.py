@@ -1,6 +1,7 @@
 """The command line: each command is a few lines over a public function."""
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ app = typer.Typer(
 )
 _state = {"debug": False}
 
-RunDir = Annotated[Path, typer.Argument(help="A run directory.", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(help="A run directory, or the folder of a sweep.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 
 
@@ -63,24 +64,28 @@ def run(
     device: Device = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
 ) -> None:
-    """Run a recipe. A run that was stopped goes on where it was; conditions may be added to a finished one."""
+    """Run a recipe or a sweep. What was stopped goes on where it was; conditions may be added to a finished run."""
     from mechsub import api
 
     with _errors():
-        plan = api.plan_experiment(recipe, out, settings or [])
-        _print_plan(plan)
+        is_sweep = api.is_sweep(recipe, settings or [])
+        plan: Any = (api.plan_sweep if is_sweep else api.plan_experiment)(recipe, out, settings or [])
+        (_print_sweep_plan if is_sweep else _print_plan)(plan)
         plan.check()
         api.resolve_device(device)
         if dry_run:
             return
+        perform: Any = api.run_sweep if is_sweep else api.run_experiment
         with _progress(plan.pending) as on_progress:
-            api.run_experiment(plan, device=device, on_progress=on_progress)
-        typer.echo(f"The run is in {plan.out}; `mechsub analyze {plan.out}` measures it.")
+            perform(plan, device=device, on_progress=on_progress, command=shlex.join(["mechsub", *sys.argv[1:]]))
+        typer.echo(f"The {'sweep' if is_sweep else 'run'} is in {plan.out}; `mechsub analyze {plan.out}` measures it.")
 
 
 @app.command()
 def analyze(
-    run_dirs: Annotated[list[Path], typer.Argument(help="Run directories.", metavar="RUN_DIR…", show_default=False)],
+    run_dirs: Annotated[
+        list[Path], typer.Argument(help="Run directories, or folders of sweeps.", metavar="RUN_DIR…", show_default=False)
+    ],
     only: Annotated[list[str] | None, typer.Option(help="Run this analysis only; may be repeated.")] = None,
     device: Device = "auto",
 ) -> None:
@@ -89,18 +94,22 @@ def analyze(
 
     with _errors():
         for run_dir in run_dirs:
-            with _progress(api.plan_analyses(run_dir, only or [])) as on_progress:
-                report_path = api.analyze_run(run_dir, only or [], device=device, on_progress=on_progress)
+            is_sweep = api.is_sweep_directory(run_dir)
+            planned: Any = (api.plan_sweep_analyses if is_sweep else api.plan_analyses)(run_dir, only or [])
+            stages = [stage for of_run in planned.values() for stage in of_run] if is_sweep else planned
+            perform = api.analyze_sweep if is_sweep else api.analyze_run
+            with _progress(stages) as on_progress:
+                report_path = perform(run_dir, only or [], device=device, on_progress=on_progress)
             typer.echo(f"Report: {report_path}")
 
 
 @app.command()
 def report(run_dir: RunDir, open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False) -> None:
-    """Rebuild a run's report and findings.json from its results."""
+    """Rebuild the report and findings.json of a run or a sweep from the results."""
     from mechsub import api
 
     with _errors():
-        path = api.write_report(run_dir)
+        path = (api.write_sweep_report if api.is_sweep_directory(run_dir) else api.write_report)(run_dir)
         typer.echo(f"Report: {path}")
         if open_it:
             typer.launch(path.absolute().as_uri())
@@ -108,11 +117,11 @@ def report(run_dir: RunDir, open_it: Annotated[bool, typer.Option("--open", help
 
 @app.command()
 def verify(run_dir: RunDir) -> None:
-    """Compare every file of a run with its recorded hash; exit 1 if one has changed."""
+    """Compare every file of a run or a sweep with its recorded hash; exit 1 if one has changed."""
     from mechsub import api
 
     with _errors():
-        problems = api.verify_run(run_dir)
+        problems = (api.verify_sweep if api.is_sweep_directory(run_dir) else api.verify_run)(run_dir)
         for problem in problems:
             typer.echo(problem, err=True)
         if problems:
@@ -181,6 +190,29 @@ def _print_plan(plan: Any) -> None:
     )
 
 
+def _print_sweep_plan(plan: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from mechsub.experiment.plan import format_bytes
+
+    left = {stage.key for stage in plan.pending}
+    table = Table(title=f"{plan.sweep.recipe.name}: {len(plan.plans)} runs into {plan.out}", title_justify="left")
+    for column in ("run", "members", "stages", "to do", "of them shared"):
+        table.add_column(column, justify="left" if column == "run" else "right", overflow="fold")
+    for name, one in plan.plans.items():
+        own = [stage for stage in one.pending if stage.key in left]
+        left -= {stage.key for stage in own}
+        shared = len(one.pending) - len(own)
+        table.add_row(name, f"{one.recipe.members}", f"{len(one.stages)}", f"{len(one.pending)}", f"{shared or ''}")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{len(plan.pending)} stages to do, those that runs share counted once; about {format_bytes(plan.disk_bytes)} of disk, "
+        f"{format_bytes(plan.memory_bytes)} of memory for the largest stage."
+    )
+
+
 @contextmanager
 def _progress(pending: Any) -> Iterator[Any]:
     """A progress bar over the steps of the pending stages; yields the callback that moves it."""
@@ -194,12 +226,13 @@ def _progress(pending: Any) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     ]
-    done: dict[str, int] = {stage.name: 0 for stage in pending}
+    done: dict[str, int] = {stage.key: 0 for stage in pending}
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("starting", total=sum(stage.resources.num_steps for stage in pending) or 1)
 
         def move(stage: Any, steps: int) -> None:
-            done[stage.name] = max(done.get(stage.name, 0), steps)
-            bar.update(task, completed=sum(done.values()), description=stage.name)
+            if stage.key in done:  # what was finished before is not part of the bar
+                done[stage.key] = max(done[stage.key], steps)
+                bar.update(task, completed=sum(done.values()), description=stage.name)
 
         yield move

@@ -31,6 +31,16 @@ def describe_versions() -> dict[str, str]:
     }
 
 
+def describe_provenance(command: str | None) -> dict[str, Any]:
+    """Where something was made, by what the user typed; None where it was made from Python."""
+    return {
+        "versions": describe_versions(),
+        "git_commit": git_commit(),
+        "hardware": describe_hardware(),
+        "command": command,
+    }
+
+
 def describe_hardware() -> dict[str, Any]:
     """Processor, cores that this process may use, and memory."""
     return {

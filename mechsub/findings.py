@@ -38,6 +38,8 @@ class Finding:
     verdict: str
     """Empty where the quantity has no verdict of its own; `reason` then says why."""
     reason: str
+    rule: str
+    """What would have counted for each verdict, and what was seen; empty where there is no verdict."""
     margin: float
     formula: str
     source: str

@@ -15,6 +15,10 @@ from mechsub.families.config import FamilyConfig, Name
 from mechsub.families.registry import family_config
 from mechsub.settings import Settings, nearest_name, validate_settings
 
+SWEEP = "sweep"
+"""The key that makes a recipe a sweep."""
+_SWEPT_FIELDS = f"{SWEEP}.fields."
+
 _PACKAGED = resources.files("mechsub.recipes")
 
 
@@ -58,7 +62,19 @@ def load_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:
     """A packaged recipe by its name, or a YAML file by its path, with ``key.path=value`` settings on top.
 
     Raises:
-        RecipeError: no such recipe, not YAML, or fields that are wrong: all of them are named.
+        RecipeError: no such recipe, not YAML, a sweep, or fields that are wrong: all of them are named.
+    """
+    values, origin = read_recipe(source, settings)
+    if SWEEP in values:
+        raise RecipeError(f"{origin} is a sweep: it stands for several runs, not for one; see mechsub.run_sweep")
+    return parse_recipe(values, origin)
+
+
+def read_recipe(source: str | Path, settings: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """The fields of a recipe as they are written, unchecked, and how to call it in messages.
+
+    Raises:
+        RecipeError: no such recipe, or not YAML.
     """
     text, origin = _read_source(str(source))
     try:
@@ -69,7 +85,7 @@ def load_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{origin} is not a recipe: it holds {type(values).__name__}, not keys with values")
     for setting in settings:
         _apply_setting(values, setting)
-    return parse_recipe(values, origin)
+    return values, origin
 
 
 def parse_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
@@ -87,7 +103,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def list_recipes() -> dict[str, str]:
     """The packaged recipes: name → description."""
     names = sorted(entry.name.removesuffix(".yaml") for entry in _PACKAGED.iterdir() if entry.name.endswith(".yaml"))
-    return {name: load_recipe(name).description for name in names}
+    return {name: str(read_recipe(name)[0].get("description", "")) for name in names}
 
 
 def _read_source(source: str) -> tuple[str, str]:
@@ -112,19 +128,30 @@ def _apply_setting(values: dict[str, Any], setting: str) -> None:
     path, equals, text = setting.partition("=")
     if not equals or not path:
         raise RecipeError(f"`--set {setting}`: write it as key.path=value, e.g. --set student.epochs=3")
+    try:
+        set_field(values, path, yaml.load(text, _Loader), f"`--set {setting}`")
+    except yaml.YAMLError as error:
+        raise RecipeError(f"`--set {setting}`: the value is not YAML: {error}") from None
+
+
+def set_field(values: dict[str, Any], path: str, value: Any, origin: str) -> None:
+    """Put a value at a dotted path of nested fields, in place.
+
+    Raises:
+        RecipeError: one of the parents holds something without keys.
+    """
     *parents, key = path.split(".")
+    if path.startswith(_SWEPT_FIELDS):  # its keys are dotted paths themselves
+        parents, key = _SWEPT_FIELDS.split(".")[:-1], path.removeprefix(_SWEPT_FIELDS)
     target = values
     for parent in parents:
         inner = target.setdefault(parent, {})
         if inner is None:  # `conditions: {same-init: }` leaves an empty value
             inner = target[parent] = {}
         if not isinstance(inner, dict):
-            raise RecipeError(f"`--set {setting}`: `{parent}` holds {inner!r}, which has no keys")
+            raise RecipeError(f"{origin}: `{parent}` holds {inner!r}, which has no keys")
         target = inner
-    try:
-        target[key] = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"`--set {setting}`: the value is not YAML: {error}") from None
+    target[key] = value
 
 
 @cache

@@ -6,6 +6,7 @@ Every write goes to a temporary name, is flushed and then renamed, so that a kil
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +20,8 @@ from filelock import FileLock, Timeout
 from mechsub.errors import RunDirectoryError, StageHeldError
 from mechsub.stage import Stage
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 had no copy of the data in the run."""
 _HASH_CHUNK = 1 << 20
 _MEASURED = ("lineages/", "data/")
 
@@ -203,6 +205,19 @@ class RunDirectory:
         write_json(self.record_path(stage.key), record)
         if replaced is not None and replaced.key != stage.key:
             self.record_path(replaced.key).unlink(missing_ok=True)
+
+    def adopt(self, stage: Stage, other: "RunDirectory") -> None:
+        """Take over a finished stage of another run: the same key is the same work. Files are linked where the disk can."""
+        record = _parse_record(other.record_path(stage.key))
+        for name in record.outputs:
+            with atomic_write(self.path / name) as temporary:
+                temporary.unlink(missing_ok=True)
+                try:
+                    os.link(other.path / name, temporary)
+                except OSError:
+                    shutil.copyfile(other.path / name, temporary)
+        with atomic_write(self.record_path(stage.key)) as temporary:
+            shutil.copyfile(other.record_path(stage.key), temporary)
 
     def producers(self) -> dict[str, tuple[str, FileRecord]]:
         """For every recorded file, the stage that made it and what it was."""

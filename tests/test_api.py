@@ -243,11 +243,14 @@ def test_a_run_opens_with_its_recipe_lineages_results_and_findings(tiny_run):
     assert len(document["findings"]) == len(opened.findings)
 
 
+RESUMABLE = ["checkpoints.resume_seconds=0"]
+
+
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_a_damaged_resume_state_is_not_resumed_from(tiny_recipe, tiny_run, tmp_path, damage):
+def test_a_damaged_resume_state_is_not_resumed_from(tiny_recipe, tmp_path, damage):
     out = tmp_path / "run"
-    plan = plan_experiment(tiny_recipe, out)
-    run_experiment(type(plan)(plan.recipe, out, plan.stages, plan.stages[:6]), device="cpu", workers=0)
+    plan = plan_experiment(tiny_recipe, out, RESUMABLE)
+    run_experiment(type(plan)(plan.recipe, out, plan.stages, plan.stages[:7]), device="cpu", workers=0)
     (stage,) = (stage for stage in plan.stages if stage.name == "student.same-init")
     stopped = Task(stage, out, "cpu", lambda done: None)
     with pytest.raises(KeyboardInterrupt):
@@ -256,17 +259,18 @@ def test_a_damaged_resume_state_is_not_resumed_from(tiny_recipe, tiny_run, tmp_p
     content = bytearray(state.read_bytes())
     content[-3] ^= 1
     state.write_bytes(content if damage == "flip" else content[:100])
-    run(tiny_recipe, out)
-    assert output_hashes(out).items() <= output_hashes(tiny_run.path).items()
+    run(tiny_recipe, out, *RESUMABLE)
+    run(tiny_recipe, tmp_path / "undisturbed", *RESUMABLE)
+    assert output_hashes(out) == output_hashes(tmp_path / "undisturbed")
 
 
 def test_a_resumed_training_leaves_alone_what_it_resumed_from(tiny_recipe, tmp_path):
     out = tmp_path / "run"
-    plan = plan_experiment(tiny_recipe, out)
-    run_experiment(type(plan)(plan.recipe, out, plan.stages, plan.stages[:6]), device="cpu", workers=0)
+    plan = plan_experiment(tiny_recipe, out, RESUMABLE)
+    run_experiment(type(plan)(plan.recipe, out, plan.stages, plan.stages[:7]), device="cpu", workers=0)
     (stage,) = (stage for stage in plan.stages if stage.name == "student.same-init")
     named = []
-    for step in stage.arguments["steps"][1:]:
+    for step in range(1, stage.arguments["steps"][-1] + 1):
         with pytest.raises(KeyboardInterrupt):
             _train_until(Task(stage, out, "cpu", lambda done: None), step)
         named.append(json.loads((out / "lineages/student.same-init/resume.json").read_text())["resume"])
@@ -324,6 +328,8 @@ KILLS = 5
 def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(tiny_recipe, tiny_run, tmp_path):
     out = tmp_path / "killed"
     settings = ["--set", "student.epochs=60", "--set", "student.batch_size=8", "--set", "teacher.epochs=40"]
+    settings += ["--set", "checkpoints.resume_seconds=0.5"]
+    settings += ["--set", "conditions={same-init: {sham: true}, all-logits: }"]
     command = [sys.executable, "-m", "mechsub", "run", str(tiny_recipe), "--out", str(out), "--device", "cpu", *settings]
     chance = random.Random(0)
     interrupted = 0

@@ -49,7 +49,7 @@ def parameter_alignment(run: Run) -> Result:
     return Result(
         data,
         findings,
-        [_training_figure(run), _scope_figure(run, data), _specific_figure(run, data)],
+        [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)],
         _sentences(run, data),
     )
 
@@ -176,7 +176,9 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str], Judgement]:
             if not _not_run(run, data, quantity.name, condition):
                 effects[condition] = values
         swap_test = (
-            SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n) if quantity.judged == "swap" else None
+            SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n, "sign-flip")
+            if quantity.judged == "swap"
+            else None
         )
         judged = judge_effects(effects, rules, AGAINST_NULL, swap_test)
         judgements |= {(quantity.name, condition): judgement for condition, judgement in judged.items()}
@@ -236,6 +238,7 @@ def _finding(
         num_references=run.recipe.members,
         verdict=judgement.verdict if judgement else "",
         reason=reason,
+        rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
         margin=run.recipe.verdict.alignment_margin if judgement else float("nan"),
         formula=quantity.formula,
         source=SOURCE,
@@ -263,6 +266,7 @@ def _norm_findings(run: Run, data: xr.Dataset) -> list[Finding]:
             num_references=run.recipe.members,
             verdict="",
             reason="a description of the neutral teacher, not a claim",
+            rule="",
             margin=float("nan"),
             formula="‖Δ_N‖ / ‖Δ_T‖",
             source=SOURCE,
@@ -286,6 +290,7 @@ def _who(names: Mapping[str, str]) -> alt.Color:
 
 
 _STUDENT_AND_NULL = {"alignment": "student", "alignment_of_control": "control (null)"}
+_BAR = alt.Legend(orient="top", gradientLength=180, gradientThickness=10)
 _ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6)
 
 
@@ -315,6 +320,36 @@ def _training_figure(run: Run) -> Figure:
         spec=chart_spec(facets),
         select={"scope": [MODEL]},
         headline=True,
+    )
+
+
+def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
+    chart = (
+        alt.Chart(DATA)
+        .transform_filter("isValid(datum.alignment) && isValid(datum.alignment_of_control)")
+        .transform_calculate(difference="datum.alignment - datum.alignment_of_control")
+        .mark_rect()
+        .encode(
+            x=alt.X("step:O", title="optimizer step", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("scope:N", sort=list(map(str, data.scope.values)), title=None),
+            color=alt.Color(
+                "mean(difference):Q", title="cos − its null", scale=alt.Scale(scheme="blueorange", domainMid=0), legend=_BAR
+            ),
+            tooltip=["scope:N", "step:O", alt.Tooltip("mean(difference):Q", format=".3f", title="cos − its null")],
+        )
+        .properties(width=165, height=alt.Step(16))
+    )
+    return Figure(
+        name="alignment_heat_map",
+        title="Layer by step: where and when the alignment rises over its null",
+        caption=(
+            f"cos(Δ_S, Δ_T) − cos(Δ_C, Δ_T), no unit, mean over members (n = {run.recipe.members}), of every tensor and layer, "
+            "the model and the shared support, at every checkpoint after the start. The null, the control's cosine, is "
+            "subtracted from each member's own. An empty cell has no shared support: student and teacher moved nothing in it "
+            "together."
+        ),
+        variables=("alignment", "alignment_of_control"),
+        spec=chart_spec(chart.facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4)),
     )
 
 

@@ -1,16 +1,22 @@
-"""Figures drawn to SVG, in one look."""
+"""Figures drawn to SVG, in one look, and the bundle that makes them live in a browser."""
 
+import json
 import re
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import vl_convert
+from markupsafe import Markup
 
 from mechsub.figures import Figure, fill_figure
 from mechsub.results import Result
 
-FONT = "Inter, 'Helvetica Neue', Arial, sans-serif"
-INK, MUTED, GRID = "#1d2430", "#5b6675", "#e6e9ee"
+INK, MUTED, LINE, AXIS = "#1d2430", "#5b6675", "#e1e5eb", "#b8c0cc"
 STUDENT, CONTROL = "#c2410c", "#64748b"
+
+NEUTRALS = {"ink": INK, "muted": MUTED, "line": LINE, "axis": AXIS}
+"""The colours that follow the page into dark mode, by their variable in its style."""
 
 THEME: dict[str, Any] = {
     "background": "transparent",
@@ -21,23 +27,61 @@ THEME: dict[str, Any] = {
         "labelColor": MUTED,
         "titleColor": MUTED,
         "titleFontWeight": "normal",
-        "gridColor": GRID,
-        "domainColor": "#b8c0cc",
-        "tickColor": "#b8c0cc",
+        "gridColor": LINE,
+        "domainColor": AXIS,
+        "tickColor": AXIS,
         "labelFontSize": 11,
         "titleFontSize": 11,
         "labelLimit": 220,
     },
     "header": {"labelColor": INK, "labelFontSize": 12, "labelFontWeight": "bold"},
-    "legend": {"labelColor": INK, "labelFontSize": 12, "orient": "top", "symbolOpacity": 1, "symbolStrokeWidth": 3},
+    "legend": {
+        "labelColor": INK,
+        "titleColor": MUTED,
+        "labelFontSize": 12,
+        "orient": "top",
+        "symbolOpacity": 1,
+        "symbolStrokeWidth": 3,
+    },
 }
 
 
-def draw_figure(figure: Figure, result: Result) -> str:
-    """The figure as an SVG element that scales with the page."""
+@dataclass(frozen=True)
+class DrawnFigure:
+    """A figure as the page shows it."""
+
+    name: str
+    title: str
+    caption: str
+    svg: Markup
+    spec: Markup
+    """The same figure as data, for the interactive view and for copying its numbers."""
+    headline: bool
+
+
+def draw_figure(figure: Figure, result: Result) -> DrawnFigure:
+    """The figure as an SVG element that scales with the page, and as a spec with its numbers."""
     spec = fill_figure(figure, result.data)
     version = re.search(r"/v(\d+\.\d+)", str(spec.get("$schema", "")))
     svg: str = vl_convert.vegalite_to_svg(
         vl_spec=spec, vl_version=version.group(1) if version else None, config=THEME, show_warnings=False
     )
-    return svg[svg.index("<svg") :]
+    return DrawnFigure(
+        figure.name, figure.title, figure.caption, Markup(svg[svg.index("<svg") :]), _write_spec(spec), figure.headline
+    )
+
+
+def _write_spec(spec: dict[str, Any]) -> Markup:
+    """The spec as JSON for a script element. Its rows are lists under one line of names: they would repeat in every row."""
+    rows = spec["datasets"]["data"]
+    columns = list(rows[0]) if rows else []
+    compact = {**spec, "config": THEME, "datasets": {"columns": columns, "rows": [[*row.values()] for row in rows]}}
+    # "</" inside a script element would end it.
+    return Markup(json.dumps(compact, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"))
+
+
+@cache
+def interactive_bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script without any import: about 0.9 MB."""
+    bundle: str = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return bundle.replace("</script", "<\\/script")

@@ -1,42 +1,15 @@
 """The report: one self-contained HTML file that tells a newcomer what was run and what came out."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
-
-import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
 
 from mechsub.findings import Finding
 from mechsub.reporting.charts import draw_figure
+from mechsub.reporting.page import render_page
 from mechsub.results import Result
-from mechsub.statistics.intervals import format_number
-
-_TONES = {
-    "transferred": "strong",
-    "above-null": "strong",
-    "no-transfer": "calm",
-    "equivalent-to-null": "calm",
-    "reversed": "odd",
-    "below-null": "odd",
-}
-"""How loud a verdict is shown; every other one is an open question."""
 
 _NOT_SETUP = {"name", "description", "members", "conditions", "checkpoints", "callbacks", "threads"}
 """What the first screen says elsewhere, or leaves to the recipe at the end."""
-
-
-@dataclass(frozen=True)
-class DrawnFigure:
-    """A figure as the page shows it."""
-
-    name: str
-    title: str
-    caption: str
-    svg: Markup
-    headline: bool
 
 
 def render_report(
@@ -47,16 +20,17 @@ def render_report(
     ``outgrown`` names the analyses whose results the run has outgrown; they are left out, and the page says so.
     """
     findings = [finding for result in results.values() for finding in result.findings]
-    page = _environment().get_template("report.html")
-    return page.render(
-        header=header,
-        recipe=recipe,
-        recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+    return render_page(
+        "report.html",
+        {**header, "recipe": recipe},
+        recipe,
         setup=_setup(recipe),
         answers=_answers(findings),
         verdicts=_verdict_table(findings),
         conditions=_conditions(results),
-        sections=[(name, result, _draw(result)) for name, result in results.items()],
+        sections=[
+            (name, result, [draw_figure(figure, result) for figure in result.figures]) for name, result in results.items()
+        ],
         findings=findings,
         outgrown=outgrown,
     )
@@ -86,24 +60,6 @@ def _say(value: Any) -> str:
     return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
 
 
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("mechsub.reporting"),
-        autoescape=select_autoescape(),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=format_number, interval=format_interval, tone=lambda verdict: _TONES.get(verdict, "open"))
-    environment.filters["words"] = lambda name: name.replace("_", " ")
-    return environment
-
-
-def format_interval(low: float, high: float) -> str:
-    """``[low, high]``; empty where there is none."""
-    return "" if not (math.isfinite(low) and math.isfinite(high)) else f"[{format_number(low)}, {format_number(high)}]"
-
-
 def _verdict_table(findings: list[Finding]) -> dict[str, dict[str, Finding]]:
     """Condition → quantity → the finding that carries a verdict."""
     table: dict[str, dict[str, Finding]] = {}
@@ -121,10 +77,3 @@ def _conditions(results: Mapping[str, Result]) -> dict[str, str]:
             described = result.data.condition_difference
             said |= dict(zip(map(str, described.condition.values), map(str, described.values), strict=True))
     return said
-
-
-def _draw(result: Result) -> list[DrawnFigure]:
-    return [
-        DrawnFigure(figure.name, figure.title, figure.caption, Markup(draw_figure(figure, result)), figure.headline)
-        for figure in result.figures
-    ]

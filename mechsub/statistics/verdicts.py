@@ -65,6 +65,8 @@ class Judgement:
     verdict: str
     reason: str
     p: PValues
+    rule: str
+    """What would have counted for each verdict, and the numbers that were seen."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class SuperiorityTest:
     p_value: Callable[[Float[np.ndarray, " member"]], float]
     smallest_p: Callable[[int], float] = lambda n: 0.0
     """The smallest p that n members can give: 2⁻ⁿ for sign flips."""
+    name: str = "one-sided t"
 
 
 def judge_effects(
@@ -101,7 +104,8 @@ def judge_effects(
         verdict, reason = _decide(interval, rules, words, p_values)
         if verdict == words.undecided:
             reason += _members_wanted(members_to_decide(effects[name], rules, len(judged), test))
-        judgements[name] = Judgement(interval, verdict, reason, p_values)
+        rule = describe_rule(interval, rules, words, p_values, len(judged), test.name)
+        judgements[name] = Judgement(interval, verdict, reason, p_values, rule)
     return judgements
 
 
@@ -127,6 +131,21 @@ def members_to_decide(
     counts = range(len(known) + 1, _MOST_MEMBERS + 1)
     first = bisect_left(counts, True, key=is_decided)  # what is decided stays decided as n grows
     return counts[first] if first < len(counts) else None
+
+
+def describe_rule(interval: Interval, rules: Rules, words: Words, p: PValues, num_judged: int, test_name: str) -> str:
+    """What would have counted for each verdict, in the order in which they are tried, beside what was seen."""
+    level, margin = (1 - rules.confidence) / 2, f"{rules.margin:g}"
+    percent = f"{100 * rules.confidence:g} %"
+    seen = f"{interval}, n = {interval.n}"
+    if not np.isnan(p.above):
+        seen += f", p {p.above:.2g} (above), {p.equivalent:.2g} (equivalent), {p.below:.2g} (below)"
+    return (
+        f"{words.above}: {percent} interval over 0, estimate over {margin}, {test_name} p ≤ {level:g}. "
+        f"{words.equivalent}: two one-sided t tests put it inside ±{margin}, p ≤ {rules.equivalence_level:g}. "
+        f"{words.below}: interval under −{margin}, p ≤ {level:g}. Else {words.undecided}; under "
+        f"{max(rules.minimum_members, 2)} members {words.too_few}. p after Holm's correction over {num_judged}. Seen: {seen}."
+    )
 
 
 def _decide(interval: Interval, rules: Rules, words: Words, p: PValues) -> tuple[str, str]:

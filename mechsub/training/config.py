@@ -33,4 +33,7 @@ class CheckpointConfig(Settings):
 
     num: int = Field(10, ge=3, description="how many checkpoints of each lineage, at most")
     spacing: Literal["log", "linear"] = Field("log", description="how they are spread over training")
+    resume_seconds: float = Field(
+        20.0, ge=0, description="how often the state is written from which a killed run goes on; removed when its stage ends"
+    )
     optimizer_state: bool = Field(False, description="also keep the optimizer's state at each of them")

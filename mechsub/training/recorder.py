@@ -1,6 +1,7 @@
 """The checkpoint callback: writes one lineage's checkpoints while it trains, and what a killed run resumes from."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from mechsub.rundir import hash_file, write_json
 from mechsub.stage import Task
 from mechsub.training.callbacks import StepInfo
 
-_RESUME_SECONDS = 20.0
 _PARAMETER, _STATE = "parameter/", "state/"
 
 
@@ -38,10 +38,13 @@ class ResumePoint:
 class LineageRecorder:
     """Keeps the scheduled checkpoints of one lineage, and a rolling resume state until its stage ends."""
 
-    def __init__(self, task: Task, spec: LineageSpec, *, optimizer_state: bool) -> None:
+    def __init__(
+        self, task: Task, spec: LineageSpec, *, optimizer_state: bool = False, resume_seconds: float = math.inf
+    ) -> None:
         self.task = task
         self.spec = spec
         self._keeps_optimizer = optimizer_state
+        self._resume_seconds = resume_seconds
         self._folder = task.path(lineage_folder(spec.name))
         self._resume_paths = [self._folder / f"resume-{name}.safetensors" for name in ("even", "odd")]
         self._ledger_path = self._folder / "resume.json"
@@ -62,7 +65,7 @@ class LineageRecorder:
 
     @property
     def _is_overdue(self) -> bool:
-        return time.monotonic() - self._resume_written > _RESUME_SECONDS
+        return time.monotonic() - self._resume_written >= self._resume_seconds
 
     def __call__(self, info: StepInfo) -> None:
         """Keep this step if it `wants` it."""

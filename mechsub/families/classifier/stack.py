@@ -148,16 +148,15 @@ class _ArmTraining:
 
     def call_back(self, callbacks: Sequence[Callback], losses: Tensor | None = None) -> None:
         """The recorder's turn and the user's, at the steps that concern them: each look makes the processor wait for a GPU."""
-        self.recorder.task.report_progress(self.step)
         is_wanted = self.recorder.wants(self.step)
         if is_wanted or callbacks or self.step % _CHECK_EVERY == 0:
             self._watch.fail_if_broken()
-        if self.recorder.failed or not (is_wanted or callbacks):
-            return
-        info = self._describe(losses)
-        self.recorder(info)
-        for callback in callbacks:
-            callback(info)
+        if (is_wanted or callbacks) and not self.recorder.failed:
+            info = self._describe(losses)
+            self.recorder(info)
+            for callback in callbacks:
+                callback(info)
+        self.recorder.task.report_progress(self.step)
 
     def _describe(self, losses: Tensor | None) -> StepInfo:
         states = [state_tensors(optimizer, self._names) for optimizer in self._optimizers]

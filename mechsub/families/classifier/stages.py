@@ -119,6 +119,7 @@ def _trained(config: Config, num_examples: int, epochs: int, batch_size: int) ->
         "block": _block(config, batch_size),
         "steps": checkpoint_steps(num_steps, config.checkpoints),
         "optimizer_state": config.checkpoints.optimizer_state,
+        "resume_seconds": config.checkpoints.resume_seconds,
         "callbacks": list(config.callbacks),
     }
 

@@ -232,7 +232,8 @@ def _recorder(task: Task) -> LineageRecorder:
         steps=tuple(arguments["steps"]),
         tensors=tensor_table(arguments["model"]),
     )
-    return LineageRecorder(task, spec, optimizer_state=arguments.get("optimizer_state", False))
+    kept = {name: arguments[name] for name in ("optimizer_state", "resume_seconds") if name in arguments}
+    return LineageRecorder(task, spec, **kept)
 
 
 def _origin(arguments: Mapping[str, Any]) -> Origin:

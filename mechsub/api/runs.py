@@ -1,6 +1,6 @@
-"""The public functions: each composes the rooms for one command, and is what a notebook calls."""
+"""The public functions over one run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,13 @@ import torch
 import yaml
 
 from mechsub.analyses.registry import analysis_stage, load_analyses
-from mechsub.environment import describe_hardware, describe_versions, git_commit
+from mechsub.changes import check_recipe_unedited, check_same_run, without_conditions
+from mechsub.environment import describe_hardware, describe_provenance, describe_versions, git_commit
 from mechsub.errors import AnalysisError, MechsubError, RunDirectoryError
 from mechsub.executors.local import Progress, run_stages
 from mechsub.experiment.plan import check_resources, plan_run
 from mechsub.findings import findings_document
-from mechsub.recipe import Recipe, dump_recipe, list_recipes, load_recipe
+from mechsub.recipe import Recipe, dump_recipe, load_recipe
 from mechsub.reporting.html import render_report
 from mechsub.results import find_results, read_result
 from mechsub.run import Run
@@ -22,24 +23,6 @@ from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, write_jso
 from mechsub.settings import nearest_name
 from mechsub.stage import Stage
 from mechsub.training.callbacks import load_callbacks
-
-__all__ = [
-    "Plan",
-    "Progress",
-    "Run",
-    "analyze_run",
-    "describe_installation",
-    "list_analyses",
-    "list_recipes",
-    "load_recipe",
-    "open_run",
-    "plan_analyses",
-    "plan_experiment",
-    "resolve_device",
-    "run_experiment",
-    "verify_run",
-    "write_report",
-]
 
 
 @dataclass(frozen=True)
@@ -85,7 +68,7 @@ def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, 
     pending = list(stages)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         directory = RunDirectory.open(folder)
-        _check_same_run(directory, resolved, stages)
+        check_same_run(directory, resolved.model_dump(mode="json"), stages)
         pending = [stage for stage in stages if not directory.is_done(stage)]
     load_callbacks(resolved.callbacks)
     return Plan(resolved, folder, stages, pending)
@@ -99,11 +82,13 @@ def run_experiment(
     device: str = "auto",
     workers: int | None = None,
     on_progress: Progress | None = None,
+    command: str | None = None,
 ) -> Run:
     """Run a recipe into a run directory; what is done already is kept, what was killed goes on where it was.
 
     ``recipe``: a packaged name, a path, a `Recipe` or a `Plan`. ``out``: the run directory, ``runs/<name>`` by default.
     ``settings``: ``key.path=value`` changes. ``workers``: processes; None takes one a core, 0 stays in this process.
+    ``command``: what the user typed, for the report.
 
     Raises:
         MechsubError: see `plan_experiment` and `Plan.check`; a stage that failed, or that another process holds.
@@ -113,12 +98,22 @@ def run_experiment(
     chosen = resolve_device(device)
     directory = RunDirectory(plan.out)
     with directory.lock("run"):
-        if not directory.header_path.is_file():
-            write_json(directory.header_path, _header(plan.recipe))
-        with atomic_write(directory.recipe_path) as temporary:
-            temporary.write_text(dump_recipe(plan.recipe))
-        run_stages(plan.pending, plan.out, chosen, workers=workers, on_progress=on_progress)
+        begin_run(plan, command)
+        run_stages({plan.out: plan.pending}, chosen, workers=workers, on_progress=on_progress)
     return open_run(plan.out)
+
+
+def begin_run(plan: Plan, command: str | None) -> None:
+    """Write a run's header, where it has none yet, and its recipe."""
+    directory = RunDirectory(plan.out)
+    if not directory.header_path.is_file():
+        recipe = without_conditions(plan.recipe.model_dump(mode="json"))
+        write_json(
+            directory.header_path,
+            {"schema": SCHEMA_VERSION, "name": plan.recipe.name, "recipe": recipe, **describe_provenance(command)},
+        )
+    with atomic_write(directory.recipe_path) as temporary:
+        temporary.write_text(dump_recipe(plan.recipe))
 
 
 def open_run(run_dir: str | Path) -> Run:
@@ -132,7 +127,7 @@ def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:
     Raises:
         AnalysisError: an unknown name, or a run without any condition that is complete.
     """
-    _check_recipe_unedited(RunDirectory.open(run_dir))
+    check_recipe_unedited(RunDirectory.open(run_dir))
     known = load_analyses()
     for name in only:
         if name not in known:
@@ -169,7 +164,7 @@ def analyze_run(
     with directory.lock("analyze"):
         # What a kept analysis has read is checked here, since a report over damaged files would not say so.
         directory.check_files(name for stage in stages if directory.is_done(stage) for name in stage.inputs)
-        run_stages(stages, directory.path, chosen, workers=workers, on_progress=on_progress)
+        run_stages({directory.path: stages}, chosen, workers=workers, on_progress=on_progress)
         return write_report(run_dir)
 
 
@@ -189,7 +184,7 @@ def verify_run(run_dir: str | Path) -> list[str]:
     directory = RunDirectory.open(run_dir)
     problems = [] if directory.records() else [f"{directory.path} has no record of any finished stage in stages/"]
     try:
-        _check_recipe_unedited(directory)
+        check_recipe_unedited(directory)
     except RunDirectoryError as error:
         problems.append(str(error))
     for record in directory.records().values():
@@ -223,7 +218,7 @@ def describe_installation() -> dict[str, Any]:
 
 
 def _write_report(directory: RunDirectory) -> Path:
-    _check_recipe_unedited(directory)
+    check_recipe_unedited(directory)
     current, outgrown = find_results(directory)
     if not current:
         why = "only results that it has outgrown" if outgrown else "no results yet"
@@ -252,71 +247,3 @@ def resolve_device(device: str) -> str:
     if device not in {"cpu", "cuda"}:
         raise MechsubError(f"--device {device}: choose auto, cpu or cuda")
     return device
-
-
-def _header(recipe: Recipe) -> dict[str, Any]:
-    return {
-        "schema": SCHEMA_VERSION,
-        "name": recipe.name,
-        "recipe": _without_conditions(recipe.model_dump(mode="json")),
-        "versions": describe_versions(),
-        "git_commit": git_commit(),
-        "hardware": describe_hardware(),
-    }
-
-
-def _without_conditions(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe may never change; conditions may be added."""
-    return {name: value for name, value in recipe.items() if name != "conditions"}
-
-
-def _check_same_run(directory: RunDirectory, recipe: Recipe, stages: Sequence[Stage]) -> None:
-    """Refuse a directory that another recipe made; conditions may be added, nothing else may change."""
-    if directory.recipe_path.is_file():
-        old = yaml.safe_load(directory.recipe_path.read_text())
-        differences = _differences(old, recipe.model_dump(mode="json"))
-        if differences:
-            raise RunDirectoryError(
-                f"{directory.path} was made by another recipe:\n"
-                + "\n".join(f"  - `{path}` was {before!r}, is {after!r}" for path, before, after in differences)
-                + "\nconditions may be added to a run, nothing else may change; choose another --out"
-            )
-    records = directory.records()
-    for stage in stages:
-        record = records.get(stage.name)
-        if record is not None and record.key != stage.key:
-            changed = _differences(record.arguments, stage.arguments) or [("its inputs", record.key, stage.key)]
-            listed = ", ".join(f"{path} was {before!r}, is {after!r}" for path, before, after in changed)
-            raise RunDirectoryError(
-                f"stage {stage.name} in {directory.path} was made by mechsub {record.mechsub} from other arguments "
-                f"({listed}); choose another --out"
-            )
-
-
-def _check_recipe_unedited(directory: RunDirectory) -> None:
-    """Refuse a recipe.yaml that is not the one the run began with: the rules of its verdicts were fixed before."""
-    try:
-        now = _without_conditions(yaml.safe_load(directory.recipe_path.read_text()))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
-        raise RunDirectoryError(f"{directory.recipe_path} cannot be read ({error}); put it back as it was") from None
-    changed = _differences(directory.header.get("recipe", {}), now)
-    if changed:
-        listed = ", ".join(f"`{path}` was {before!r}, is {after!r}" for path, before, after in changed)
-        raise RunDirectoryError(
-            f"{directory.recipe_path} has been edited since the run began: {listed}; put the old values back, or run the "
-            f"new recipe into another folder"
-        )
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """(path, old value, new value) of every field that changed. New conditions and new shams are no change."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
-        for key in dict.fromkeys([*old, *new]):
-            inner = f"{path}.{key}" if path else str(key)
-            if path == "conditions" and key not in old:
-                continue
-            found += _differences(old.get(key), new.get(key), inner)
-        return found
-    added_sham = path.startswith("conditions.") and path.endswith(".sham") and not old and new
-    return [] if old == new or added_sham else [(path, old, new)]

@@ -1,0 +1,56 @@
+"""The public functions: each composes the rooms for one command, and is what a notebook calls."""
+
+from mechsub.api.runs import (
+    Plan,
+    analyze_run,
+    describe_installation,
+    list_analyses,
+    open_run,
+    plan_analyses,
+    plan_experiment,
+    resolve_device,
+    run_experiment,
+    verify_run,
+    write_report,
+)
+from mechsub.api.sweeps import (
+    SweepPlan,
+    analyze_sweep,
+    plan_sweep,
+    plan_sweep_analyses,
+    run_sweep,
+    verify_sweep,
+    write_sweep_report,
+)
+from mechsub.executors.local import Progress
+from mechsub.recipe import list_recipes, load_recipe
+from mechsub.run import Run
+from mechsub.sweeps.config import is_sweep
+from mechsub.sweeps.directory import is_sweep_directory
+
+__all__ = [
+    "Plan",
+    "Progress",
+    "Run",
+    "SweepPlan",
+    "analyze_run",
+    "analyze_sweep",
+    "describe_installation",
+    "is_sweep",
+    "is_sweep_directory",
+    "list_analyses",
+    "list_recipes",
+    "load_recipe",
+    "open_run",
+    "plan_analyses",
+    "plan_experiment",
+    "plan_sweep",
+    "plan_sweep_analyses",
+    "resolve_device",
+    "run_experiment",
+    "run_sweep",
+    "verify_run",
+    "verify_sweep",
+    "write_report",
+    "write_sweep_report",
+]

@@ -1,0 +1,212 @@
+"""The public functions over a sweep: several runs in one folder."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from mechsub.api.runs import Plan, begin_run, plan_analyses, plan_experiment, resolve_device, verify_run
+from mechsub.environment import describe_provenance
+from mechsub.errors import AnalysisError, MechsubError, RunDirectoryError
+from mechsub.executors.local import Progress, run_stages
+from mechsub.experiment.plan import check_resources
+from mechsub.findings import findings_document
+from mechsub.reporting.sweep import render_sweep_report
+from mechsub.results import Result, find_results, read_result, write_result
+from mechsub.run import Run
+from mechsub.rundir import RunDirectory, atomic_write, write_json
+from mechsub.stage import Stage
+from mechsub.sweeps.config import Sweep, load_sweep
+from mechsub.sweeps.directory import SweepDirectory, is_sweep_directory
+from mechsub.sweeps.table import SweptResults, build_table
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep will do."""
+
+    sweep: Sweep
+    out: Path
+    plans: Mapping[str, Plan]
+    """By the run's name."""
+
+    @property
+    def pending(self) -> list[Stage]:
+        """The stages that are not done yet; one that several runs share stands once."""
+        return list({stage.key: stage for plan in self.plans.values() for stage in plan.pending}.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the pending stages write, estimated."""
+        return sum(stage.resources.disk_bytes for stage in self.pending)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the largest pending stage holds, estimated."""
+        return max((stage.resources.memory_bytes for stage in self.pending), default=0)
+
+    def check(self) -> None:
+        """Refuse what this machine cannot hold.
+
+        Raises:
+            ResourceError: what is needed and what is there.
+        """
+        check_resources(self.pending, self.out)
+
+
+def plan_sweep(recipe: str | Path, out: str | Path | None = None, settings: Sequence[str] = ()) -> SweepPlan:
+    """The runs that `run_sweep` would make, each with its plan. Writes nothing.
+
+    Raises:
+        RecipeError: the recipe, or a run of it, is wrong.
+        RunDirectoryError: ``out`` holds something else.
+    """
+    sweep = load_sweep(recipe, settings)
+    folder = Path(out) if out is not None else Path("runs") / sweep.recipe.name
+    directory = SweepDirectory(folder)
+    if is_sweep_directory(folder):
+        SweepDirectory.open(folder).check_same_sweep(sweep)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunDirectoryError(f"{folder} is in use and holds no sweep; choose another --out")
+    plans = {name: plan_experiment(run.recipe, directory.run_path(name)) for name, run in sweep.runs.items()}
+    return SweepPlan(sweep, folder, plans)
+
+
+def run_sweep(
+    recipe: str | Path | SweepPlan,
+    out: str | Path | None = None,
+    settings: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+    command: str | None = None,
+) -> dict[str, Run]:
+    """Run a sweep into one folder; returns its runs by name. Arguments as in `run_experiment`.
+
+    Stages that runs have in common are computed once. A run that fails does not stop the others.
+
+    Raises:
+        MechsubError: see `plan_sweep`; after all others have ended, what failed and in which run.
+    """
+    plan = recipe if isinstance(recipe, SweepPlan) else plan_sweep(recipe, out, settings)
+    plan.check()
+    chosen = resolve_device(device)
+    with ExitStack() as locks:
+        locks.enter_context(RunDirectory(plan.out).lock("sweep"))
+        SweepDirectory(plan.out).write(plan.sweep, describe_provenance(command))
+        for one in plan.plans.values():
+            locks.enter_context(RunDirectory(one.out).lock("run"))
+            begin_run(one, command)
+        work = {one.out: one.stages for one in plan.plans.values()}
+        run_stages(work, chosen, workers=workers, on_progress=on_progress)
+    return {name: Run(RunDirectory.open(one.out)) for name, one in plan.plans.items()}
+
+
+def plan_sweep_analyses(folder: str | Path, only: Sequence[str] = ()) -> dict[Path, list[Stage]]:
+    """The analyses of every run that has something to analyse, by the run's path.
+
+    Raises:
+        AnalysisError: an unknown analysis, or no run has anything yet.
+    """
+    directory = SweepDirectory.open(folder)
+    work: dict[Path, list[Stage]] = {}
+    for name in directory.runs:
+        path = directory.run_path(name)
+        if (path / "run.json").is_file() and Run(RunDirectory.open(path)).conditions:
+            work[path] = plan_analyses(path, only)
+    if not work:
+        raise AnalysisError(
+            f"no run of {folder} has a condition with both its student and its control yet; "
+            f"`mechsub run {directory.recipe_path} --out {folder}` goes on with them"
+        )
+    return work
+
+
+def analyze_sweep(
+    folder: str | Path,
+    only: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    on_progress: Progress | None = None,
+) -> Path:
+    """Analyse every run of a sweep, then write its table, report and ``findings.json``; returns the report's path.
+
+    What is not there yet is left out, and the report names it.
+
+    Raises:
+        MechsubError: as `analyze_run`; where an analysis of one run failed, after the report over the others is written.
+    """
+    work = plan_sweep_analyses(folder, only)
+    chosen = resolve_device(device)
+    with ExitStack() as locks:
+        locks.enter_context(RunDirectory(Path(folder)).lock("analyze"))
+        for path, stages in work.items():
+            run = RunDirectory(path)
+            locks.enter_context(run.lock("analyze"))
+            run.check_files(name for stage in stages if run.is_done(stage) for name in stage.inputs)
+        try:
+            run_stages(work, chosen, workers=workers, on_progress=on_progress)
+        except MechsubError:
+            write_sweep_report(folder)
+            raise
+        return write_sweep_report(folder)
+
+
+def write_sweep_report(folder: str | Path) -> Path:
+    """Rebuild a sweep's table, report and ``findings.json`` from its runs' results; returns the report's path.
+
+    Raises:
+        RunDirectoryError: no run has results yet, or one of them is damaged.
+    """
+    directory = SweepDirectory.open(folder)
+    with RunDirectory(directory.path).lock("report"):
+        header = directory.header
+        results = {name: _read_run(directory.run_path(name)) for name in directory.runs}
+        if not any(run.results for run in results.values()):
+            raise RunDirectoryError(f"{folder} has no results yet; `mechsub analyze {folder}` makes them")
+        table = build_table(header["recipe"]["sweep"]["vary"], directory.runs, results)
+        write_result(
+            directory.path / "results" / "sweep.h5", "sweep", {"runs": directory.runs}, metadata.version("mechsub"), table
+        )
+        write_json(directory.path / "findings.json", _findings_document(header["name"], directory, results))
+        path = directory.path / "report" / "index.html"
+        with atomic_write(path) as temporary:
+            temporary.write_text(render_sweep_report(header, table, {name: run.missing for name, run in results.items()}))
+    return path
+
+
+def verify_sweep(folder: str | Path) -> list[str]:
+    """`verify_run` for every run of a sweep that has begun; returns one line a problem."""
+    directory = SweepDirectory.open(folder)
+    begun = [directory.run_path(name) for name in directory.runs if (directory.run_path(name) / "run.json").is_file()]
+    return [problem for path in begun for problem in verify_run(path)]
+
+
+def _read_run(path: Path) -> SweptResults:
+    """A run's results as far as they go, and what it lacks, in words."""
+    if not (path / "run.json").is_file():
+        return SweptResults({}, "not begun")
+    run = Run(RunDirectory.open(path))
+    current, outgrown = find_results(run.directory)
+    run.directory.check_files(file.relative_to(path).as_posix() for file in current.values())
+    results: dict[str, Result] = {name: read_result(file) for name, file in current.items()}
+    missing = []
+    if run.missing_conditions:
+        missing.append(f"not finished: {', '.join(run.missing_conditions)}")
+    if outgrown:
+        missing.append(f"outgrown since: {', '.join(outgrown)}")
+    elif not current:
+        missing.append("not analysed")
+    return SweptResults(results, "; ".join(missing))
+
+
+def _findings_document(name: str, directory: SweepDirectory, results: Mapping[str, SweptResults]) -> dict[str, object]:
+    """Every run's findings, with its settings."""
+    documents = []
+    for run, found in results.items():
+        document = findings_document(run, [finding for result in found.results.values() for finding in result.findings])
+        documents.append({"settings": dict(directory.runs[run]), **document})
+    return {"schema": documents[0]["schema"], "sweep": name, "runs": documents}

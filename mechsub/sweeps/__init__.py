@@ -1,0 +1,1 @@
+"""Sweeps: one recipe, several runs that differ in some of its fields, in one folder and one table."""
