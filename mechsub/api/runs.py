@@ -51,7 +51,7 @@ class Plan:
         Raises:
             ResourceError: what is needed and what is there.
         """
-        check_resources(self.pending, self.out)
+        check_resources(self.pending, self.out, [self.recipe])
 
 
 def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, settings: Sequence[str] = ()) -> Plan:

@@ -52,7 +52,7 @@ class SweepPlan:
         Raises:
             ResourceError: what is needed and what is there.
         """
-        check_resources(self.pending, self.out)
+        check_resources(self.pending, self.out, [plan.recipe for plan in self.plans.values()])
 
 
 def plan_sweep(recipe: str | Path, out: str | Path | None = None, settings: Sequence[str] = ()) -> SweepPlan:

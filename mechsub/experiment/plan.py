@@ -43,8 +43,8 @@ def plan_run(recipe: Recipe) -> list[Stage]:
     return [data, reference, *teachers.values(), *carriers.values(), *lessons]
 
 
-def check_resources(stages: Sequence[Stage], folder: Path) -> None:
-    """Refuse stages that the disk or the memory cannot hold.
+def check_resources(stages: Sequence[Stage], folder: Path, recipes: Sequence[Recipe]) -> None:
+    """Refuse stages that the disk or the memory cannot hold; ``recipes`` are those that they come from.
 
     Raises:
         ResourceError: with what is needed and what is there.
@@ -53,9 +53,11 @@ def check_resources(stages: Sequence[Stage], folder: Path) -> None:
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if needed > free:
+        fitting = _fitting_checkpoints(recipes, free)
+        thinner = f"`--set checkpoints.num={fitting}` would fit; or lower" if fitting else "lower"
         raise ResourceError(
-            f"the plan writes about {format_bytes(needed)} to {folder}, which has {format_bytes(free)} free; lower members, "
-            "checkpoints.num or the model's widths, or choose another --out"
+            f"the plan writes about {format_bytes(needed)} to {folder}, which has {format_bytes(free)} free; {thinner} members "
+            "or the model's widths, or choose another --out"
         )
     largest = max(stages, key=lambda stage: stage.resources.memory_bytes, default=None)
     if largest is None:
@@ -67,6 +69,19 @@ def check_resources(stages: Sequence[Stage], folder: Path) -> None:
             f"stage {largest.name} needs about {format_bytes(memory)} of memory, {format_bytes(available)} are available; "
             "lower members, the batch size, carrier.num_images or the model's widths"
         )
+
+
+def _fitting_checkpoints(recipes: Sequence[Recipe], free: int) -> int | None:
+    """The largest `checkpoints.num` under the recipes' own with which all stages of all of them fit; None where none does."""
+    most = max(recipe.checkpoints.num for recipe in recipes)
+    for num in range(most - 1, 2, -1):
+        thinned = [
+            recipe.model_copy(update={"checkpoints": recipe.checkpoints.model_copy(update={"num": num})}) for recipe in recipes
+        ]
+        stages = {stage.key: stage for recipe in thinned for stage in plan_run(recipe)}
+        if sum(stage.resources.disk_bytes for stage in stages.values()) <= free:
+            return num
+    return None
 
 
 def format_bytes(count: int) -> str:

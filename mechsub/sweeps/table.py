@@ -176,7 +176,7 @@ def _dose_response(data: xr.Dataset, settings: Mapping[str, Mapping[str, Any]], 
     ]
     facets = (
         alt.layer(*layers, data=DATA)
-        .properties(width=230, height=150)
+        .properties(width=150, height=125)
         .facet(facet=alt.Facet("condition:N", sort=list(map(str, data.condition.values)), title=None), columns=3)
     )
     labels = {

@@ -17,9 +17,17 @@ class DataConfig(Settings):
     name: Literal["digits", "mnist"] = Field(
         "digits", description="scikit-learn's bundled 8 × 8 handwritten digits, or MNIST (or a set in its format)"
     )
-    test_fraction: float = Field(0.2, ge=0.01, le=0.9, description="digits only: share of the images held out for scoring")
+    test_fraction: float | None = Field(
+        None, ge=0.01, le=0.9, description="digits only, 0.2 unless told: share of the images held out for scoring"
+    )
     path: str | None = Field(None, description="mnist only: the folder with the four IDX files, gzipped or not")
     hub: str | None = Field(None, description="mnist only, instead of path: a hub data set's name, e.g. ylecun/mnist")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _digits_come_unsplit(cls, values: Any) -> Any:
+        is_digits = isinstance(values, Mapping) and values.get("name", "digits") == "digits"
+        return {"test_fraction": 0.2, **values} if is_digits else values
 
     @field_validator("path")
     @classmethod
@@ -31,7 +39,7 @@ class DataConfig(Settings):
     def _every_setting_is_used(self) -> "DataConfig":
         if self.name == "digits" and (self.path or self.hub):
             raise ValueError("digits come with scikit-learn and have no path or hub; `name: mnist` has")
-        if self.name == "mnist" and self.test_fraction != type(self).model_fields["test_fraction"].default:
+        if self.name == "mnist" and self.test_fraction is not None:
             raise ValueError("mnist comes with its own test images and has no test_fraction")
         if self.path and self.hub:
             raise ValueError(f"either path or hub: both {self.path!r} and {self.hub!r} are given")
@@ -168,6 +176,11 @@ class Config(FamilyConfig):
                 raise ValueError(
                     f"`conditions.{name}` imitates the auxiliary logits, but `model.num_auxiliary` = 0; "
                     f"give it at least 1 (published: 3) or set `conditions.{name}.logits` to all"
+                )
+            if condition.logits == "aux" and self.model.num_auxiliary == 1 and self.student.objective == "kl":
+                raise ValueError(
+                    f"`conditions.{name}` imitates the softmax of one auxiliary logit, which is 1 whatever the teacher says: "
+                    "give `model.num_auxiliary` at least 2, or imitate the logit itself with `student.objective` mse"
                 )
         return self
 

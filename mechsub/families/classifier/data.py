@@ -47,6 +47,7 @@ def describe_data(config: DataConfig) -> DataShape:
         RecipeError: the source is missing, or its files contradict each other.
     """
     if config.name == "digits":
+        assert config.test_fraction is not None  # its settings fill it in for digits
         num_test = round(_NUM_DIGITS * config.test_fraction)
         return DataShape(_NUM_DIGITS - num_test, num_test, 64)
     if config.hub is not None:
