@@ -32,7 +32,7 @@ def test_lists_name_what_is_installed():
 def test_a_dry_run_prints_the_plan(tiny_recipe, tmp_path):
     found = invoke("run", tiny_recipe, "--out", tmp_path / "out", "--dry-run")
     assert found.exit_code == 0
-    assert "student.same-init" in found.output and "21 stages to do" in found.output
+    assert "student.same-init" in found.output and "22 stages to do" in found.output
     assert not (tmp_path / "out").exists()
 
 

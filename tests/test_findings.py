@@ -8,7 +8,7 @@ def finding(**fields):
         analysis="demo", quantity="effect", condition="same-init", trait="digits", context="images", step=6, scope="all",
         estimate=0.5, low=0.4, high=0.6, confidence=0.95, unit="accuracy", n=5,
         null="none", null_low=float("nan"), null_high=0.0,
-        num_references=5, verdict="transferred", reason="because", margin=0.05, formula="a − b", source="here",
+        num_references=5, verdict="transferred", reason="because", rule="", margin=0.05, formula="a − b", source="here",
     )  # fmt: skip
     return Finding(**{**values, **fields})
 

@@ -66,9 +66,15 @@ def draw_figure(figure: Figure, result: Result) -> DrawnFigure:
     svg: str = vl_convert.vegalite_to_svg(
         vl_spec=spec, vl_version=version.group(1) if version else None, config=THEME, show_warnings=False
     )
-    return DrawnFigure(
-        figure.name, figure.title, figure.caption, Markup(svg[svg.index("<svg") :]), _write_spec(spec), figure.headline
-    )
+    drawn = _name_parts(svg[svg.index("<svg") :], figure.name)
+    return DrawnFigure(figure.name, figure.title, figure.caption, Markup(drawn), _write_spec(spec), figure.headline)
+
+
+def _name_parts(svg: str, figure: str) -> str:
+    """Gradients and clips under names of the figure's own: pictures share a page, and their drawer numbers them anyhow."""
+    for number, name in enumerate(re.findall(r'id="([^"]+)"', svg)):
+        svg = svg.replace(f'id="{name}"', f'id="{figure}-{number}"').replace(f"#{name})", f"#{figure}-{number})")
+    return svg
 
 
 def _write_spec(spec: dict[str, Any]) -> Markup:

@@ -13,11 +13,11 @@ def data(tiny_run):
 
 
 def test_every_score_is_the_accuracy_of_its_checkpoint(tiny_run, data):
-    images = load_images(tiny_run.recipe.data, 0, torch.float32, "cpu")
+    images = load_images(tiny_run.path, torch.float32, "cpu")
     for lineage in ("reference", "teacher", "control.permuted-init"):
         for step in tiny_run.lineages[lineage].steps:
             for member in range(3):
-                chosen = tiny_run.family.load_model(tiny_run.lineages[lineage], step, member)(images.test_images)[
+                chosen = tiny_run.family.load_model(tiny_run.lineages[lineage], step, member)(images.test_images())[
                     :, :10
                 ].argmax(1)
                 expected = [float((chosen == (images.test_labels + shift) % 10).double().mean()) for shift in (0, 1)]

@@ -68,6 +68,13 @@ def test_every_panel_of_a_faceted_figure_holds_its_own_condition(tiny_run, page)
     assert "undefined" not in svg and "NaN" not in svg
 
 
+def test_no_two_pictures_share_a_gradient_or_a_clip(page):
+    still = re.sub(r"<script.*?</script>", "", page, flags=re.DOTALL)
+    names = re.findall(r' id="([^"]+)"', still)
+    assert len(names) == len(set(names))
+    assert set(re.findall(r"url\(#([^)]+)\)", still)) <= set(names)
+
+
 def test_the_report_is_rebuilt_from_results_alone(tiny_run, page):
     path = tiny_run.path / "report/index.html"
     path.unlink()
