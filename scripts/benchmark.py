@@ -24,7 +24,7 @@ from loky import get_reusable_executor
 from rich.console import Console
 from rich.table import Table
 
-from mechsub.analyses.parameter_alignment import _directions
+from mechsub.analyses.parameter_alignment import list_directions
 from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment
 from mechsub.environment import available_cores, describe_provenance
 from mechsub.executors.execution import execute_stages
@@ -302,7 +302,7 @@ def measure_gram(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _stream(run: Run) -> Any:
     anchor = displacement_label("teacher", run.lineages["teacher"].steps[-1])
-    return stream_gram(_directions(run), dict(run.lineages["reference"].spec.tensors), anchor)
+    return stream_gram(list_directions(run), dict(run.lineages["reference"].spec.tensors), anchor)
 
 
 class _PeakAnonymous:

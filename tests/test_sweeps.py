@@ -162,3 +162,17 @@ def test_the_commands_take_a_sweeps_folder(swept, sweep_recipe):
     assert done.exit_code == 0 and "0 stages to do" in done.output
     done = runner.invoke(app, ["run", str(sweep_recipe), "--set", "sweep.fields.seed=[x]", "--dry-run"])
     assert done.exit_code == 2 and "run seed=x of the sweep is not valid" in done.output
+
+
+def test_shared_files_are_copied_where_the_disk_refuses_links(tiny_recipe, tmp_path, monkeypatch):
+    def refuse(*names):
+        raise OSError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "sweep.yaml"
+    path.write_text(tiny_recipe.read_text() + "\nsweep: {fields: {student.epochs: [1, 2]}}\n")
+    runs = run_sweep(path, tmp_path / "sweep", ["conditions={same-init: }"], device="cpu", workers=0)
+    assert list(runs) == ["student.epochs=1", "student.epochs=2"] == list(mechsub.open_sweep(tmp_path / "sweep"))
+    assert verify_sweep(tmp_path / "sweep") == []
+    first, second = (run.path / "lineages/teacher/lineage.json" for run in runs.values())
+    assert first.read_bytes() == second.read_bytes() and not os.path.samefile(first, second)

@@ -41,7 +41,7 @@ def parameter_alignment(run: Run) -> Result:
     table = run.lineages["reference"].spec.tensors
     scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
     anchor = displacement_label("teacher", run.lineages["teacher"].steps[-1])
-    algebra = DirectionAlgebra(stream_gram(_directions(run), dict(table), anchor, device=run.device), scopes)
+    algebra = DirectionAlgebra(stream_gram(list_directions(run), dict(table), anchor, device=run.device), scopes)
     steps = sorted({step for name in run.conditions for step in run.lineages[f"student.{name}"].steps})
     data = _measure(run, algebra, steps)
     judgements = _judge(run, data)
@@ -54,7 +54,7 @@ def parameter_alignment(run: Run) -> Result:
     )
 
 
-def _directions(run: Run) -> list[Direction]:
+def list_directions(run: Run) -> list[Direction]:
     """θ₀, the teachers' last displacements, every student's at every step, their differences, and every other origin."""
     teacher, neutral = run.lineages["teacher"], run.lineages[run.neutral]
     directions = [origin_direction(run.lineages["reference"])]

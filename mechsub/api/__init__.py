@@ -16,6 +16,7 @@ from mechsub.api.runs import (
 from mechsub.api.sweeps import (
     SweepPlan,
     analyze_sweep,
+    open_sweep,
     plan_sweep,
     plan_sweep_analyses,
     run_sweep,
@@ -42,6 +43,7 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "open_run",
+    "open_sweep",
     "plan_analyses",
     "plan_experiment",
     "plan_sweep",

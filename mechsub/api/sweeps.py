@@ -101,7 +101,17 @@ def run_sweep(
             begin_run(one, command)
         work = {one.out: one.stages for one in plan.plans.values()}
         run_stages(work, chosen, workers=workers, on_progress=on_progress)
-    return {name: Run(RunDirectory.open(one.out)) for name, one in plan.plans.items()}
+    return open_sweep(plan.out)
+
+
+def open_sweep(folder: str | Path) -> dict[str, Run]:
+    """The runs of a sweep that have begun, by name, for reading.
+
+    Raises:
+        RunDirectoryError: the folder holds no sweep.
+    """
+    directory = SweepDirectory.open(folder)
+    return {name: Run(RunDirectory.open(directory.run_path(name))) for name in directory.begun}
 
 
 def plan_sweep_analyses(folder: str | Path, only: Sequence[str] = ()) -> dict[Path, list[Stage]]:
@@ -112,10 +122,9 @@ def plan_sweep_analyses(folder: str | Path, only: Sequence[str] = ()) -> dict[Pa
     """
     directory = SweepDirectory.open(folder)
     work: dict[Path, list[Stage]] = {}
-    for name in directory.runs:
-        path = directory.run_path(name)
-        if (path / "run.json").is_file() and Run(RunDirectory.open(path)).conditions:
-            work[path] = plan_analyses(path, only)
+    for run in open_sweep(folder).values():
+        if run.conditions:
+            work[run.path] = plan_analyses(run.path, only)
     if not work:
         raise AnalysisError(
             f"no run of {folder} has a condition with both its student and its control yet; "
@@ -164,7 +173,8 @@ def write_sweep_report(folder: str | Path) -> Path:
     directory = SweepDirectory.open(folder)
     with RunDirectory(directory.path).lock("report"):
         header = directory.header
-        results = {name: _read_run(directory.run_path(name)) for name in directory.runs}
+        begun = open_sweep(folder)
+        results = {name: _read_run(begun[name]) if name in begun else SweptResults({}, "not begun") for name in directory.runs}
         if not any(run.results for run in results.values()):
             raise RunDirectoryError(f"{folder} has no results yet; `mechsub analyze {folder}` makes them")
         table = build_table(header["recipe"]["sweep"]["vary"], directory.runs, results)
@@ -181,17 +191,13 @@ def write_sweep_report(folder: str | Path) -> Path:
 def verify_sweep(folder: str | Path) -> list[str]:
     """`verify_run` for every run of a sweep that has begun; returns one line a problem."""
     directory = SweepDirectory.open(folder)
-    begun = [directory.run_path(name) for name in directory.runs if (directory.run_path(name) / "run.json").is_file()]
-    return [problem for path in begun for problem in verify_run(path)]
+    return [problem for name in directory.begun for problem in verify_run(directory.run_path(name))]
 
 
-def _read_run(path: Path) -> SweptResults:
+def _read_run(run: Run) -> SweptResults:
     """A run's results as far as they go, and what it lacks, in words."""
-    if not (path / "run.json").is_file():
-        return SweptResults({}, "not begun")
-    run = Run(RunDirectory.open(path))
     current, outgrown = find_results(run.directory)
-    run.directory.check_files(file.relative_to(path).as_posix() for file in current.values())
+    run.directory.check_files(file.relative_to(run.path).as_posix() for file in current.values())
     results: dict[str, Result] = {name: read_result(file) for name, file in current.items()}
     missing = []
     if run.missing_conditions:

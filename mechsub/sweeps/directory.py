@@ -62,6 +62,11 @@ class SweepDirectory:
         runs: dict[str, Mapping[str, Any]] = self.header["runs"]
         return runs
 
+    @property
+    def begun(self) -> list[str]:
+        """The runs that have a run directory."""
+        return [name for name in self.runs if (self.run_path(name) / "run.json").is_file()]
+
     def run_path(self, name: str) -> Path:
         """Where a run lies."""
         return self.path / "runs" / name
