@@ -66,6 +66,14 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_unused(folder: Path) -> bool:
+    """Whether a new run may go here: nothing is in it but what a run leaves that was killed before it wrote its header."""
+    if not folder.exists():
+        return True
+    left_over = {".lock", ".holder", ".part"}
+    return folder.is_dir() and all(path.suffix in left_over for path in folder.rglob("*") if not path.is_dir())
+
+
 @dataclass(frozen=True)
 class FileRecord:
     """A file as it was when its stage ended."""
@@ -203,12 +211,23 @@ class RunDirectory:
         }
         replaced = self.records().get(stage.name)
         write_json(self.record_path(stage.key), record)
+        self._drop_replaced(replaced, stage)
+
+    def _drop_replaced(self, replaced: StageRecord | None, stage: Stage) -> None:
+        """Two records of one stage would both speak for its files."""
         if replaced is not None and replaced.key != stage.key:
             self.record_path(replaced.key).unlink(missing_ok=True)
 
     def adopt(self, stage: Stage, other: "RunDirectory") -> None:
-        """Take over a finished stage of another run: the same key is the same work. Files are linked where the disk can."""
+        """Take over a finished stage of another run: the same key is the same work. Files are linked where the disk can.
+
+        Raises:
+            RunDirectoryError: a file of the other run is not what its stage left.
+        """
         record = _parse_record(other.record_path(stage.key))
+        for name, known in record.outputs.items():
+            other.check_file(name, known, record.name)
+        replaced = self.records().get(stage.name)
         for name in record.outputs:
             with atomic_write(self.path / name) as temporary:
                 temporary.unlink(missing_ok=True)
@@ -218,6 +237,7 @@ class RunDirectory:
                     shutil.copyfile(other.path / name, temporary)
         with atomic_write(self.record_path(stage.key)) as temporary:
             shutil.copyfile(other.record_path(stage.key), temporary)
+        self._drop_replaced(replaced, stage)
 
     def producers(self) -> dict[str, tuple[str, FileRecord]]:
         """For every recorded file, the stage that made it and what it was."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,62 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tiny_recipe, tmp_path):
     assert (table.estimate_status.sel(run="student.optimizer.learning_rate=1e+30") == 1).all()
     effects = table.sel(condition="same-init", quantity="effect")
     assert np.isfinite(effects.estimate.sel(run=["base", "student.optimizer.learning_rate=0.02"])).all()
+
+
+def test_a_damaged_shared_file_is_made_anew_where_it_is_wanted(tiny_recipe, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(tiny_recipe.read_text() + "\nsweep: {fields: {student.epochs: [1, 2]}}\n")
+    runs = run_sweep(path, tmp_path / "sweep", ["conditions={same-init: }"], device="cpu", workers=0)
+    first, second = (run.path / "carrier/teacher/logits.safetensors" for run in runs.values())
+    whole = first.read_bytes()
+    with first.open("r+b") as file:  # in place: the runs share the file
+        file.seek(-3, os.SEEK_END)
+        file.write(b"x")
+    assert len(verify_sweep(tmp_path / "sweep")) == 2
+    second.unlink()
+    run_sweep(path, tmp_path / "sweep", ["conditions={same-init: }"], device="cpu", workers=0)
+    assert second.read_bytes() == whole and len(verify_sweep(tmp_path / "sweep")) == 1
+
+
+def test_what_is_damaged_or_gone_is_left_out_and_named(tiny_recipe, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(tiny_recipe.read_text() + "\nsweep: {fields: {student.epochs: [1, 2, 3, 4, 5]}}\n")
+    out = tmp_path / "sweep"
+    runs = run_sweep(path, out, ["conditions={same-init: }"], device="cpu", workers=0)
+    analyze_sweep(out, device="cpu", workers=0)
+    shutil.rmtree(runs["student.epochs=1"].path)
+    (runs["student.epochs=2"].path / "results/behaviour.h5").write_bytes(b"broken")
+    recipe = runs["student.epochs=3"].directory.recipe_path
+    recipe.write_text(recipe.read_text().replace("margin: 0.05", "margin: 0.5"))
+    records = runs["student.epochs=4"].directory.records()
+    runs["student.epochs=4"].directory.record_path(records["analysis.parameter_alignment"].key).unlink()
+    page = write_sweep_report(out).read_text()
+    for words in (
+        "<code>student.epochs=1</code>: not begun",
+        "<code>student.epochs=2</code>: damaged: ",
+        "<code>student.epochs=3</code>: damaged: ",
+        "<code>student.epochs=4</code>: not analysed: parameter_alignment",
+    ):
+        assert words in page
+    assert "<code>student.epochs=5</code>" not in page and "verdicts in 2 of 5 runs" in page
+    assert any("student.epochs=1 of" in problem for problem in verify_sweep(out))
+
+
+def test_a_sweep_killed_before_its_first_header_goes_on(sweep_recipe, tmp_path):
+    for folder in ("stages", "runs/base/stages"):
+        (tmp_path / "sweep" / folder).mkdir(parents=True)
+        (tmp_path / "sweep" / folder / "run.lock").touch()
+    assert len(plan_sweep(sweep_recipe, tmp_path / "sweep", [SMALL]).plans) == 4
+
+
+def test_a_zip_says_that_its_fields_change_together(tiny_recipe, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    fields = "{student.epochs: [1, 2], neutral: [relabelled, shuffled]}"
+    path.write_text(tiny_recipe.read_text() + f"\nsweep: {{vary: zip, fields: {fields}}}\n")
+    run_sweep(path, tmp_path / "sweep", ["conditions={same-init: }"], device="cpu", workers=0)
+    page = analyze_sweep(tmp_path / "sweep", device="cpu", workers=0).read_text()
+    assert "Lines join runs in which all fields change together" in page and "no effect can be put down to one" in page
+    assert "neutral.relabelled or its control, the same student of neutral.shuffled" in page
 
 
 def test_a_sweep_may_grow_and_lose_nothing(swept, sweep_recipe, tmp_path):

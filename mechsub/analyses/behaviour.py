@@ -98,7 +98,8 @@ def _void_without_trait(run: Run, data: xr.Dataset, judgements: dict[str, Judgem
     reason = (
         f"the teachers gained {teacher.interval} over their references, not more than the margin: there is nothing to pass on"
     )
-    return {name: replace(judgement, verdict=WITHOUT_TRAIT, reason=reason) for name, judgement in judgements.items()}
+    rule = f"{WITHOUT_TRAIT}, whatever the effect, unless the teachers' own gain is {TRANSFER.above}. {teacher.rule}"
+    return {name: replace(judgement, verdict=WITHOUT_TRAIT, reason=reason, rule=rule) for name, judgement in judgements.items()}
 
 
 def _rules(verdict: VerdictConfig) -> Rules:

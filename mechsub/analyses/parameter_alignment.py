@@ -345,8 +345,7 @@ def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
         caption=(
             f"cos(Δ_S, Δ_T) − cos(Δ_C, Δ_T), no unit, mean over members (n = {run.recipe.members}), of every tensor and layer, "
             "the model and the shared support, at every checkpoint after the start. The null, the control's cosine, is "
-            "subtracted from each member's own. An empty cell has no shared support: student and teacher moved nothing in it "
-            "together."
+            "subtracted from each member's own. In an empty cell student and teacher moved nothing together."
         ),
         variables=("alignment", "alignment_of_control"),
         spec=chart_spec(chart.facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4)),

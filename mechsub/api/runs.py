@@ -1,6 +1,6 @@
 """The public functions over one run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mechsub.recipe import Recipe, dump_recipe, load_recipe
 from mechsub.reporting.html import render_report
 from mechsub.results import find_results, read_result
 from mechsub.run import Run
-from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, write_json
+from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, is_unused, write_json
 from mechsub.settings import nearest_name
 from mechsub.stage import Stage
 from mechsub.training.callbacks import load_callbacks
@@ -66,7 +66,7 @@ def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, 
     folder = Path(out) if out is not None else Path("runs") / resolved.name
     stages = plan_run(resolved)
     pending = list(stages)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not is_unused(folder):
         directory = RunDirectory.open(folder)
         check_same_run(directory, resolved.model_dump(mode="json"), stages)
         pending = [stage for stage in stages if not directory.is_done(stage)]
@@ -98,19 +98,19 @@ def run_experiment(
     chosen = resolve_device(device)
     directory = RunDirectory(plan.out)
     with directory.lock("run"):
-        begin_run(plan, command)
+        begin_run(plan, describe_provenance(command))
         run_stages({plan.out: plan.pending}, chosen, workers=workers, on_progress=on_progress)
     return open_run(plan.out)
 
 
-def begin_run(plan: Plan, command: str | None) -> None:
+def begin_run(plan: Plan, provenance: Mapping[str, Any]) -> None:
     """Write a run's header, where it has none yet, and its recipe."""
     directory = RunDirectory(plan.out)
     if not directory.header_path.is_file():
         recipe = without_conditions(plan.recipe.model_dump(mode="json"))
         write_json(
             directory.header_path,
-            {"schema": SCHEMA_VERSION, "name": plan.recipe.name, "recipe": recipe, **describe_provenance(command)},
+            {"schema": SCHEMA_VERSION, "name": plan.recipe.name, "recipe": recipe, **provenance},
         )
     with atomic_write(directory.recipe_path) as temporary:
         temporary.write_text(dump_recipe(plan.recipe))
@@ -159,13 +159,16 @@ def analyze_run(
     directory = RunDirectory.open(run_dir)
     chosen = resolve_device(device)
     stages = plan_analyses(run_dir, only)
-    if any(stage.arguments["module"] == "__main__" for stage in stages):
-        workers = 0  # another process could not import what was typed into this one
     with directory.lock("analyze"):
         # What a kept analysis has read is checked here, since a report over damaged files would not say so.
         directory.check_files(name for stage in stages if directory.is_done(stage) for name in stage.inputs)
-        run_stages({directory.path: stages}, chosen, workers=workers, on_progress=on_progress)
+        run_stages({directory.path: stages}, chosen, workers=analysis_workers(stages, workers), on_progress=on_progress)
         return write_report(run_dir)
+
+
+def analysis_workers(stages: Sequence[Stage], workers: int | None) -> int | None:
+    """How many processes may run these analyses: none but this one where it alone knows one of them."""
+    return 0 if any(stage.arguments["module"] == "__main__" for stage in stages) else workers
 
 
 def write_report(run_dir: str | Path) -> Path:

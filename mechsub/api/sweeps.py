@@ -1,25 +1,26 @@
 """The public functions over a sweep: several runs in one folder."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from mechsub.api.runs import Plan, begin_run, plan_analyses, plan_experiment, resolve_device, verify_run
+from mechsub.api.runs import Plan, analysis_workers, begin_run, plan_analyses, plan_experiment, resolve_device, verify_run
+from mechsub.changes import check_recipe_unedited
 from mechsub.environment import describe_provenance
-from mechsub.errors import AnalysisError, MechsubError, RunDirectoryError
+from mechsub.errors import AnalysisError, RunDirectoryError
 from mechsub.executors.local import Progress, run_stages
 from mechsub.experiment.plan import check_resources
 from mechsub.findings import findings_document
 from mechsub.reporting.sweep import render_sweep_report
 from mechsub.results import Result, find_results, read_result, write_result
 from mechsub.run import Run
-from mechsub.rundir import RunDirectory, atomic_write, write_json
+from mechsub.rundir import RunDirectory, atomic_write, is_unused, write_json
 from mechsub.stage import Stage
 from mechsub.sweeps.config import Sweep, load_sweep
 from mechsub.sweeps.directory import SweepDirectory, is_sweep_directory
-from mechsub.sweeps.table import SweptResults, build_table
+from mechsub.sweeps.table import SweptResults, build_table, name_missing_analyses
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,10 @@ class SweepPlan:
 
     @property
     def pending(self) -> list[Stage]:
-        """The stages that are not done yet; one that several runs share stands once."""
-        return list({stage.key: stage for plan in self.plans.values() for stage in plan.pending}.values())
+        """The stages that no run has done yet; one that several runs share stands once."""
+        left = {stage.key: stage for plan in self.plans.values() for stage in plan.pending}
+        done = {stage.key for plan in self.plans.values() for stage in plan.stages if stage not in plan.pending}
+        return [stage for key, stage in left.items() if key not in done]
 
     @property
     def disk_bytes(self) -> int:
@@ -67,7 +70,7 @@ def plan_sweep(recipe: str | Path, out: str | Path | None = None, settings: Sequ
     directory = SweepDirectory(folder)
     if is_sweep_directory(folder):
         SweepDirectory.open(folder).check_same_sweep(sweep)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif not is_unused(folder):
         raise RunDirectoryError(f"{folder} is in use and holds no sweep; choose another --out")
     plans = {name: plan_experiment(run.recipe, directory.run_path(name)) for name, run in sweep.runs.items()}
     return SweepPlan(sweep, folder, plans)
@@ -95,10 +98,11 @@ def run_sweep(
     chosen = resolve_device(device)
     with ExitStack() as locks:
         locks.enter_context(RunDirectory(plan.out).lock("sweep"))
-        SweepDirectory(plan.out).write(plan.sweep, describe_provenance(command))
+        provenance = describe_provenance(command)
+        SweepDirectory(plan.out).write(plan.sweep, provenance)
         for one in plan.plans.values():
             locks.enter_context(RunDirectory(one.out).lock("run"))
-            begin_run(one, command)
+            begin_run(one, provenance)
         work = {one.out: one.stages for one in plan.plans.values()}
         run_stages(work, chosen, workers=workers, on_progress=on_progress)
     return open_sweep(plan.out)
@@ -115,7 +119,7 @@ def open_sweep(folder: str | Path) -> dict[str, Run]:
 
 
 def plan_sweep_analyses(folder: str | Path, only: Sequence[str] = ()) -> dict[Path, list[Stage]]:
-    """The analyses of every run that has something to analyse, by the run's path.
+    """The analyses of every run that has something to analyse and is whole, by the run's path.
 
     Raises:
         AnalysisError: an unknown analysis, or no run has anything yet.
@@ -123,8 +127,9 @@ def plan_sweep_analyses(folder: str | Path, only: Sequence[str] = ()) -> dict[Pa
     directory = SweepDirectory.open(folder)
     work: dict[Path, list[Stage]] = {}
     for run in open_sweep(folder).values():
-        if run.conditions:
-            work[run.path] = plan_analyses(run.path, only)
+        with suppress(RunDirectoryError):  # the report says what is wrong with it
+            if run.conditions:
+                work[run.path] = plan_analyses(run.path, only)
     if not work:
         raise AnalysisError(
             f"no run of {folder} has a condition with both its student and its control yet; "
@@ -143,7 +148,7 @@ def analyze_sweep(
 ) -> Path:
     """Analyse every run of a sweep, then write its table, report and ``findings.json``; returns the report's path.
 
-    What is not there yet is left out, and the report names it.
+    What is not there yet, or is damaged, is left out, and the report names it.
 
     Raises:
         MechsubError: as `analyze_run`; where an analysis of one run failed, after the report over the others is written.
@@ -152,13 +157,12 @@ def analyze_sweep(
     chosen = resolve_device(device)
     with ExitStack() as locks:
         locks.enter_context(RunDirectory(Path(folder)).lock("analyze"))
-        for path, stages in work.items():
-            run = RunDirectory(path)
-            locks.enter_context(run.lock("analyze"))
-            run.check_files(name for stage in stages if run.is_done(stage) for name in stage.inputs)
+        for path in work:
+            locks.enter_context(RunDirectory(path).lock("analyze"))
+        every = [stage for stages in work.values() for stage in stages]
         try:
-            run_stages(work, chosen, workers=workers, on_progress=on_progress)
-        except MechsubError:
+            run_stages(work, chosen, workers=analysis_workers(every, workers), on_progress=on_progress)
+        except Exception:
             write_sweep_report(folder)
             raise
         return write_sweep_report(folder)
@@ -175,7 +179,8 @@ def write_sweep_report(folder: str | Path) -> Path:
         header = directory.header
         begun = open_sweep(folder)
         results = {name: _read_run(begun[name]) if name in begun else SweptResults({}, "not begun") for name in directory.runs}
-        if not any(run.results for run in results.values()):
+        results = name_missing_analyses(results)
+        if not any(run.findings for run in results.values()):
             raise RunDirectoryError(f"{folder} has no results yet; `mechsub analyze {folder}` makes them")
         table = build_table(header["recipe"]["sweep"]["vary"], directory.runs, results)
         write_result(
@@ -189,23 +194,30 @@ def write_sweep_report(folder: str | Path) -> Path:
 
 
 def verify_sweep(folder: str | Path) -> list[str]:
-    """`verify_run` for every run of a sweep that has begun; returns one line a problem."""
+    """`verify_run` for every run of a sweep; returns one line a problem."""
     directory = SweepDirectory.open(folder)
-    return [problem for name in directory.begun for problem in verify_run(directory.run_path(name))]
+    absent = [name for name in directory.runs if name not in directory.begun]
+    remedy = f"`mechsub run {directory.recipe_path} --out {folder}` makes it"
+    problems = [f"run {name} of {folder} has not begun, or has been removed; {remedy}" for name in absent]
+    return problems + [problem for name in directory.begun for problem in verify_run(directory.run_path(name))]
 
 
 def _read_run(run: Run) -> SweptResults:
-    """A run's results as far as they go, and what it lacks, in words."""
-    current, outgrown = find_results(run.directory)
-    run.directory.check_files(file.relative_to(run.path).as_posix() for file in current.values())
-    results: dict[str, Result] = {name: read_result(file) for name, file in current.items()}
+    """A run's results as far as they go and are whole, and what it lacks, in words."""
+    try:
+        check_recipe_unedited(run.directory)
+        current, outgrown = find_results(run.directory)
+        made = [file.relative_to(run.path).as_posix() for file in current.values()]
+        read = {name for record in run.directory.records().values() if set(record.outputs) & {*made} for name in record.inputs}
+        run.directory.check_files({*made, *read})
+        results: dict[str, Result] = {name: read_result(file) for name, file in current.items()}
+    except RunDirectoryError as error:
+        return SweptResults({}, f"damaged: {error}")
     missing = []
     if run.missing_conditions:
         missing.append(f"not finished: {', '.join(run.missing_conditions)}")
     if outgrown:
         missing.append(f"outgrown since: {', '.join(outgrown)}")
-    elif not current:
-        missing.append("not analysed")
     return SweptResults(results, "; ".join(missing))
 
 

@@ -18,7 +18,7 @@ import torch
 from loky import ProcessPoolExecutor
 
 from mechsub.environment import available_cores
-from mechsub.errors import MechsubError, join_errors
+from mechsub.errors import MechsubError, RunDirectoryError, join_errors
 from mechsub.executors.execution import execute_stages, read_progress
 from mechsub.rundir import RunDirectory
 from mechsub.stage import PROCESS_BYTES, Stage
@@ -49,7 +49,7 @@ def run_stages(
 
     A stage that several runs have is run in one of them and taken over by the others. ``workers``: processes; None gives one
     for each core that the stages' threads leave; 0 runs everything in this process. A failed stage stops nothing but what
-    needs it; what failed is raised at the end.
+    needs it (a failed callback also what trains beside it); what failed is raised at the end.
 
     Raises:
         MechsubError: a stage failed, or a worker process was killed.
@@ -65,6 +65,8 @@ def run_stages(
         _run_here(board, device, limit)
     else:
         _run_in_processes(board, device, workers, limit)
+    for surprise in board.surprises:
+        raise surprise
     if board.errors:
         raise join_errors(board.errors)
 
@@ -75,6 +77,8 @@ class _Board:
     def __init__(self, work: Mapping[Path, Sequence[Stage]], report: Progress) -> None:
         self.pending: list[Job] = [(RunDirectory.open(path), stage) for path, stages in work.items() for stage in stages]
         self.errors: list[MechsubError] = []
+        self.surprises: list[Exception] = []
+        """What no user can mend; raised as it is, once all else has ended."""
         self._failed: set[str] = set()
         """Keys: a stage that failed in one run is not tried again in another."""
         self._has_several = len(work) > 1
@@ -89,8 +93,13 @@ class _Board:
         for directory, stage in list(self.pending):
             maker = self._makers.get(stage.key)
             if maker is not None and not self._missing(directory).intersection(stage.inputs):
-                directory.adopt(stage, maker)
+                try:
+                    directory.adopt(stage, maker)
+                except RunDirectoryError:  # damaged there: it is made anew
+                    del self._makers[stage.key]
+                    continue
                 self.pending.remove((directory, stage))
+                self._makers[stage.key] = directory
 
     def ready(self, running: Collection[str] = ()) -> list[Job]:
         """What can be run now: one job a key; ``running`` holds the keys of those that are."""
@@ -105,13 +114,17 @@ class _Board:
         """Tell how far a running stage is."""
         self._report(stage, done)
 
-    def end(self, directory: RunDirectory, group: Sequence[Stage], error: MechsubError | None) -> None:
+    def end(self, directory: RunDirectory, group: Sequence[Stage], error: BaseException | None) -> None:
         """A call has ended: strike out what it finished, and remember why the rest failed."""
         self.refresh()
         left = {stage.key for where, stage in self.pending if where.path == directory.path}
         self._failed |= {stage.key for stage in group if stage.key in left}
-        if error is not None:
+        if isinstance(error, MechsubError):
             self.errors.append(type(error)(f"{directory.path}: {error}") if self._has_several else error)
+        elif isinstance(error, Exception):
+            self.surprises.append(error)
+        elif error is not None:
+            raise error
 
     def _is_done(self, job: Job) -> bool:
         directory, stage = job
@@ -175,10 +188,10 @@ def _group_jobs(jobs: Sequence[Job], num_groups: int, memory_bytes: int) -> list
 def _run_here(board: _Board, device: str, limit: int) -> None:
     while ready := board.ready():
         directory, group = _group_jobs(ready, 1, limit)[0]
-        error = None
+        error: Exception | None = None
         try:
             execute_stages(directory.path, group, device)
-        except MechsubError as caught:
+        except Exception as caught:
             error = caught
         board.end(directory, group, error)
 
@@ -209,14 +222,12 @@ def _run_in_processes(board: _Board, device: str, workers: int, limit: int) -> N
         pool.shutdown(wait=True, kill_workers=True)
 
 
-def _error_of(future: "Future[None]", group: Sequence[Stage]) -> MechsubError | None:
-    """Why a call failed, where the user can mend it; anything else is raised."""
+def _error_of(future: "Future[None]", group: Sequence[Stage]) -> BaseException | None:
+    """Why a call failed."""
     error = future.exception()
     if isinstance(error, BrokenProcessPool):
         names = ", ".join(stage.name for stage in group)
         return MechsubError(f"a worker process died (killed, or out of memory) while it ran {names}; run again to resume")
-    if error is not None and not isinstance(error, MechsubError):
-        raise error
     return error
 
 

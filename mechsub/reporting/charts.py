@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import vl_convert
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from mechsub.figures import Figure, fill_figure
 from mechsub.results import Result
@@ -40,6 +40,8 @@ THEME: dict[str, Any] = {
         "titleColor": MUTED,
         "labelFontSize": 12,
         "orient": "top",
+        "symbolBaseFillColor": MUTED,
+        "symbolBaseStrokeColor": MUTED,
         "symbolOpacity": 1,
         "symbolStrokeWidth": 3,
     },
@@ -67,6 +69,7 @@ def draw_figure(figure: Figure, result: Result) -> DrawnFigure:
         vl_spec=spec, vl_version=version.group(1) if version else None, config=THEME, show_warnings=False
     )
     drawn = _name_parts(svg[svg.index("<svg") :], figure.name)
+    drawn = drawn.replace("<svg ", f'<svg role="img" aria-label="{escape(figure.title)}" ', 1)
     return DrawnFigure(figure.name, figure.title, figure.caption, Markup(drawn), _write_spec(spec), figure.headline)
 
 

@@ -34,6 +34,7 @@ def render_page(template: str, header: Mapping[str, Any], recipe: Mapping[str, A
             recipe=recipe,
             name=recipe["name"],
             recipe_yaml=yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+            swept=recipe.get("sweep", {}).get("fields", {}),
             neutrals=NEUTRALS,
             bundle=Markup(interactive_bundle()),
             script=Markup(script.read_text()),

@@ -32,13 +32,10 @@ class SweepConfig(Settings):
 
     @field_validator("fields")
     @classmethod
-    def _values_are_distinct(cls, fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _every_field_has_values(cls, fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for path, values in fields.items():
-            written = [json.dumps(value, sort_keys=True) for value in values]
             if not values:
                 raise ValueError(f"`{path}` has no values to take")
-            if len(set(written)) < len(written):
-                raise ValueError(f"`{path}` has a value twice: {values}")
         return fields
 
     @model_validator(mode="after")
@@ -84,6 +81,8 @@ def is_sweep(source: str | Path, settings: Sequence[str] = ()) -> bool:
 def load_sweep(source: str | Path, settings: Sequence[str] = ()) -> Sweep:
     """A sweep by its packaged name or its path, with ``key.path=value`` settings on top, every run of it checked.
 
+    Settings that come to the same recipe (1 and 1.0, a block written out and its defaults) are one run.
+
     Raises:
         RecipeError: not a sweep, or fields or values that are wrong: those of all runs are named at once.
     """
@@ -93,13 +92,19 @@ def load_sweep(source: str | Path, settings: Sequence[str] = ()) -> Sweep:
     config = validate_settings(SweepConfig, values.pop(SWEEP), f"the sweep of {origin}")
     base = parse_recipe(values, origin)
     runs: dict[str, SweptRun] = {}
+    seen: list[Recipe] = []
     wrong: list[str] = []
     for differing in _choose_settings(config, base):
         name = _run_name(differing)
         try:
-            runs[name if name not in runs else _hashed(name, differing)] = _swept_run(base, config, name, differing)
+            run = _swept_run(base, config, name, differing)
         except RecipeError as error:
             wrong.append(str(error))
+            continue
+        undescribed = run.recipe.model_copy(update={"description": ""})
+        if undescribed not in seen:
+            seen.append(undescribed)
+            runs[name] = run
     if wrong:
         more = f"\n… and {len(wrong) - _MOST_ERRORS} more runs" if len(wrong) > _MOST_ERRORS else ""
         raise RecipeError("\n".join(wrong[:_MOST_ERRORS]) + more)
@@ -146,9 +151,7 @@ def _run_name(settings: Mapping[str, Any]) -> str:
     if not settings:
         return BASE_RUN
     text = ",".join(f"{path}={json.dumps(value, separators=(',', '='))}" for path, value in settings.items())
-    name = re.sub(r"[^A-Za-z0-9.=,+_-]+", "-", re.sub(r'[][{}"]', "", text))
-    return name if len(name) <= _LONGEST_NAME else _hashed(name[:_LONGEST_NAME], settings)
-
-
-def _hashed(name: str, settings: Mapping[str, Any]) -> str:
-    return f"{name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+    plain = re.sub(r'[][{}"]', "", text)
+    name = re.sub(r"[^A-Za-z0-9.=,+_-]+", "-", plain)[:_LONGEST_NAME]
+    is_simple = name == plain and not any(isinstance(value, dict) for value in settings.values())
+    return name if is_simple else f"{name}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"

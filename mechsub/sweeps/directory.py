@@ -77,6 +77,8 @@ class SweepDirectory:
         runs = {name: dict(run.settings) for name, run in sweep.runs.items()}
         first = self.header if is_sweep_directory(self.path) else provenance
         kept = {name: first[name] for name in provenance}
+        commands = [str(one["command"]) for one in (first, provenance) if one["command"]]
+        kept["command"] = "; later ".join(dict.fromkeys(commands)) or None
         write_json(
             self.path / _HEADER, {"schema": SCHEMA_VERSION, "name": sweep.recipe.name, **kept, "recipe": values, "runs": runs}
         )

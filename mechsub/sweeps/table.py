@@ -1,21 +1,33 @@
 """One table over all runs of a sweep, and its dose–response figures; made from the runs' findings alone."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding
 from mechsub.results import Result, label_variable, status_variable
+from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER
 
 DRAWN = {"trait_score": "trait score", "alignment": "alignment cos(Δ, Δ_T)"}
 """The quantities whose dose–response is drawn; the table holds all of them."""
+_SHAPES = {
+    TRANSFER.above: "circle",
+    TRANSFER.equivalent: "square",
+    TRANSFER.below: "triangle-down",
+    AGAINST_NULL.above: "circle",
+    AGAINST_NULL.equivalent: "square",
+    AGAINST_NULL.below: "triangle-down",
+    TRANSFER.undecided: "cross",
+    TRANSFER.too_few: "stroke",
+}
+"""One shape for each outcome in every figure; an analysis's own words get the shapes that are left."""
 _NUMBERS = ("estimate", "low", "high", "null_low", "null_high")
 _STATUS = ("ok", "run_not_analysed", "not_measured", "no_interval_or_null")
 OK, NOT_ANALYSED, NOT_MEASURED, NONE = range(4)
@@ -42,17 +54,32 @@ class SweptResults:
 
 
 def build_table(vary: str, settings: Mapping[str, Mapping[str, Any]], results: Mapping[str, SweptResults]) -> Result:
-    """Every finding of every run as [run, condition, quantity], with the settings of each run, and the figures over them."""
+    """The findings of every run as [run, condition, quantity], each over its widest scope; the settings; the figures over them.
+
+    Findings that are of no condition stay in ``findings.json``.
+    """
     findings = {run: found.findings for run, found in results.items()}
     keys = dict.fromkeys(key for found in findings.values() for key in found)
     conditions, quantities = ([*dict.fromkeys(part)] for part in zip(*keys, strict=True))
     variables = _finding_variables(findings, conditions, quantities) | _setting_variables(vary, settings)
     fields = list(next(iter(settings.values())))
     coords = {"run": list(settings), "condition": conditions, "quantity": quantities, "field": fields}
-    data = xr.Dataset(variables, coords)
+    percents = sorted({f"{100 * finding.confidence:g} %" for found in findings.values() for finding in found.values()})
+    data = xr.Dataset(variables, coords, {"confidence": " or ".join(percents)})
     drawn = [(field, quantity) for field in fields for quantity in DRAWN if quantity in quantities]
-    figures = [_dose_response(data, settings, field, quantity) for field, quantity in drawn]
+    figures = [_dose_response(data, vary, field, quantity) for field, quantity in drawn]
     return Result(data, [], [figure for figure in figures if figure is not None], _sentences(findings, vary))
+
+
+def name_missing_analyses(results: Mapping[str, SweptResults]) -> dict[str, SweptResults]:
+    """The same, with every analysis named that a run lacks and another run has."""
+    every = dict.fromkeys(name for found in results.values() for name in found.results)
+    named = {}
+    for run, found in results.items():
+        lacking = [name for name in every if name not in found.results]
+        words = [found.missing] * bool(found.missing) + [f"not analysed: {', '.join(lacking)}"] * bool(lacking)
+        named[run] = SweptResults(found.results, "; ".join(words))
+    return named
 
 
 def _finding_variables(
@@ -62,7 +89,7 @@ def _finding_variables(
     values = {name: np.full(shape, np.nan) for name in _NUMBERS}
     status = {name: np.full(shape, NOT_MEASURED, dtype=np.int8) for name in _NUMBERS}
     members = np.zeros(shape, dtype=np.int64)
-    verdicts = {name: np.full(shape, "", dtype=object) for name in ("verdict", "leading_verdict")}
+    words = {name: np.full(shape, "", dtype=object) for name in ("verdict", "leading_verdict", "leading_quantity")}
     for row, found in enumerate(findings.values()):
         for column, condition in enumerate(conditions):
             for place, quantity in enumerate(quantities):
@@ -73,9 +100,11 @@ def _finding_variables(
                     status[name][cell] = _explain(values[name][cell], finding, bool(found))
                 if finding is not None:
                     members[cell] = finding.n
-                    verdicts["verdict"][cell] = finding.verdict
-                    verdicts["leading_verdict"][cell] = _leading_verdict(found, finding)
-    words = {
+                    leading = _leading(found, finding)
+                    words["verdict"][cell] = finding.verdict
+                    words["leading_verdict"][cell] = leading.verdict
+                    words["leading_quantity"][cell] = leading.quantity if leading.verdict else ""
+    descriptions = {
         "estimate": "mean over the run's members",
         "low": "lower bound of its interval",
         "high": "upper bound of its interval",
@@ -83,19 +112,30 @@ def _finding_variables(
         "null_high": "upper bound of its null",
     }
     variables = {
-        name: label_variable(values[name], _DIMS, description=words[name], unit="that of the quantity") for name in _NUMBERS
+        name: label_variable(values[name], _DIMS, description=descriptions[name], unit="that of the quantity")
+        for name in _NUMBERS
     }
     variables |= {f"{name}_status": status_variable(status[name], _DIMS, _STATUS, name) for name in _NUMBERS}
     variables["n"] = label_variable(members, _DIMS, description="members behind the estimate", unit="members")
-    variables["verdict"] = label_variable(verdicts["verdict"], _DIMS, description="verdict; Holm within its run", unit="word")
-    variables["leading_verdict"] = label_variable(
-        verdicts["leading_verdict"], _DIMS, description="the first verdict of the same analysis and condition", unit="word"
-    )
-    first = {finding.quantity: finding for found in reversed(list(findings.values())) for finding in found.values()}
+    described = {
+        "verdict": "verdict; Holm's correction within its run",
+        "leading_verdict": "the first verdict of the same analysis and condition",
+        "leading_quantity": "what that verdict is on",
+    }
+    for name, description in described.items():
+        variables[name] = label_variable(words[name], _DIMS, description=description, unit="word")
     for name in ("unit", "formula", "null", "scope"):
-        texts = np.array([getattr(first[quantity], name) for quantity in quantities], dtype=object)
+        texts = np.array([_join_words(findings, quantity, name) for quantity in quantities], dtype=object)
         variables[f"quantity_{name}"] = label_variable(texts, ["quantity"], description=f"{name} of the quantity", unit="word")
     return variables
+
+
+def _join_words(findings: Mapping[str, Mapping[tuple[str, str], Finding]], quantity: str, field: str) -> str:
+    """What the runs say of a quantity; where a swept field makes them differ, each of it."""
+    said = [
+        getattr(finding, field) for found in findings.values() for finding in found.values() if finding.quantity == quantity
+    ]
+    return " or ".join(dict.fromkeys(said))
 
 
 def _explain(value: float, finding: Finding | None, is_analysed: bool) -> int:
@@ -106,13 +146,12 @@ def _explain(value: float, finding: Finding | None, is_analysed: bool) -> int:
     return NOT_MEASURED if is_analysed else NOT_ANALYSED
 
 
-def _leading_verdict(found: Mapping[tuple[str, str], Finding], finding: Finding) -> str:
-    judged = (
-        other.verdict
-        for other in found.values()
-        if other.verdict and (other.analysis, other.condition) == (finding.analysis, finding.condition)
-    )
-    return next(judged, "")
+def _leading(found: Mapping[tuple[str, str], Finding], finding: Finding) -> Finding:
+    """The first finding of the same analysis and condition that has a verdict; the finding itself where it has one."""
+    if finding.verdict:
+        return finding
+    same = (other for other in found.values() if (other.analysis, other.condition) == (finding.analysis, finding.condition))
+    return next((other for other in same if other.verdict), finding)
 
 
 def _setting_variables(vary: str, settings: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Variable]:
@@ -137,22 +176,24 @@ def _setting_variables(vary: str, settings: Mapping[str, Mapping[str, Any]]) -> 
 
 
 def _series(vary: str, settings: Mapping[str, Mapping[str, Any]], fields: Sequence[str]) -> list[list[str]]:
-    others = [
-        [", ".join(f"{other}={_write(run[other])}" for other in fields if other != field) or "all" for field in fields]
-        for run in settings.values()
-    ]
     if vary == "zip":
         return [["all"] * len(fields) for _ in settings]
-    shared = [[row[column] for row in others].count(row[column]) > 1 for row in others for column in range(len(fields))]
-    kept = iter(shared)
-    return [[text if next(kept) else "" for text in row] for row in others]
+    columns = []
+    for field in fields:
+        others = [
+            ", ".join(f"{name}={_write(run[name])}" for name in fields if name != field) or "all" for run in settings.values()
+        ]
+        shared = Counter(others)
+        columns.append([text if shared[text] > 1 else "" for text in others])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _dose_response(data: xr.Dataset, settings: Mapping[str, Mapping[str, Any]], field: str, quantity: str) -> Figure | None:
+def _dose_response(data: xr.Dataset, vary: str, field: str, quantity: str) -> Figure | None:
     """A quantity against one field, with its null; nothing where no two runs differ in this field alone."""
     numbers = data.setting_number.sel(field=field).values
     in_series = data.series.sel(field=field).values != ""
-    if len(set(data.setting.sel(field=field).values[in_series])) < 2:
+    has_numbers = bool(np.isfinite(data.estimate.sel(quantity=quantity)).any())
+    if len(set(data.setting.sel(field=field).values[in_series])) < 2 or not has_numbers:
         return None
     x = _setting_axis(field, numbers, list(dict.fromkeys(data.setting.sel(field=field).values)))
     names = {"student": "student", "null": "control (null)"}
@@ -165,8 +206,10 @@ def _dose_response(data: xr.Dataset, settings: Mapping[str, Mapping[str, Any]], 
     )
     y = alt.Y("estimate:Q", title=DRAWN[quantity], scale=alt.Scale(zero=False))
     student, null = (alt.Color(f"{who}:N", title=None, scale=alt.Scale(domain=list(names.values()))) for who in names)
-    shape = alt.Shape("leading_verdict:N", title="verdict")
-    tooltip = ["run:N", "setting:N", alt.Tooltip("estimate:Q", format=".3f"), "leading_verdict:N", "n:Q"]
+    present = [name for name in _SHAPES if name in data.leading_verdict.sel(quantity=quantity).values]
+    scale = alt.Scale(domain=list(_SHAPES), range=list(_SHAPES.values()))
+    shape = alt.Shape("leading_verdict:N", title="verdict", scale=scale, legend=alt.Legend(values=present))
+    tooltip = ["run:N", "setting:N", "series:N", alt.Tooltip("estimate:Q", format=".3f"), "leading_verdict:N", "n:Q"]
     layers = [
         chart.mark_rule(strokeWidth=5, opacity=0.35).encode(x=x, y="null_low:Q", y2="null_high:Q", color=null),
         chart.mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y="null_middle:Q", detail="series:N", color=null),
@@ -179,24 +222,33 @@ def _dose_response(data: xr.Dataset, settings: Mapping[str, Mapping[str, Any]], 
         .properties(width=150, height=125)
         .facet(facet=alt.Facet("condition:N", sort=list(map(str, data.condition.values)), title=None), columns=3)
     )
-    labels = {
-        name: str(data[f"quantity_{name}"].sel(quantity=quantity).values) for name in ("formula", "unit", "scope", "null")
-    }
-    members = sorted({int(n) for n in data.n.sel(quantity=quantity).values.flat if n})
-    many = f"{members[0]}" if len(members) == 1 else f"{members[0]} to {members[-1]}"
     return Figure(
         name=f"{quantity}-by-{field}".replace(".", "-").replace("_", "-"),
-        title=f"{DRAWN[quantity].capitalize()} against {field}",
-        caption=(
-            f"{labels['formula']}, {labels['unit']}, {labels['scope']}; each point is one run, its mean over "
-            f"n = {many} members with its interval. Null (grey): {labels['null']}. "
-            "The shape is the verdict of the same analysis, corrected within its run only. Lines join runs that differ in "
-            "nothing else that is swept."
-        ),
+        title=f"{DRAWN[quantity][0].upper()}{DRAWN[quantity][1:]} against {field}",
+        caption=_caption(data, quantity, vary),
         variables=(*_NUMBERS, "leading_verdict", "n", "setting", "setting_number", "series"),
         spec=chart_spec(facets),
         select={"quantity": [quantity], "field": [field]},
         headline=True,
+    )
+
+
+def _caption(data: xr.Dataset, quantity: str, vary: str) -> str:
+    of = data.sel(quantity=quantity)
+    members = sorted({int(n) for n in of.n.values.flat if n})
+    many = f"{members[0]}" if len(members) == 1 else f"{members[0]} to {members[-1]}"
+    leading = ", ".join(sorted({str(name) for name in of.leading_quantity.values.flat if name})).replace("_", " ")
+    shape = "its verdict" if leading == quantity else f"the verdict on the {leading}, which is paired"
+    lines = (
+        "Lines join runs in which all fields change together."
+        if vary == "zip"
+        else "Lines join runs that differ in nothing else that is swept."
+    )
+    shared = "" if "seed" in data.field.values else " Runs share their members' seeds: the points are not independent."
+    return (
+        f"{of.quantity_formula.item()}, {of.quantity_unit.item()}, {of.quantity_scope.item()}; each point is one run, its "
+        f"mean over n = {many} members with its {of.attrs['confidence']} interval. Null (grey): {of.quantity_null.item()}. "
+        f"The shape is {shape}, corrected within its run only. {lines}{shared}"
     )
 
 
@@ -209,9 +261,10 @@ def _setting_axis(field: str, numbers: np.ndarray, texts: list[str]) -> alt.X:
 
 
 def _sentences(findings: Mapping[str, Mapping[tuple[str, str], Finding]], vary: str) -> list[str]:
-    judged = [finding for found in findings.values() for finding in found.values() if finding.verdict]
-    table = pd.Series([finding.verdict for finding in judged], dtype=object).value_counts()
-    listed = ", ".join(f"{count} {verdict}" for verdict, count in table.items())
+    judged = {run: [finding.verdict for finding in found.values() if finding.verdict] for run, found in findings.items()}
+    counted = Counter(verdict for verdicts in judged.values() for verdict in verdicts)
+    listed = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
+    num_judged = sum(map(bool, judged.values()))
     ways = {
         "each": "Each field is varied by itself, the others as in the run called base.",
         "product": "Every combination of the values is a run.",
@@ -219,8 +272,8 @@ def _sentences(findings: Mapping[str, Mapping[tuple[str, str], Finding]], vary: 
     }
     return [
         ways[vary],
-        f"{len(judged)} verdicts in {len(findings)} runs: {listed}. Holm's correction runs within each run, not over the runs: "
-        "among so many verdicts some are expected to be wrong at the level of each run.",
+        f"{counted.total()} verdicts in {num_judged} of {len(findings)} runs: {listed}. Holm's correction runs within each "
+        "run, not over the runs: among so many verdicts some are expected to be wrong at the level of each run.",
     ]
 
 

@@ -45,6 +45,8 @@ class LineageRecorder:
         self.spec = spec
         self._keeps_optimizer = optimizer_state
         self._resume_seconds = resume_seconds
+        self._resume_is_due = False
+        """As it was when `wants` was asked: the clock goes on between that and the call."""
         self._folder = task.path(lineage_folder(spec.name))
         self._resume_paths = [self._folder / f"resume-{name}.safetensors" for name in ("even", "odd")]
         self._ledger_path = self._folder / "resume.json"
@@ -61,15 +63,16 @@ class LineageRecorder:
 
     def wants(self, step: int) -> bool:
         """Whether it would keep this step: the schedule asks for it, or the last resume state is old."""
-        return step in self.spec.steps or self._is_overdue
+        self._resume_is_due = time.monotonic() - self._resume_written >= self._resume_seconds
+        return step in self.spec.steps or self._resume_is_due
 
-    @property
-    def _is_overdue(self) -> bool:
-        return time.monotonic() - self._resume_written >= self._resume_seconds
+    def wants_state(self, step: int) -> bool:
+        """Whether it would keep the optimizer's state of a step that it `wants`."""
+        return self._resume_is_due or (self._keeps_optimizer and step in self.spec.steps)
 
     def __call__(self, info: StepInfo) -> None:
         """Keep this step if it `wants` it."""
-        if self.failed or not self.wants(info.step):
+        if self.failed or not (info.is_checkpoint or self._resume_is_due):
             return
         broken = _first_broken_member(info.parameters)
         if broken is not None:
@@ -79,7 +82,7 @@ class LineageRecorder:
             self._write(checkpoint_name(self.spec.name, info.step), info.step, info.parameters)
             if self._keeps_optimizer and info.step > 0:
                 self._write(optimizer_name(self.spec.name, info.step), info.step, info.optimizer_state)
-        if info.step > 0 and self._is_overdue:
+        if info.step > 0 and self._resume_is_due:
             self._write_resume(info)
 
     def fail(self, step: int, member: int, what: str) -> None:

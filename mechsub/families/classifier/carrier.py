@@ -18,7 +18,8 @@ from mechsub.lineages import checkpoint_name, load_stacked, write_tensors
 from mechsub.stage import Task
 from mechsub.streams import random_stream, stream_key
 
-_IMAGES_AT_ONCE = 1024
+IMAGES_AT_ONCE = 1024
+"""Of each member, when teachers say what they make of them."""
 _WORDS_AT_ONCE = 1 << 15
 """Random words made at once on a CPU: 256 kB, which its cache holds through all the operations on them."""
 
@@ -167,8 +168,8 @@ def write_carriers(tasks: Sequence[Task]) -> None:
         model, num_images = arguments["model"], images.config.num_images
         num_logits = model["num_classes"] + model["num_auxiliary"]
         logits = torch.empty(arguments["members"], num_images, num_logits, dtype=images.dtype)
-        for start in range(0, num_images, _IMAGES_AT_ONCE):
-            stop = min(start + _IMAGES_AT_ONCE, num_images)
+        for start in range(0, num_images, IMAGES_AT_ONCE):
+            stop = min(start + IMAGES_AT_ONCE, num_images)
             for members in member_blocks(arguments, task.device):
                 inputs = images.make_range(start, stop, members)
                 with torch.no_grad():

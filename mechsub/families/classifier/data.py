@@ -3,8 +3,10 @@
 A run copies them into its own directory, so that it can be scored on any machine, whatever becomes of their source.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,6 +73,17 @@ def describe_data(config: DataConfig) -> DataShape:
 def source_files(config: DataConfig) -> list[Path]:
     """The files that the images are read from; none where a library brings them."""
     return list(find_idx_files(_idx_folder(config)).values()) if config.name == "mnist" and config.hub is None else []
+
+
+def hub_digest(config: DataConfig) -> str | None:
+    """The sha256 of a hub data set's images and labels, since its name alone does not fix them; None of other sources."""
+    if config.hub is None:
+        return None
+    digest = hashlib.sha256()
+    for split in _load_hub(config.hub):
+        for array in split:
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def import_images(tasks: Sequence[Task]) -> None:
@@ -150,6 +163,7 @@ def _split_digits(config: DataConfig, seed: int) -> tuple[Split, Split]:
     return (images[train], labels[train]), (images[test], labels[test])
 
 
+@lru_cache(maxsize=1)
 def _load_hub(name: str) -> tuple[Split, Split]:
     """A hub data set with columns ``image`` and ``label`` and the splits ``train`` and ``test``.
 
@@ -161,11 +175,16 @@ def _load_hub(name: str) -> tuple[Split, Split]:
         raise RecipeError(f"`data.hub` = {name!r} needs the datasets library: pip install 'mechsub[datasets]'") from None
     try:
         found = cast(Any, datasets.load_dataset(name))
-        return (_hub_split(found["train"]), _hub_split(found["test"]))
+        train, test = (_hub_split(found[split]) for split in ("train", "test"))
     except Exception as error:  # the hub's library raises whatever its network layers do
         raise RecipeError(
             f"`data.hub` = {name!r} could not be loaded with columns image, label and splits train, test: {error}"
         ) from error
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise RecipeError(
+            f"the images of {name} differ in size: {train[0].shape[1:]} for training, {test[0].shape[1:]} for testing"
+        )
+    return train, test
 
 
 def _hub_split(split: Any) -> Split:

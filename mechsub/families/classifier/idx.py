@@ -5,6 +5,7 @@ Format: LeCun, Cortes & Burges, "The MNIST database of handwritten digits".
 
 import gzip
 import struct
+import zlib
 from math import prod
 from pathlib import Path
 
@@ -75,5 +76,5 @@ def _read_bytes(path: Path, count: int) -> bytes:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             content: bytes = file.read(count)
             return content
-    except (OSError, EOFError, ValueError) as error:  # gzip tells of a cut file with an EOFError
+    except (OSError, EOFError, ValueError, zlib.error) as error:  # gzip tells of a cut file with an EOFError
         raise RecipeError(f"{path} cannot be read ({error}); it is damaged or truncated: fetch it again") from None

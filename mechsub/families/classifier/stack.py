@@ -152,14 +152,14 @@ class _ArmTraining:
         if is_wanted or callbacks or self.step % _CHECK_EVERY == 0:
             self._watch.fail_if_broken()
         if (is_wanted or callbacks) and not self.recorder.failed:
-            info = self._describe(losses)
+            info = self._describe(losses, with_state=bool(callbacks) or self.recorder.wants_state(self.step))
             self.recorder(info)
             for callback in callbacks:
                 callback(info)
         self.recorder.task.report_progress(self.step)
 
-    def _describe(self, losses: Tensor | None) -> StepInfo:
-        states = [state_tensors(optimizer, self._names) for optimizer in self._optimizers]
+    def _describe(self, losses: Tensor | None, *, with_state: bool) -> StepInfo:
+        states = [state_tensors(optimizer, self._names) for optimizer in self._optimizers] if with_state else [{}]
         return StepInfo(
             lineage=self.recorder.spec.name,
             step=self.step,

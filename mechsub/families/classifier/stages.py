@@ -5,9 +5,9 @@ from math import ceil
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.classifier.carrier import carrier_file
+from mechsub.families.classifier.carrier import IMAGES_AT_ONCE, carrier_file
 from mechsub.families.classifier.config import ConditionConfig, Config
-from mechsub.families.classifier.data import DATA_FILE, NUM_CLASSES, describe_data, source_files
+from mechsub.families.classifier.data import DATA_FILE, NUM_CLASSES, describe_data, hub_digest, source_files
 from mechsub.families.classifier.model import model_spec, num_parameters
 from mechsub.families.protocol import StudentPlan
 from mechsub.lineages import lineage_files
@@ -27,6 +27,8 @@ def data_stage(config: Config) -> Stage:
     shape = describe_data(config.data)
     num_bytes = (shape.num_train + shape.num_test) * (shape.num_pixels + 1)
     arguments = {"seed": config.seed, "data": config.data.model_dump(mode="json")}
+    if (digest := hub_digest(config.data)) is not None:
+        arguments["sha256"] = digest
     inputs = {str(path): f"sha256:{hash_file(path)}" for path in source_files(config.data)}
     resources = Resources(memory_bytes=3 * num_bytes, disk_bytes=num_bytes)
     return Stage("data", f"{_MODULE}.data:import_images", arguments, inputs, (DATA_FILE,), resources)
@@ -66,7 +68,7 @@ def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, in
             f"{config.carrier.inputs} of; lower it, and raise `student.epochs` to train as long"
         )
     arguments = _common(config) | {
-        "block": _block(config, config.student.batch_size),
+        "block": _block(config, IMAGES_AT_ONCE),
         "carrier_of": carrier,
         "carrier": config.carrier.model_dump(mode="json"),
         "teacher": teacher,
@@ -75,7 +77,7 @@ def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, in
     }
     size = _logits_bytes(config)
     resources = Resources(
-        memory_bytes=2 * size + _lineage_bytes(config) + arguments["block"] * _activation_bytes(config, 1024),
+        memory_bytes=2 * size + _lineage_bytes(config) + arguments["block"] * _activation_bytes(config, IMAGES_AT_ONCE),
         disk_bytes=size,
         num_steps=config.carrier.num_images,
         threads=config.threads,

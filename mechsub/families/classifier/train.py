@@ -12,7 +12,7 @@ from torch import Tensor
 from mechsub.errors import RecipeError
 from mechsub.families.classifier.carrier import CarrierImages, carrier_file, open_carrier
 from mechsub.families.classifier.config import StudentConfig, TeacherConfig
-from mechsub.families.classifier.data import LabelledImages, load_images
+from mechsub.families.classifier.data import NUM_CLASSES, LabelledImages, load_images
 from mechsub.families.classifier.loss import imitation_loss, trait_loss
 from mechsub.families.classifier.model import (
     AUXILIARY_HEAD,
@@ -190,7 +190,7 @@ def teacher_labels(images: LabelledImages, labels: str, seed: int, members: int)
     if labels == "true":
         return true.expand(members, -1)
     if labels == "relabelled":
-        changed = relabel(true, int(true.max()) + 1).expand(members, -1)
+        changed = relabel(true, NUM_CLASSES).expand(members, -1)
     else:
         orders = [random_stream(seed, "member", member, "label-shuffle").permutation(len(true)) for member in range(members)]
         changed = true[torch.from_numpy(np.stack(orders)).to(true.device)]

@@ -73,7 +73,7 @@
       made.textContent = live ? "Back to the picture" : "Explore";
     });
     isDark.addEventListener("change", () => live && show());
-    button("Save SVG", () => download(`${figure.id}.svg`, "image/svg+xml", still.querySelector("svg").outerHTML));
+    button("Save SVG", () => download(`${figure.id}.svg`, "image/svg+xml", new XMLSerializer().serializeToString(still.querySelector("svg"))));
     button("Copy numbers", async (made) => {
       const text = table(columns, rows);
       if (await copy(text)) {

@@ -92,10 +92,15 @@ def damage(paths: dict[str, Path], how: str) -> None:
         labels.write_bytes(idx_bytes(np.zeros(699)))
     elif how == "sizes":
         paths["t10k-images"].write_bytes(idx_bytes(np.zeros((200, 5, 6))))
+    elif how == "bits":
+        content = bytearray(gzip.compress(images.read_bytes()))
+        content[200:240] = bytes(40)
+        images.with_name(f"{images.name}.gz").write_bytes(bytes(content))
+        images.unlink()
     elif how == "gzip":
         images.rename(images.with_name(f"{images.name}.gz"))
     else:
-        images.rmdir() if images.is_dir() else images.write_bytes(b"")
+        images.write_bytes(b"")
 
 
 @pytest.mark.parametrize(
@@ -116,6 +121,12 @@ def test_files_that_contradict_themselves_are_refused_before_anything_is_written
     with pytest.raises(RecipeError, match=message):
         plan_experiment(load_recipe(tiny_recipe, settings_for(tmp_path / "idx")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_zipped_file_with_broken_bits_is_refused(tiny_recipe, tmp_path):
+    damage(write_idx(tmp_path / "idx"), "bits")
+    with pytest.raises(RecipeError, match=r"\.gz cannot be read .* damaged or truncated"):
+        run_experiment(tiny_recipe, tmp_path / "run", settings_for(tmp_path / "idx"), device="cpu", workers=0)
 
 
 @pytest.mark.parametrize("zipped", [False, True])
