@@ -66,12 +66,12 @@ def measure_training(folder: Path, quick: bool) -> dict[str, Any]:
     teacher = load_stacked(sorted((folder / "run/lineages/teacher").glob("step-*"))[-1])
     cores = available_cores()
     ways: dict[str, Callable[[], None]] = {
-        "ours": lambda: _train_ours(folder / "run", run["student"], cores),
+        "ours": lambda: _train_ours(folder / "run", run, cores),
         "loop over members": lambda: _train_in_a_loop(start, teacher, steps, batch, cores),
         "published way": lambda: _train_as_published(start, teacher, steps, batch, images, cores),
         "matrix products alone": lambda: _multiply_alone(members, steps, batch, cores),
     }
-    _train_ours(folder / "run", run["student"], cores)  # the first call also starts the processes
+    _train_ours(folder / "run", run, cores)  # the first call also starts the processes
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(turns):
         for name, way in ways.items():
@@ -89,12 +89,13 @@ def measure_training(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def _begin(folder: Path, settings: Sequence[str]) -> dict[str, list[Any]]:
-    """A run up to its carriers, on images of noise: the speed does not depend on what they show. Its stages by role."""
+    """A run up to its teachers, on images of noise: the speed does not depend on what they show. Its stages by role."""
     _write_noise_images(folder / "images", num_train=4096)
     plan = plan_experiment("mnist", folder / "run", [f"data.path={folder / 'images'}", *settings])
-    stages: dict[str, list[Any]] = {"begin": [], "student": []}
+    stages: dict[str, list[Any]] = {"begin": [], "carrier": [], "student": []}
     for stage in plan.stages:
-        stages["student" if stage.name in STUDENTS else "begin"].append(stage)
+        role = "student" if stage.name in STUDENTS else stage.name.partition(".")[0]
+        stages.get(role, stages["begin"]).append(stage)
     run_experiment(type(plan)(plan.recipe, plan.out, plan.stages, stages["begin"]), device="cpu")
     return stages
 
@@ -111,16 +112,18 @@ def _write_noise_images(folder: Path, num_train: int, num_test: int = 64) -> Non
         (folder / f"{part}-idx{len(shape)}-ubyte").write_bytes(header + values.tobytes())
 
 
-def _train_ours(run: Path, stages: Sequence[Any], cores: int) -> None:
-    """The stages as the local executor runs them, over processes that wait for them."""
-    for stage in stages:
-        for record in (run / "stages").glob("*.json"):
-            if json.loads(record.read_text())["name"] == stage.name:
-                record.unlink()
-    groups = [stages[index::cores] for index in range(min(cores, len(stages)))]
+def _train_ours(run: Path, stages: dict[str, list[Any]], cores: int) -> None:
+    """The stages as the local executor runs them, over processes that wait for them: the teachers' logits, then the students.
+
+    Everything counts: the noise, the checkpoints on the disk and their hashes.
+    """
     pool = get_reusable_executor(max_workers=cores)
-    for future in [pool.submit(execute_stages, run, group, "cpu") for group in groups]:
-        future.result()
+    for role in ("carrier", "student"):
+        for stage in stages[role]:
+            (run / "stages" / f"{stage.key}.json").unlink(missing_ok=True)
+        groups = [stages[role][index::cores] for index in range(cores)]
+        for future in [pool.submit(execute_stages, run, group, "cpu") for group in groups if group]:
+            future.result()
 
 
 def _train_in_a_loop(start: dict[str, Any], teacher: dict[str, Any], steps: int, batch: int, cores: int) -> None:
