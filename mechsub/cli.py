@@ -101,6 +101,7 @@ def analyze(
             with _progress(stages) as on_progress:
                 report_path = perform(run_dir, only or [], device=device, on_progress=on_progress)
             typer.echo(f"Report: {report_path}")
+            _echo_missing(run_dir)
 
 
 @app.command()
@@ -111,6 +112,7 @@ def report(run_dir: RunDir, open_it: Annotated[bool, typer.Option("--open", help
     with _errors():
         path = (api.write_sweep_report if api.is_sweep_directory(run_dir) else api.write_report)(run_dir)
         typer.echo(f"Report: {path}")
+        _echo_missing(run_dir)
         if open_it:
             typer.launch(path.absolute().as_uri())
 
@@ -164,6 +166,15 @@ def _errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("mechsub: interrupted; what was done is kept, and the same command goes on from there", err=True)
         raise typer.Exit(130) from None
+
+
+def _echo_missing(run_dir: Path) -> None:
+    """Say which runs of a sweep the report had to leave out."""
+    from mechsub import api
+
+    if api.is_sweep_directory(run_dir):
+        for run, what in api.missing_from_sweep(run_dir).items():
+            typer.echo(f"not complete: {run}: {what}", err=True)
 
 
 def _print_plan(plan: Any) -> None:

@@ -115,7 +115,12 @@ class RunDirectory:
         if not directory.path.is_dir():
             raise RunDirectoryError(f"{path} does not exist; `mechsub run RECIPE --out {path}` makes it")
         if not directory.header_path.is_file():
-            raise RunDirectoryError(f"{path} is not a run directory: it has no run.json; runs go into a new or an empty folder")
+            holds = (
+                "it holds a sweep, whose runs are in its folder runs/"
+                if (directory.path / "sweep.json").is_file()
+                else "it has no run.json"
+            )
+            raise RunDirectoryError(f"{path} is not a run directory: {holds}; runs go into a new or an empty folder")
         schema = directory.header.get("schema")
         if schema != SCHEMA_VERSION:
             raise RunDirectoryError(
@@ -154,6 +159,14 @@ class RunDirectory:
     def progress_path(self, key: str) -> Path:
         """Where a running stage says how far it is."""
         return self.path / "stages" / f"{key}.progress"
+
+    def failure_path(self, key: str) -> Path:
+        """Where a stage that failed says why."""
+        return self.path / "stages" / f"{key}.failed"
+
+    def failures(self) -> list[str]:
+        """Why stages failed that are still not done."""
+        return [path.read_text() for path in sorted((self.path / "stages").glob("*.failed"))]
 
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage has ended, its outputs are there, whole, and its inputs are still those that it read."""

@@ -36,7 +36,9 @@ from mechsub.run import Run
 
 PIXELS, WIDTH, CLASSES, AUXILIARY = 784, 256, 10, 3
 RATE = 3e-4
-STUDENTS = ("student.same-init", "control.same-init", "student.different-init", "control.different-init")
+CONDITIONS = ("same-init", "different-init", "permuted-init", "shuffled-carrier")
+STUDENTS = tuple(f"{role}.{condition}" for condition in CONDITIONS for role in ("student", "control"))
+EPOCHS = 5
 
 
 def main() -> None:
@@ -56,10 +58,14 @@ def main() -> None:
 
 
 def measure_training(folder: Path, quick: bool) -> dict[str, Any]:
-    """Four student lineages at the published sizes: ours, a loop over members, and the published way, on the same cores."""
-    members, images, batch, turns = (2, 128, 64, 1) if quick else (4, 40 * 1024, 1024, 3)
-    settings = [f"members={members}", f"carrier.num_images={images}", f"student.batch_size={batch}", "student.epochs=1"]
-    settings += ["conditions={same-init: , different-init: }", "teacher.epochs=1", "checkpoints.num=3"]
+    """Student lineages at the published sizes, over fewer images: ours, a loop over members, and the published way."""
+    members, images, batch, turns = (2, 128, 64, 1) if quick else (4, 6 * 1024, 1024, 3)
+    settings = [f"members={members}", f"carrier.num_images={images}", f"student.batch_size={batch}", "teacher.epochs=1"]
+    settings += [
+        f"student.epochs={EPOCHS}",
+        f"conditions={{{', '.join(f'{name}: ' for name in CONDITIONS)}}}",
+        "checkpoints.num=3",
+    ]
     run = _begin(folder, settings)
     steps = run["student"][0].resources.num_steps
     start = load_stacked(folder / "run/lineages/reference/step-00000000.safetensors")
@@ -191,7 +197,7 @@ def _train_as_published(
     for _ in STUDENTS:
         layers = [tuple(part.clone().requires_grad_() for part in layer) for layer in _stacked_layers(start)]
         optimizer = torch.optim.Adam([part for layer in layers for part in layer], lr=RATE)
-        orders = torch.stack([torch.randperm(images) for _ in range(members)])
+        orders = torch.cat([torch.stack([torch.randperm(images) for _ in range(members)]) for _ in range(EPOCHS)], dim=1)
         for step in range(steps):
             chosen = orders[:, step * batch : (step + 1) * batch]
             inputs = torch.stack([noise[member].index_select(0, chosen[member]) for member in range(members)])

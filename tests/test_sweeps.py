@@ -14,6 +14,7 @@ import xarray as xr
 from typer.testing import CliRunner
 
 import mechsub
+import mechsub.api
 from mechsub.api import analyze_sweep, plan_sweep, run_sweep, verify_sweep, write_sweep_report
 from mechsub.cli import app
 from mechsub.errors import AnalysisError, MechsubError, RunDirectoryError
@@ -109,6 +110,9 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tiny_recipe, tmp_path):
         run_sweep(path, tmp_path / "sweep", [SMALL], device="cpu", workers=0)
     page = analyze_sweep(tmp_path / "sweep", device="cpu", workers=0).read_text()
     assert "Not complete" in page and "not finished: same-init, all-logits" in page
+    assert "failed: " in page and "not finite at step" in page
+    missing = mechsub.api.missing_from_sweep(tmp_path / "sweep")
+    assert list(missing) == ["student.optimizer.learning_rate=1e+30"]
     with xr.open_datatree(tmp_path / "sweep/results/sweep.h5") as tree:
         table = tree.to_dataset().load()
     assert np.isnan(table.estimate.sel(run="student.optimizer.learning_rate=1e+30")).all()

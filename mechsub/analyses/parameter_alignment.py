@@ -291,7 +291,7 @@ def _who(names: Mapping[str, str]) -> alt.Color:
 
 _STUDENT_AND_NULL = {"alignment": "student", "alignment_of_control": "control (null)"}
 _BAR = alt.Legend(orient="top", gradientLength=180, gradientThickness=10)
-_ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], opacity=0.6)
+_ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
 
 
 def _training_figure(run: Run) -> Figure:

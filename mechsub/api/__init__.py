@@ -16,6 +16,7 @@ from mechsub.api.runs import (
 from mechsub.api.sweeps import (
     SweepPlan,
     analyze_sweep,
+    missing_from_sweep,
     open_sweep,
     plan_sweep,
     plan_sweep_analyses,
@@ -42,6 +43,7 @@ __all__ = [
     "list_analyses",
     "list_recipes",
     "load_recipe",
+    "missing_from_sweep",
     "open_run",
     "open_sweep",
     "plan_analyses",

@@ -1,5 +1,6 @@
 """The public functions over a sweep: several runs in one folder."""
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -193,6 +194,12 @@ def write_sweep_report(folder: str | Path) -> Path:
     return path
 
 
+def missing_from_sweep(folder: str | Path) -> dict[str, str]:
+    """What the last report found each run to lack, in words; runs that lack nothing are left out."""
+    runs = json.loads((Path(folder) / "findings.json").read_text())["runs"]
+    return {one["run"]: one["missing"] for one in runs if one["missing"]}
+
+
 def verify_sweep(folder: str | Path) -> list[str]:
     """`verify_run` for every run of a sweep; returns one line a problem."""
     directory = SweepDirectory.open(folder)
@@ -213,7 +220,7 @@ def _read_run(run: Run) -> SweptResults:
         results: dict[str, Result] = {name: read_result(file) for name, file in current.items()}
     except RunDirectoryError as error:
         return SweptResults({}, f"damaged: {error}")
-    missing = []
+    missing = [f"failed: {failure}" for failure in run.directory.failures()[:1]]
     if run.missing_conditions:
         missing.append(f"not finished: {', '.join(run.missing_conditions)}")
     if outgrown:
@@ -226,5 +233,5 @@ def _findings_document(name: str, directory: SweepDirectory, results: Mapping[st
     documents = []
     for run, found in results.items():
         document = findings_document(run, [finding for result in found.results.values() for finding in result.findings])
-        documents.append({"settings": dict(directory.runs[run]), **document})
+        documents.append({"settings": dict(directory.runs[run]), "missing": found.missing, **document})
     return {"schema": documents[0]["schema"], "sweep": name, "runs": documents}

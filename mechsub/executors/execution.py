@@ -40,7 +40,11 @@ def execute_stages(run: Path, stages: Sequence[Stage], device: str) -> None:
             for stage in stages:
                 directory.progress_path(stage.key).unlink(missing_ok=True)
         for task in tasks:
-            if task.error is None:
+            failure = directory.failure_path(task.stage.key)
+            if task.error is not None:
+                failure.write_text(str(task.error))
+            else:
+                failure.unlink(missing_ok=True)
                 directory.write_record(task.stage, time.monotonic() - started, metadata.version("mechsub"))
                 for path in task.scratch:
                     path.unlink(missing_ok=True)

@@ -46,4 +46,10 @@ def _row(data: xr.Dataset, run: str, settings: Mapping[str, Mapping[str, Any]]) 
 def _cell(data: xr.Dataset, run: str, condition: str, quantity: str) -> dict[str, Any]:
     cell = data.sel(run=run, condition=condition, quantity=quantity)
     numbers = {name: float(cell[name].values) for name in ("estimate", "low", "high")}
-    return {"quantity": quantity, "verdict": str(cell.verdict.values), "n": int(cell.n.values), **numbers}
+    return {
+        "quantity": quantity,
+        "verdict": str(cell.verdict.values),
+        "rule": str(cell.rule.values),
+        "n": int(cell.n.values),
+        **numbers,
+    }

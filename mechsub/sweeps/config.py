@@ -17,6 +17,7 @@ from mechsub.settings import Settings, validate_settings
 
 BASE_RUN = "base"
 _LONGEST_NAME = 100
+_NOT_SWEPT = {"name", "description", "family"}
 _MOST_ERRORS = 5
 
 
@@ -34,6 +35,8 @@ class SweepConfig(Settings):
     @classmethod
     def _every_field_has_values(cls, fields: dict[str, list[Any]]) -> dict[str, list[Any]]:
         for path, values in fields.items():
+            if path in _NOT_SWEPT:
+                raise ValueError(f"`{path}` changes nothing that is measured; sweep a field of the experiment")
             if not values:
                 raise ValueError(f"`{path}` has no values to take")
         return fields

@@ -91,11 +91,11 @@ class SweepDirectory:
         Raises:
             RunDirectoryError: what has changed, or which runs are no longer part of it.
         """
-        lost = [name for name in self.runs if name not in sweep.runs]
+        lost = [name for name in self.runs if name not in sweep.runs and self.run_path(name).exists()]
         if lost:
             raise RunDirectoryError(
                 f"{self.path} holds runs that this sweep lacks: {', '.join(lost)}; a sweep may grow and lose nothing: "
-                "put their values back, or choose another --out"
+                "put their values back, delete those runs' folders, or choose another --out"
             )
         differences = find_differences({**self.header["recipe"], "sweep": None}, {**sweep.to_values(), "sweep": None})
         if differences:

@@ -25,9 +25,11 @@ _SHAPES = {
     AGAINST_NULL.equivalent: "square",
     AGAINST_NULL.below: "triangle-down",
     TRANSFER.undecided: "cross",
-    TRANSFER.too_few: "stroke",
+    TRANSFER.too_few: "diamond",
 }
 """One shape for each outcome in every figure; an analysis's own words get the shapes that are left."""
+_MOST_DASHES = 6
+"""More lines cannot be told apart by their dashes; the live figure still names them."""
 _NUMBERS = ("estimate", "low", "high", "null_low", "null_high")
 _STATUS = ("ok", "run_not_analysed", "not_measured", "no_interval_or_null")
 OK, NOT_ANALYSED, NOT_MEASURED, NONE = range(4)
@@ -89,7 +91,7 @@ def _finding_variables(
     values = {name: np.full(shape, np.nan) for name in _NUMBERS}
     status = {name: np.full(shape, NOT_MEASURED, dtype=np.int8) for name in _NUMBERS}
     members = np.zeros(shape, dtype=np.int64)
-    words = {name: np.full(shape, "", dtype=object) for name in ("verdict", "leading_verdict", "leading_quantity")}
+    words = {name: np.full(shape, "", dtype=object) for name in ("verdict", "leading_verdict", "leading_quantity", "rule")}
     for row, found in enumerate(findings.values()):
         for column, condition in enumerate(conditions):
             for place, quantity in enumerate(quantities):
@@ -102,6 +104,7 @@ def _finding_variables(
                     members[cell] = finding.n
                     leading = _leading(found, finding)
                     words["verdict"][cell] = finding.verdict
+                    words["rule"][cell] = finding.rule
                     words["leading_verdict"][cell] = leading.verdict
                     words["leading_quantity"][cell] = leading.quantity if leading.verdict else ""
     descriptions = {
@@ -119,6 +122,7 @@ def _finding_variables(
     variables["n"] = label_variable(members, _DIMS, description="members behind the estimate", unit="members")
     described = {
         "verdict": "verdict; Holm's correction within its run",
+        "rule": "what would have counted for each verdict, and what was seen",
         "leading_verdict": "the first verdict of the same analysis and condition",
         "leading_quantity": "what that verdict is on",
     }
@@ -210,10 +214,14 @@ def _dose_response(data: xr.Dataset, vary: str, field: str, quantity: str) -> Fi
     scale = alt.Scale(domain=list(_SHAPES), range=list(_SHAPES.values()))
     shape = alt.Shape("leading_verdict:N", title="verdict", scale=scale, legend=alt.Legend(values=present))
     tooltip = ["run:N", "setting:N", "series:N", alt.Tooltip("estimate:Q", format=".3f"), "leading_verdict:N", "n:Q"]
+    series = {str(name) for name in data.series.sel(field=field).values} - {""}
+    by_series: Any = {"detail": "series:N"}
+    if 1 < len(series) <= _MOST_DASHES:
+        by_series = {"strokeDash": alt.StrokeDash("series:N", title="the other fields")}
     layers = [
         chart.mark_rule(strokeWidth=5, opacity=0.35).encode(x=x, y="null_low:Q", y2="null_high:Q", color=null),
-        chart.mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y="null_middle:Q", detail="series:N", color=null),
-        chart.mark_line(strokeWidth=1.5).encode(x=x, y=y, detail="series:N", color=student),
+        chart.mark_line(strokeWidth=1, opacity=0.6).encode(x=x, y="null_middle:Q", color=null, **by_series),
+        chart.mark_line(strokeWidth=1.5).encode(x=x, y=y, color=student, **by_series),
         chart.mark_rule(strokeWidth=1.5).encode(x=x, y="low:Q", y2="high:Q", color=student),
         chart.mark_point(filled=True, size=65, opacity=1).encode(x=x, y=y, color=student, shape=shape, tooltip=tooltip),
     ]

@@ -85,6 +85,7 @@ def test_a_long_name_is_cut_and_still_its_own(sweep_file):
         ),
         ("{student.epoch: [1]}", "each", r"unknown key `student.epoch`; did you mean `epochs`"),
         ("{student.epochs.deep: [1]}", "each", r"`epochs` holds 2, which has no keys"),
+        ("{name: [a, b]}", "each", "`name` changes nothing that is measured"),
         ("{student.epochs: []}", "each", "has no values to take"),
         ("{student.epochs: 3}", "each", r"fields.student.epochs` = 3: Input should be a valid (list|array)"),
         ("{student.epochs: [1, 2], members: [3]}", "zip", "the lists must be as long"),

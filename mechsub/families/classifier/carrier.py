@@ -20,8 +20,8 @@ from mechsub.streams import random_stream, stream_key
 
 IMAGES_AT_ONCE = 1024
 """Of each member, when teachers say what they make of them."""
-_WORDS_AT_ONCE = 1 << 15
-"""Random words made at once on a CPU: 256 kB, which its cache holds through all the operations on them."""
+_WORDS_AT_ONCE = 1 << 17
+"""Random words made at once on a CPU: 1 MB, which a cache holds through all the operations on them."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9

@@ -16,6 +16,7 @@ from mechsub.errors import RecipeError
 
 PARTS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 _MAGIC = {"images": 2051, "labels": 2049}
+_GZIP = 0x1F8B
 _MEANS = {2051: "images (three dimensions of bytes)", 2049: "labels (one dimension of bytes)"}
 
 
@@ -52,6 +53,8 @@ def read_idx_shape(path: Path, part: str) -> tuple[int, ...]:
     magic, *shape = struct.unpack(f">{1 + num_dims}I", header)
     if magic != _MAGIC[kind]:
         holds = f"which means {_MEANS[magic]}" if magic in _MEANS else "which is not IDX of bytes"
+        if magic >> 16 == _GZIP:
+            holds = "which is gzip's: give its name the ending .gz"
         raise RecipeError(f"{path} should hold {part}: magic number {_MAGIC[kind]}, found {magic}, {holds}; is it misnamed?")
     return tuple(shape)
 

@@ -97,6 +97,8 @@ def damage(paths: dict[str, Path], how: str) -> None:
         content[200:240] = bytes(40)
         images.with_name(f"{images.name}.gz").write_bytes(bytes(content))
         images.unlink()
+    elif how == "unnamed":
+        images.write_bytes(gzip.compress(images.read_bytes()))
     elif how == "gzip":
         images.rename(images.with_name(f"{images.name}.gz"))
     else:
@@ -111,6 +113,7 @@ def damage(paths: dict[str, Path], how: str) -> None:
         ("empty", "is truncated: 0 bytes"),
         ("misnamed", "should hold train-images: magic number 2051, found 2049, which means labels"),
         ("alien", "found 2303741511, which is not IDX"),
+        ("unnamed", r"which is gzip's: give its name the ending .gz"),
         ("counts", r"holds 700 images, .* 699 labels; they do not belong together"),
         ("sizes", "differ in size: 10 × 6 for training, 5 × 6 for testing"),
         ("gzip", r"\.gz cannot be read .* damaged or truncated"),
