@@ -55,7 +55,7 @@ def _setup(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _say(value: Any) -> str:
     if isinstance(value, Mapping):
         named = [str(value["name"])] if "name" in value else []
-        settings = {name: inner for name, inner in value.items() if inner and name != "name"}
+        settings = {name: inner for name, inner in value.items() if inner and name not in {"name", "path"}}
         return ", ".join(named + [f"{name.replace('_', ' ')} {_say(inner)}" for name, inner in settings.items()])
     return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
 
