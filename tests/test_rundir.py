@@ -3,13 +3,13 @@ import json
 import pytest
 
 from mechsub.errors import RunDirectoryError, StageHeldError
-from mechsub.rundir import RunDirectory, atomic_write, write_json
+from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, write_json
 from mechsub.stage import Stage
 
 
 @pytest.fixture
 def directory(tmp_path):
-    write_json(tmp_path / "run.json", {"schema": 1, "versions": {"mechsub": "0"}})
+    write_json(tmp_path / "run.json", {"schema": SCHEMA_VERSION, "versions": {"mechsub": "0"}})
     return RunDirectory.open(tmp_path)
 
 
