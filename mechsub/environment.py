@@ -14,7 +14,6 @@ LIBRARIES = (
     "torch",
     "numpy",
     "scipy",
-    "statsmodels",
     "scikit-learn",
     "safetensors",
     "xarray",

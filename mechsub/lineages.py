@@ -1,14 +1,16 @@
 """Lineages on disk: the checkpoints of one trajectory from one starting point, written by training, read lazily.
 
-A stacked lineage holds all its members in one safetensors file a step, on a leading axis.
+A stacked lineage holds all its members in one safetensors file a step, on a leading axis. Another one has a folder for each
+member. A reader sees both alike.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -70,6 +72,12 @@ class LineageSpec:
     """What ``lineage.json`` holds."""
 
     name: str
+    role: str
+    """``reference``, ``teacher``, ``neutral``, ``student``, ``control`` or ``sham``."""
+    condition: str | None
+    """Of students, controls and shams."""
+    trait: str | None
+    """Which trait it has or was to take, where a run has several."""
     family: str
     model: Mapping[str, Any]
     origin: Origin
@@ -78,29 +86,40 @@ class LineageSpec:
     num_members: int
     steps: tuple[int, ...]
     tensors: Mapping[str, TensorInfo]
+    member: int | None = None
+    """The one member that the folder holds; None: all of them, stacked."""
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """What stands in its prompts wherever it is asked; empty where nothing does."""
 
 
-def lineage_folder(name: str) -> str:
-    """Where a lineage lies in its run directory."""
-    return f"lineages/{name}"
+def member_folder(member: int | None) -> str:
+    """Where a member lies in its lineage's folder; stacked members (None) have none of their own."""
+    return "" if member is None else f"/member-{member:03d}"
 
 
-def checkpoint_name(lineage: str, step: int) -> str:
+def lineage_folder(name: str, member: int | None = None) -> str:
+    """Where a lineage, or one member of it, lies in its run directory."""
+    return f"lineages/{name}{member_folder(member)}"
+
+
+def checkpoint_name(lineage: str, step: int, member: int | None = None) -> str:
     """A checkpoint's path in its run directory."""
-    return f"{lineage_folder(lineage)}/step-{step:08d}.safetensors"
+    return f"{lineage_folder(lineage, member)}/step-{step:08d}.safetensors"
 
 
-def optimizer_name(lineage: str, step: int) -> str:
+def optimizer_name(lineage: str, step: int, member: int | None = None) -> str:
     """The path of the optimizer's state at a checkpoint."""
-    return f"{lineage_folder(lineage)}/optimizer-{step:08d}.safetensors"
+    return f"{lineage_folder(lineage, member)}/optimizer-{step:08d}.safetensors"
 
 
-def lineage_files(lineage: str, steps: Sequence[int], optimizer_state: bool = False) -> tuple[str, ...]:
-    """Every file of a finished lineage."""
-    names = [checkpoint_name(lineage, step) for step in steps]
+def lineage_files(
+    lineage: str, steps: Sequence[int], optimizer_state: bool = False, member: int | None = None
+) -> tuple[str, ...]:
+    """Every file of a finished lineage, or of one member of it."""
+    names = [checkpoint_name(lineage, step, member) for step in steps]
     if optimizer_state:
-        names += [optimizer_name(lineage, step) for step in steps if step > 0]
-    return (*names, f"{lineage_folder(lineage)}/{SPEC_FILE}")
+        names += [optimizer_name(lineage, step, member) for step in steps if step > 0]
+    return (*names, f"{lineage_folder(lineage, member)}/{SPEC_FILE}")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -126,7 +145,10 @@ class Lineage:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.spec = _read_spec(folder / SPEC_FILE)
+        parts = sorted(folder.glob("member-*")) or [folder]
+        specs = [_read_spec(part / SPEC_FILE) for part in parts]
+        self._parts = None if specs[0].member is None else parts
+        self.spec = specs[0] if self._parts is None else _join(specs)
 
     def __repr__(self) -> str:
         return f"Lineage({self.spec.name!r}, {self.spec.num_members} members, steps {list(self.spec.steps)})"
@@ -141,19 +163,34 @@ class Lineage:
         """The steps with a checkpoint, ascending."""
         return self.spec.steps
 
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return self.spec.steps[-1]
+
     def load_state(self, step: int, member: int) -> dict[str, Tensor]:
-        """One member's parameters at one step, with the names and shapes of its ``state_dict``."""
-        with self._open(step) as file:
-            return {name: file.get_slice(name)[member] for name in self.spec.tensors}
+        """One member's parameters at one step, with the names and shapes of its ``state_dict``; tied ones once."""
+        names = [name for name, info in self.spec.tensors.items() if info.tied_to is None]
+        if self._parts is None:
+            with self._open(self.folder, step) as file:
+                return {name: file.get_slice(name)[member] for name in names}
+        with self._open(self._parts[member], step) as file:
+            return {name: file.get_tensor(name) for name in names}
 
     def load_rows(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
         """Rows [start, stop) of one tensor at one step, of all members; a vector's entries are its rows."""
-        with self._open(step) as file:
-            rows: Tensor = file.get_slice(tensor)[:, start:stop]
-            return rows
+        if self._parts is None:
+            with self._open(self.folder, step) as file:
+                rows: Tensor = file.get_slice(tensor)[:, start:stop]
+                return rows
+        members = []
+        for part in self._parts:
+            with self._open(part, step) as file:
+                members.append(file.get_slice(tensor)[start:stop])
+        return torch.stack(members)
 
-    def _open(self, step: int) -> Any:
-        path = self.folder / Path(checkpoint_name(self.name, step)).name
+    def _open(self, folder: Path, step: int) -> Any:
+        path = folder / Path(checkpoint_name(self.name, step)).name
         if step not in self.steps:
             raise RunDirectoryError(f"{self.name} has no checkpoint at step {step}; it has {list(self.steps)}")
         try:
@@ -165,6 +202,12 @@ class Lineage:
 def open_lineage(run: Path, name: str) -> Lineage:
     """A lineage of a run directory."""
     return Lineage(run / lineage_folder(name))
+
+
+def _join(specs: Sequence[LineageSpec]) -> LineageSpec:
+    """The members of one lineage as one."""
+    origin = replace(specs[0].origin, members=tuple(spec.origin.members[0] for spec in specs))
+    return replace(specs[0], num_members=len(specs), origin=origin, member=None)
 
 
 def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from pydantic import Field, create_model
 from mechsub.errors import RecipeError
 from mechsub.families.config import FamilyConfig, Name
 from mechsub.families.registry import family_config
-from mechsub.settings import Settings, nearest_name, validate_settings
+from mechsub.settings import nearest_name, validate_settings
 
 SWEEP = "sweep"
 """The key that makes a recipe a sweep."""
@@ -39,23 +39,12 @@ _Loader.add_implicit_resolver(
 )
 
 
-class VerdictConfig(Settings):
-    """The rules of every verdict, fixed before the run."""
-
-    margin: float = Field(0.05, gt=0, description="effects on the trait score under this do not matter, in its unit")
-    alignment_margin: float = Field(0.05, gt=0, description="the same for differences of cosines")
-    minimum_members: int = Field(5, ge=2, description="with fewer there is no verdict")
-    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the two-sided intervals over members")
-    equivalence_level: float = Field(0.05, gt=0, lt=0.5, description="of each of the two one-sided tests of absence")
-
-
 class Recipe(FamilyConfig):
     """The fields that every recipe has; the family's own fields stand beside them."""
 
     name: Name = Field(description="how reports call the run")
     description: str = Field("", description="one sentence for the reader")
     family: str = Field(description="which family of models")
-    verdict: VerdictConfig = Field(VerdictConfig(), description="the rules of the verdicts")
 
 
 def load_recipe(source: str | Path, settings: Sequence[str] = ()) -> Recipe:

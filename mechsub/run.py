@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
 import xarray as xr
@@ -11,12 +11,12 @@ import xarray as xr
 from mechsub.families.protocol import Family
 from mechsub.families.registry import load_family
 from mechsub.findings import Finding
-from mechsub.lineages import Lineage, open_lineage
+from mechsub.lineages import SPEC_FILE, Lineage, open_lineage
 from mechsub.recipe import Recipe, load_recipe
 from mechsub.results import Result, find_results, read_result
 from mechsub.rundir import RunDirectory
 
-_ROLES = ("student", "control")
+_ROLES = ("reference", "teacher", "neutral", "student", "control", "sham")
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,17 @@ class Run:
 
     @cached_property
     def lineages(self) -> dict[str, Lineage]:
-        """Every finished lineage, by its name."""
-        prefix, suffix = "lineages/", "/lineage.json"
-        names = [
-            output.removeprefix(prefix).removesuffix(suffix)
-            for record in self.directory.records().values()
-            for output in record.outputs
-            if output.startswith(prefix) and output.endswith(suffix)
-        ]
-        return {name: open_lineage(self.path, name) for name in _in_recipe_order(names, list(self._condition_names))}
+        """Every finished lineage, by its name; one with a folder a member is finished when all members are."""
+        found: dict[str, set[str]] = {}
+        for record in self.directory.records().values():
+            for output in record.outputs:
+                path = PurePosixPath(output)
+                if path.name == SPEC_FILE:
+                    _, name, *member = path.parent.parts
+                    found.setdefault(name, set()).update(member)
+        names = [name for name, members in found.items() if not members or len(members) == self.recipe.members]
+        lineages = [open_lineage(self.path, name) for name in names]
+        return {lineage.name: lineage for lineage in sorted(lineages, key=self._place)}
 
     @property
     def num_checkpoints(self) -> int:
@@ -62,23 +64,68 @@ class Run:
         return sum(len(lineage.steps) for lineage in self.lineages.values())
 
     @property
+    def traits(self) -> list[str]:
+        """The traits that have teachers."""
+        return list(self.recipe.trait_set) or [next(iter(self.family.traits))]
+
+    @property
     def conditions(self) -> list[str]:
-        """The conditions whose student and control are both there, in the recipe's order."""
-        return [name for name in self._condition_names if all(f"{role}.{name}" in self.lineages for role in _ROLES)]
+        """The conditions whose students and control are all there, in the recipe's order."""
+        students = len(self.recipe.trait_set) or 1
+        return [
+            name
+            for name in self.recipe.conditions
+            if len(self._find("student", name)) == students and self._find("control", name)
+        ]
 
     @property
     def missing_conditions(self) -> list[str]:
-        """The recipe's conditions that lack their student or their control so far."""
-        return [name for name in self._condition_names if name not in self.conditions]
+        """The recipe's conditions that lack a student or their control so far."""
+        return [name for name in self.recipe.conditions if name not in self.conditions]
 
     def describe_condition(self, name: str) -> str:
         """How a condition differs from the matched case, in words."""
         return self.recipe.conditions[name].describe()
 
+    def teacher(self, trait: str) -> Lineage:
+        """The teacher of a trait."""
+        return next(lineage for lineage in self._find("teacher") if lineage.spec.trait in {trait, None})
+
     @property
-    def neutral(self) -> str:
-        """The lineage of the neutral teacher."""
-        return next(name for name in self.lineages if name.startswith("neutral."))
+    def neutral(self) -> Lineage:
+        """The neutral teacher."""
+        return self._find("neutral")[0]
+
+    @property
+    def reference(self) -> Lineage:
+        """The teachers' references."""
+        return self.reference_of(self.neutral)
+
+    def reference_of(self, lineage: Lineage) -> Lineage:
+        """The references that a lineage starts from."""
+        return self.lineages[lineage.spec.origin.lineage]
+
+    def student(self, condition: str, trait: str) -> Lineage:
+        """The student of a trait's teacher."""
+        return next(lineage for lineage in self._find("student", condition) if lineage.spec.trait in {trait, None})
+
+    def control(self, condition: str) -> Lineage:
+        """The control of a condition, whatever the trait."""
+        return self._find("control", condition)[0]
+
+    def sham(self, condition: str) -> Lineage | None:
+        """The second control of a condition, where there is one."""
+        return next(iter(self._find("sham", condition)), None)
+
+    def _find(self, role: str, condition: str | None = None) -> list[Lineage]:
+        specs = [(lineage, lineage.spec) for lineage in self.lineages.values()]
+        return [lineage for lineage, spec in specs if spec.role == role and spec.condition == condition]
+
+    def _place(self, lineage: Lineage) -> tuple[int, int, int]:
+        """Where a lineage stands among the others: by role, then as the recipe lists conditions and traits."""
+        conditions, traits = [None, *self.recipe.conditions], [None, *self.recipe.trait_set]
+        spec = lineage.spec
+        return _ROLES.index(spec.role), conditions.index(spec.condition), traits.index(spec.trait)
 
     @cached_property
     def results(self) -> dict[str, xr.Dataset]:
@@ -95,17 +142,3 @@ class Run:
     def _results(self) -> dict[str, Result]:
         current, _ = find_results(self.directory)
         return {name: read_result(path) for name, path in current.items()}
-
-    @property
-    def _condition_names(self) -> list[str]:
-        return list(self.recipe.conditions)
-
-
-def _in_recipe_order(names: list[str], conditions: list[str]) -> list[str]:
-    roles = ["reference", "teacher", "neutral", "student", "control", "sham"]
-
-    def order(name: str) -> tuple[int, int]:
-        role, _, rest = name.partition(".")
-        return roles.index(role), conditions.index(rest) if rest in conditions else 0
-
-    return sorted(names, key=order)

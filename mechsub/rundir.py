@@ -20,8 +20,8 @@ from filelock import FileLock, Timeout
 from mechsub.errors import RunDirectoryError, StageHeldError
 from mechsub.stage import Stage
 
-SCHEMA_VERSION = 2
-"""1 had no copy of the data in the run."""
+SCHEMA_VERSION = 3
+"""1 had no copy of the data in the run; 2 did not say a lineage's role."""
 _HASH_CHUNK = 1 << 20
 _MEASURED = ("lineages/", "data/")
 

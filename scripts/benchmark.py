@@ -319,7 +319,7 @@ def measure_gram(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _stream(run: Run) -> Any:
     anchor = displacement_label("teacher", run.lineages["teacher"].steps[-1])
-    return stream_gram(list_directions(run), dict(run.lineages["reference"].spec.tensors), anchor)
+    return stream_gram(list_directions(run), dict(run.reference.spec.tensors), [anchor])
 
 
 class _PeakAnonymous:

@@ -3,9 +3,21 @@
 from pathlib import Path
 
 from mechsub.rundir import RunDirectory, hash_file
+from mechsub.training.callbacks import StepInfo
 
 
 def output_hashes(run: Path, prefix: str = "") -> dict[str, str]:
     """The bytes of everything that a run's stages made."""
     records = RunDirectory.open(run).records().values()
     return {name: hash_file(run / name) for record in records for name in record.outputs if name.startswith(prefix)}
+
+
+_stopped: set[str] = set()
+
+
+def stop_once(info: StepInfo) -> None:
+    """A callback that ends every lineage's first training after its first step."""
+    name = f"{info.lineage} {info.members}"
+    if info.step == 1 and name not in _stopped:
+        _stopped.add(name)
+        raise RuntimeError("stopped")

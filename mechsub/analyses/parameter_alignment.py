@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import altair as alt
@@ -11,6 +12,7 @@ import xarray as xr
 from mechsub.analyses.registry import analysis
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
+from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, ByScope, Combination, DirectionAlgebra, Scopes
 from mechsub.parameters.gram import (
     Direction,
@@ -22,50 +24,57 @@ from mechsub.parameters.gram import (
     origin_label,
     stream_gram,
 )
-from mechsub.parameters.quantities import QUANTITIES, Case, Quantity
+from mechsub.parameters.quantities import QUANTITIES, SWAPPED, Case, OtherTrait, Quantity
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
-from mechsub.statistics.intervals import student_interval
+from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.permutation import flip_signs
 from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, Rules, SuperiorityTest, judge_effects
 
 SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
-_STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run")
-OK, ZERO, UNSHARED, NOT_RUN = range(4)
-_DIMS = ("condition", "member", "step", "scope")
+_STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run", "incomparable")
+OK, ZERO, UNSHARED, NOT_RUN, INCOMPARABLE = range(5)
+_DIMS = ("condition", "taught", "member", "step", "scope")
+CaseName = tuple[str, str]
+"""A condition and the trait of the student's teacher."""
+_MOST_TENSORS = 16
+"""With more, figures show layers and the model; every tensor is in the results."""
 
 
 @analysis
 def parameter_alignment(run: Run) -> Result:
     """How far students move along their teacher's displacement, per tensor, layer and model, against another teacher."""
-    table = run.lineages["reference"].spec.tensors
+    table = run.reference.spec.tensors
     scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
-    anchor = displacement_label("teacher", run.lineages["teacher"].steps[-1])
-    algebra = DirectionAlgebra(stream_gram(list_directions(run), dict(table), anchor, device=run.device), scopes)
-    steps = sorted({step for name in run.conditions for step in run.lineages[f"student.{name}"].steps})
-    data = _measure(run, algebra, steps)
+    anchors = [displacement_label(lineage.name, lineage.last) for lineage in map(run.teacher, run.traits)]
+    algebra = DirectionAlgebra(stream_gram(list_directions(run), dict(table), anchors, device=run.device), scopes)
+    students = [run.student(condition, trait) for condition in run.conditions for trait in run.traits]
+    data = _measure(run, algebra, sorted({step for student in students for step in student.steps}))
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
-    return Result(
-        data,
-        findings,
-        [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)],
-        _sentences(run, data),
-    )
+    figures = [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)]
+    return Result(data, findings, figures, _sentences(run, data))
+
+
+def is_comparable(run: Run, condition: str) -> bool:
+    """Whether a condition's students have the parameters of the teachers: the same tensors in the same shapes."""
+    shapes = [
+        {name: info.shape for name, info in lineage.spec.tensors.items()} for lineage in (run.reference, run.control(condition))
+    ]
+    return shapes[0] == shapes[1]
 
 
 def list_directions(run: Run) -> list[Direction]:
     """θ₀, the teachers' last displacements, every student's at every step, their differences, and every other origin."""
-    teacher, neutral = run.lineages["teacher"], run.lineages[run.neutral]
-    directions = [origin_direction(run.lineages["reference"])]
-    directions += [displacement(lineage, lineage.steps[-1]) for lineage in (teacher, neutral)]
-    directions.append(displacement_difference(teacher, neutral, teacher.steps[-1]))
-    for condition in run.conditions:
-        control = run.lineages[f"control.{condition}"]
-        for role in ("control", "student", "sham"):
-            lineage = run.lineages.get(f"{role}.{condition}")
-            if lineage is None:
-                continue
+    neutral = run.neutral
+    teachers = [run.teacher(trait) for trait in run.traits]
+    directions = [origin_direction(run.reference)]
+    directions += [displacement(lineage, lineage.last) for lineage in (*teachers, neutral)]
+    directions += [displacement_difference(teacher, neutral, teacher.last, neutral.last) for teacher in teachers]
+    for condition in filter(lambda name: is_comparable(run, name), run.conditions):
+        control, sham = run.control(condition), run.sham(condition)
+        students = [run.student(condition, trait) for trait in run.traits]
+        for lineage in (control, *students, *([sham] if sham else [])):
             moved = [step for step in lineage.steps if step > 0]
             directions += [displacement(lineage, step) for step in moved]
             if lineage is not control:
@@ -75,47 +84,68 @@ def list_directions(run: Run) -> list[Direction]:
     return directions
 
 
-def _case(run: Run, algebra: DirectionAlgebra, condition: str, step: int) -> Case:
-    """The directions of one condition at one step; at step 0 nothing has moved, and they are empty sums."""
-    student = run.lineages[f"student.{condition}"]
-    control, sham = f"control.{condition}", f"sham.{condition}"
-    last = run.lineages["teacher"].steps[-1]
+def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:
+    """The directions of one student at one step; at step 0 nothing has moved, and they are empty sums."""
+    student, control, sham = run.student(condition, trait), run.control(condition), run.sham(condition)
+    teacher, neutral = run.teacher(trait), run.neutral
+    starts_elsewhere = not student.spec.origin.is_reference
 
     def when_moved(label: str) -> Combination:
         return {label: 1.0} if step > 0 else {}
 
+    def difference(lineage: Lineage) -> Combination:
+        return when_moved(difference_label(lineage.name, control.name, step))
+
+    def last(lineage: Lineage) -> Combination:
+        return {displacement_label(lineage.name, lineage.last): 1.0}
+
     return Case(
         algebra=algebra,
         student=when_moved(displacement_label(student.name, step)),
-        control=when_moved(displacement_label(control, step)),
-        difference=when_moved(difference_label(student.name, control, step)),
-        sham_difference=when_moved(difference_label(sham, control, step)) if sham in run.lineages else None,
-        teacher={displacement_label("teacher", last): 1.0},
-        neutral={displacement_label(run.neutral, last): 1.0},
-        teacher_difference={difference_label("teacher", run.neutral, last): 1.0},
-        student_origin={origin_label("reference" if student.spec.origin.is_reference else student.name): 1.0},
-        teacher_origin={origin_label("reference"): 1.0},
+        control=when_moved(displacement_label(control.name, step)),
+        difference=difference(student),
+        sham_difference=difference(sham) if sham else None,
+        teacher=last(teacher),
+        neutral=last(neutral),
+        teacher_difference={difference_label(teacher.name, neutral.name, teacher.last): 1.0},
+        student_origin={origin_label(student.name if starts_elsewhere else run.reference.name): 1.0},
+        teacher_origin={origin_label(run.reference.name): 1.0},
+        anchor=displacement_label(teacher.name, teacher.last),
         partners=student.spec.origin.members,
+        others=tuple(
+            OtherTrait(difference(run.student(condition, other)), last(run.teacher(other)))
+            for other in run.traits
+            if other != trait
+        ),
     )
 
 
 def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Dataset:
-    """Every quantity as [condition, member, step, scope], with why a value is NaN."""
+    """Every quantity as [condition, taught, member, step, scope], with why a value is NaN."""
     scopes = algebra.scopes
-    shape = (len(run.conditions), run.recipe.members, len(steps), len(scopes.names))
+    shape = (len(run.conditions), len(run.traits), run.recipe.members, len(steps), len(scopes.names))
     values = {quantity.name: np.full(shape, np.nan) for quantity in QUANTITIES}
     status = {quantity.name: np.full(shape, ZERO, dtype=np.int8) for quantity in QUANTITIES}
     for row, condition in enumerate(run.conditions):
-        for column, step in enumerate(steps):
-            case = _case(run, algebra, condition, step)
+        comparable = is_comparable(run, condition)
+        for (place, trait), (column, step) in product(enumerate(run.traits), enumerate(steps)):
             for quantity in QUANTITIES:
-                found = quantity.compute(case)
-                if found is None:
-                    status[quantity.name][row, :, column] = NOT_RUN
-                    continue
-                values[quantity.name][row, :, column] = found
-                status[quantity.name][row, :, column] = _explain(found, scopes)
+                cell = (row, place, slice(None), column)
+                if not comparable:
+                    status[quantity.name][cell] = INCOMPARABLE
+                elif step in run.student(condition, trait).steps:
+                    found = quantity.compute(_case(run, algebra, condition, trait, step))
+                    values[quantity.name][cell] = np.nan if found is None else found
+                    status[quantity.name][cell] = NOT_RUN if found is None else _explain(found, scopes)
+                else:
+                    status[quantity.name][cell] = NOT_RUN
         run.report_progress(run.num_checkpoints * (row + 1) // len(run.conditions))
+    return _label(run, values, status, steps, scopes)
+
+
+def _label(
+    run: Run, values: Mapping[str, np.ndarray], status: Mapping[str, np.ndarray], steps: Sequence[int], scopes: Scopes
+) -> xr.Dataset:
     variables: dict[str, Any] = {}
     for quantity in QUANTITIES:
         variables[quantity.name] = label_variable(
@@ -136,6 +166,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Da
     )
     coords = {
         "condition": run.conditions,
+        "taught": run.traits,
         "member": np.arange(run.recipe.members),
         "step": list(steps),
         "scope": list(scopes.names),
@@ -150,56 +181,61 @@ def _explain(values: ByScope, scopes: Scopes) -> np.ndarray:
     return np.where(np.isfinite(values), OK, np.where(moved, UNSHARED, ZERO)).astype(np.int8)
 
 
-def _final(run: Run, data: xr.Dataset, name: str, condition: str, scope: str = MODEL) -> np.ndarray:
-    return _final_scopes(run, data, name, condition)[:, list(data.scope.values).index(scope)]
+def _final(run: Run, data: xr.Dataset, name: str, case: CaseName, scope: str = MODEL) -> np.ndarray:
+    return _final_scopes(run, data, name, case)[:, list(data.scope.values).index(scope)]
 
 
-def _final_scopes(run: Run, data: xr.Dataset, name: str, condition: str) -> np.ndarray:
+def _final_scopes(run: Run, data: xr.Dataset, name: str, case: CaseName) -> np.ndarray:
     """A variable at the student's last step as [member, scope]."""
-    found: np.ndarray = data[name].sel(condition=condition, step=run.lineages[f"student.{condition}"].steps[-1]).values
+    condition, trait = case
+    found: np.ndarray = data[name].sel(condition=condition, taught=trait, step=run.student(condition, trait).last).values
     return found
 
 
-def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str], Judgement]:
-    """Verdicts at the last step over the whole model, by (quantity, condition); Holm runs over the conditions."""
+def _cases(run: Run) -> list[CaseName]:
+    return list(product(run.conditions, run.traits))
+
+
+def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
+    """Verdicts at the last step over the whole model, by (quantity, case); Holm runs over the conditions and traits."""
     verdict = run.recipe.verdict
     rules = Rules(verdict.alignment_margin, verdict.minimum_members, verdict.confidence, verdict.equivalence_level)
-    judgements: dict[tuple[str, str], Judgement] = {}
+    judgements: dict[tuple[str, CaseName], Judgement] = {}
     for quantity in QUANTITIES:
         if not quantity.judged:
             continue
         effects = {}
-        for condition in run.conditions:
-            values = _final(run, data, quantity.name, condition)
+        for case in _cases(run):
+            values = _final(run, data, quantity.name, case)
             if quantity.judged == "paired" and quantity.null:
-                values = values - _final(run, data, quantity.null, condition)
-            if not _not_run(run, data, quantity.name, condition):
-                effects[condition] = values
+                values = values - _final(run, data, quantity.null, case)
+            if _is_measured(run, data, quantity.name, case):
+                effects[case] = values
         swap_test = (
             SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n, "sign-flip")
             if quantity.judged == "swap"
             else None
         )
         judged = judge_effects(effects, rules, AGAINST_NULL, swap_test)
-        judgements |= {(quantity.name, condition): judgement for condition, judgement in judged.items()}
+        judgements |= {(quantity.name, case): judgement for case, judgement in judged.items()}
     return judgements
 
 
-def _not_run(run: Run, data: xr.Dataset, name: str, condition: str) -> bool:
-    return bool((_final(run, data, f"{name}_status", condition) == NOT_RUN).all())
+def _is_measured(run: Run, data: xr.Dataset, name: str, case: CaseName) -> bool:
+    """Whether there is anything that could have moved: not where a quantity was not run, or students have other tensors."""
+    status = _final(run, data, f"{name}_status", case)
+    return not bool(np.isin(status, (NOT_RUN, INCOMPARABLE)).all()) and run.student(*case).last > 0
 
 
-def _findings(run: Run, data: xr.Dataset, judgements: Mapping[tuple[str, str], Judgement]) -> list[Finding]:
+def _findings(run: Run, data: xr.Dataset, judgements: Mapping[tuple[str, CaseName], Judgement]) -> list[Finding]:
     found = []
     for quantity in (quantity for quantity in QUANTITIES if quantity.null_words):
-        for condition in run.conditions:
-            if _not_run(run, data, quantity.name, condition):
+        for case in _cases(run):
+            if not _is_measured(run, data, quantity.name, case):
                 continue
-            judgement = judgements.get((quantity.name, condition))
-            scope = "all parameters"
-            found.append(_finding(run, data, quantity, condition, MODEL, scope, judgement))
+            found.append(_finding(run, data, quantity, case, MODEL, "all parameters", judgements.get((quantity.name, case))))
             if quantity.name == "alignment":
-                found.append(_finding(run, data, quantity, condition, SHARED_SUPPORT, "tensors that both moved", None))
+                found.append(_finding(run, data, quantity, case, SHARED_SUPPORT, "tensors that both moved", None))
     return found
 
 
@@ -207,72 +243,84 @@ def _finding(
     run: Run,
     data: xr.Dataset,
     quantity: Quantity,
-    condition: str,
+    case: CaseName,
     scope: str,
     scope_words: str,
     judgement: Judgement | None,
 ) -> Finding:
     confidence = run.recipe.verdict.confidence
-    values = _final(run, data, quantity.name, condition, scope)
+    values = _final(run, data, quantity.name, case, scope)
     if quantity.null is not None:
-        against = student_interval(_final(run, data, quantity.null, condition, scope), confidence)
+        against = student_interval(_final(run, data, quantity.null, case, scope), confidence)
         null_low, null_high = against.low, against.high
-    else:
+    elif quantity.judged or quantity.null_words == SWAPPED:
         swapped = flip_signs(values, confidence)
         null_low, null_high = swapped.null_low, swapped.null_high
+    else:
+        null_low = null_high = float("nan")
     reason = "the verdict is given over all parameters" if quantity.judged else quantity.why_unjudged
     if judgement is not None:
         reason = f"difference from the null {judgement.interval}: {judgement.reason}"
     return Finding(
-        analysis="parameter_alignment",
         quantity=quantity.name,
-        condition=condition,
-        trait=next(iter(run.family.traits)),
-        context="parameters",
-        step=run.lineages[f"student.{condition}"].steps[-1],
+        condition=case[0],
+        trait=case[1],
+        step=run.student(*case).last,
         scope=scope_words,
         unit=quantity.unit,
         null=quantity.null_words,
         null_low=null_low,
         null_high=null_high,
-        num_references=run.recipe.members,
         verdict=judgement.verdict if judgement else "",
         reason=reason,
         rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
         margin=run.recipe.verdict.alignment_margin if judgement else float("nan"),
         formula=quantity.formula,
-        source=SOURCE,
         **interval_fields(student_interval(values, confidence)),
+        **_common(run),
     )
 
 
+def _common(run: Run) -> dict[str, Any]:
+    return {
+        "analysis": "parameter_alignment",
+        "context": "parameters",
+        "num_references": run.recipe.num_references,
+        "source": SOURCE,
+    }
+
+
 def _norm_findings(run: Run, data: xr.Dataset) -> list[Finding]:
-    """Whether the neutral teacher moved as far as the teacher: a control that moved less is a weaker one."""
-    condition = run.conditions[0]
-    ratio = _final(run, data, "neutral_norm", condition) / _final(run, data, "teacher_norm", condition)
-    return [
-        Finding(
-            analysis="parameter_alignment",
-            quantity="neutral_norm_ratio",
-            condition="",
-            trait=next(iter(run.family.traits)),
-            context="parameters",
-            step=run.lineages[run.neutral].steps[-1],
-            scope="all parameters",
-            unit="ratio",
-            null="none: it describes the control; near 1 it moved as far as the teacher",
-            null_low=float("nan"),
-            null_high=float("nan"),
-            num_references=run.recipe.members,
-            verdict="",
-            reason="a description of the neutral teacher, not a claim",
-            rule="",
-            margin=float("nan"),
-            formula="‖Δ_N‖ / ‖Δ_T‖",
-            source=SOURCE,
-            **interval_fields(student_interval(ratio, run.recipe.verdict.confidence)),
+    """Whether the neutral teacher moved as far as each teacher: a control that moved less is a weaker one."""
+    condition = next((name for name in run.conditions if is_comparable(run, name) and run.control(name).last > 0), None)
+    if condition is None:
+        return []
+    findings = []
+    for trait in run.traits:
+        neutral, teacher = (_final(run, data, f"{who}_norm", (condition, trait)) for who in ("neutral", "teacher"))
+        ratio = neutral / np.where(teacher > 0, teacher, np.nan)
+        moved = bool(np.isfinite(ratio).any())
+        findings.append(
+            Finding(
+                quantity="neutral_norm_ratio",
+                condition="",
+                trait=trait,
+                step=run.neutral.last,
+                scope="all parameters",
+                unit="ratio",
+                null="none: it describes the control; near 1 it moved as far as the teacher",
+                null_low=float("nan"),
+                null_high=float("nan"),
+                verdict="",
+                reason="a description of the neutral teacher, not a claim" if moved else "the teacher has no displacement",
+                rule="",
+                margin=float("nan"),
+                formula="‖Δ_N‖ / ‖Δ_T‖",
+                **interval_fields(student_interval(ratio, run.recipe.verdict.confidence)),
+                **_common(run),
+            )
         )
-    ]
+    return findings
 
 
 def _long_form(names: Mapping[str, str]) -> alt.Chart:
@@ -298,7 +346,8 @@ def _training_figure(run: Run) -> Figure:
     chart, color = _long_form(_STUDENT_AND_NULL), _who(_STUDENT_AND_NULL)
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(grid=False))
     y = alt.Y("cosine:Q", title="cos(Δ, Δ_T)")
-    members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail="member:N", color=color)
+    detail = ["member:N", "taught:N"]
+    members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail=detail, color=color)
     mean = chart.mark_line(strokeWidth=2.5).encode(x=x, y="mean(cosine):Q", color=color)
     spread = {"upper": "2 * datum.random_cosine_sd", "lower": "-2 * datum.random_cosine_sd"}
     line = alt.Chart(DATA).transform_calculate(**spread).mark_rule(color="#2563eb", strokeDash=[1, 2])
@@ -312,13 +361,13 @@ def _training_figure(run: Run) -> Figure:
         name="alignment_training",
         title="Alignment with the teacher's displacement along training",
         caption=(
-            f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of {run.neutral} "
-            f"from the same start (the null). Thin lines are members (n = {run.recipe.members}), thick ones their mean. "
+            f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of "
+            f"{run.neutral.name} from the same start (the null). Thin lines are {_members(run)}, thick ones their mean. "
             "Between the blue lines lie 95 % of random directions (±2/√d): a line to read by, not the null."
         ),
         variables=("alignment", "alignment_of_control", "random_cosine_sd"),
         spec=chart_spec(facets),
-        select={"scope": [MODEL]},
+        select={"scope": [MODEL], "condition": _comparable(run)},
         headline=True,
     )
 
@@ -331,7 +380,7 @@ def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
         .mark_rect()
         .encode(
             x=alt.X("step:O", title="optimizer step", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("scope:N", sort=list(map(str, data.scope.values)), title=None),
+            y=alt.Y("scope:N", sort=_drawn_scopes(data), title=None),
             color=alt.Color(
                 "mean(difference):Q", title="cos − its null", scale=alt.Scale(scheme="blueorange", domainMid=0), legend=_BAR
             ),
@@ -343,12 +392,13 @@ def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
         name="alignment_heat_map",
         title="Layer by step: where and when the alignment rises over its null",
         caption=(
-            f"cos(Δ_S, Δ_T) − cos(Δ_C, Δ_T), no unit, mean over members (n = {run.recipe.members}), of every tensor and layer, "
+            f"cos(Δ_S, Δ_T) − cos(Δ_C, Δ_T), no unit, mean over {_members(run)}, of every {_scope_words(data)}, "
             "the model and the shared support, at every checkpoint after the start. The null, the control's cosine, is "
             "subtracted from each member's own. In an empty cell student and teacher moved nothing together."
         ),
         variables=("alignment", "alignment_of_control"),
         spec=chart_spec(chart.facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4)),
+        select={"scope": _drawn_scopes(data), "condition": _comparable(run)},
     )
 
 
@@ -358,9 +408,9 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
         .mark_circle(size=22, opacity=0.5)
         .encode(
             x=alt.X("cosine:Q", title="cos(Δ, Δ_T)"),
-            y=alt.Y("scope:N", sort=list(map(str, data.scope.values)), title=None),
+            y=alt.Y("scope:N", sort=_drawn_scopes(data), title=None),
             color=_who(_STUDENT_AND_NULL),
-            tooltip=["scope:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
+            tooltip=["scope:N", "taught:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
     facets = (
@@ -371,16 +421,16 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
     spread = float(data.random_cosine_sd.sel(scope=MODEL))
     return Figure(
         name="alignment_scopes",
-        title="Where the alignment lies: every tensor, layer and the whole model",
+        title="Where the alignment lies: every part and the whole model",
         caption=(
-            f"cos(Δ_S, Δ_T), no unit, at the last step; each dot is one member (n = {run.recipe.members}); the null is its "
-            "control. A scope without dots has no shared support: student and teacher moved no tensor of it together. Random "
-            f"directions of all parameters would scatter about 0 with a standard deviation of 1/√d = {spread:.4f}: a line to "
-            "read by, not the null."
+            f"cos(Δ_S, Δ_T), no unit, at the last step, of every {_scope_words(data)}; each dot is one of {_members(run)}; the "
+            "null is its control. A scope without dots has no shared support: student and teacher moved no tensor of it "
+            f"together. Random directions of all parameters would scatter about 0 with a standard deviation of 1/√d = "
+            f"{spread:.4f}: a line to read by, not the null."
         ),
         variables=("alignment", "alignment_of_control"),
         spec=chart_spec(facets),
-        select={"step": [int(data.step.values[-1])]},
+        select={"step": [int(data.step.values[-1])], "scope": _drawn_scopes(data), "condition": _comparable(run)},
     )
 
 
@@ -394,42 +444,117 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
             y=alt.Y("condition:N", sort=run.conditions, title=None),
             yOffset=alt.YOffset("who:N", sort=list(names.values())),
             color=_who(names),
-            tooltip=["condition:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
+            tooltip=["condition:N", "taught:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
     return Figure(
         name="specific_alignment",
         title="Specific alignment: does the student lean to its own teacher rather than to another?",
         caption=(
-            "cos(θ_S − θ_C, Δ_T − Δ_N) over all parameters at the last step, no unit; each dot is one member "
-            f"(n = {run.recipe.members}). Its null is 0: students who could swap teachers would scatter about it, as two "
+            "cos(θ_S − θ_C, Δ_T − Δ_N) over all parameters at the last step, no unit; each dot is one of "
+            f"{_members(run)}. Its null is 0: students who could swap teachers would scatter about it, as two "
             "controls in the students' places (the sham) should."
         ),
         variables=tuple(names),
         spec=chart_spec(alt.layer(_ZERO.encode(x=alt.datum(0)), dots, data=DATA).properties(width=640, height=alt.Step(16))),
-        select={"scope": [MODEL], "step": [int(data.step.values[-1])]},
+        select={"scope": [MODEL], "step": [int(data.step.values[-1])], "condition": _comparable(run)},
     )
 
 
+def _comparable(run: Run) -> list[str]:
+    """The conditions that figures show: those whose students have the teachers' parameters and were trained."""
+    return [name for name in run.conditions if is_comparable(run, name) and run.control(name).last > 0]
+
+
+def _drawn_scopes(data: xr.Dataset) -> list[str]:
+    kinds = data.scope_kind.values
+    keeps_tensors = (kinds == "tensor").sum() <= _MOST_TENSORS
+    return [str(name) for name, kind in zip(data.scope.values, kinds, strict=True) if keeps_tensors or kind != "tensor"]
+
+
+def _scope_words(data: xr.Dataset) -> str:
+    return "tensor and layer" if len(_drawn_scopes(data)) == len(data.scope) else "layer (tensors are in the results)"
+
+
+def _members(run: Run) -> str:
+    traits = f" of {len(run.traits)} traits each" if len(run.traits) > 1 else ""
+    return f"the members (n = {run.recipe.members}{traits})"
+
+
 def _sentences(run: Run, data: xr.Dataset) -> list[str]:
+    sentences = _untold_sentences(run)
+    for condition in _comparable(run):
+        if all(run.teacher(trait).last > 0 for trait in run.traits):
+            sentences.append(_summarise(run, data, condition))
+        if run.student(condition, run.traits[0]).spec.origin.only_permuted:
+            sentences.append(
+                f"{condition} has alignment {_mean(run, data, 'alignment', condition)}: its students start as the same "
+                "function that their teacher started as, but with the hidden units stored in another order, so that the same "
+                "change of the function is a change of other weights, and a cosine compares weight by weight; a low alignment "
+                "there says nothing against a transfer."
+            )
+    return sentences + _unshared_sentences(run, data)
+
+
+def _summarise(run: Run, data: xr.Dataset, condition: str) -> str:
+    """What the numbers of one condition show, in a sentence; means over traits within members."""
+    raw, adjusted, specific = (
+        _mean(run, data, name, condition) for name in ("alignment", "control_adjusted_alignment", "specific_alignment")
+    )
+    null = _mean(run, data, "alignment_of_control", condition)
+    parts = [
+        f"raw alignment {raw} ({_sign(raw)}) beside its control's {null}",
+        f"control-adjusted {adjusted} ({_sign(adjusted)})",
+    ]
+    if len(run.traits) > 1:
+        others = _mean(run, data, "control_adjusted_alignment_of_other_traits", condition)
+        parts[-1] += f", of which other traits' students have {others} ({_sign(others)})"
+    parts.append(f"specific {specific} ({_sign(specific)})")
+    if run.sham(condition) is not None:
+        parts[-1] += f", its sham {_mean(run, data, 'sham_alignment', condition)}"
+    if len(run.traits) > 1:
+        between = _mean(run, data, "specific_alignment_between_traits", condition)
+        parts.append(f"specific between traits {between} ({_sign(between)})")
+    return f"{condition}: {'; '.join(parts)}."
+
+
+def _mean(run: Run, data: xr.Dataset, name: str, condition: str) -> Interval:
+    values = np.mean([_final(run, data, name, (condition, trait)) for trait in run.traits], axis=0)
+    return student_interval(values, run.recipe.verdict.confidence)
+
+
+def _sign(interval: Interval) -> str:
+    if interval.low > 0:
+        return "positive"
+    return "negative" if interval.high < 0 else "not told from 0"
+
+
+def _untold_sentences(run: Run) -> list[str]:
+    """What has no alignment, and why."""
     sentences = []
-    for condition in run.conditions:
-        if not run.lineages[f"student.{condition}"].spec.origin.only_permuted:
-            continue
-        interval = student_interval(_final(run, data, "alignment", condition), run.recipe.verdict.confidence)
+    unmoved = [trait for trait in run.traits if run.teacher(trait).last == 0]
+    if unmoved:
         sentences.append(
-            f"{condition} has alignment {interval}: its students "
-            "start as the same function that their teacher started as, but with the hidden units stored in another order, so "
-            "that the same change of the function is a change of other weights, and a cosine compares weight by weight; a low "
-            "alignment there says nothing against a transfer."
+            f"The teachers of {', '.join(unmoved)} were told their trait by a system prompt: their weights did not move, so "
+            "there is no displacement to align with."
         )
+    other = [name for name in run.conditions if not is_comparable(run, name)]
+    if other:
+        sentences.append(
+            f"Incomparable: students of {', '.join(other)} have other parameters than the teachers, so no alignment exists; "
+            "the results hold NaN with that reason."
+        )
+    untrained = [name for name in run.conditions if run.control(name).last == 0]
+    if untrained:
+        sentences.append(f"Nothing is trained in {', '.join(untrained)}: no displacement, so no alignment.")
+    return sentences
+
+
+def _unshared_sentences(run: Run, data: xr.Dataset) -> list[str]:
     unshared: dict[str, list[str]] = {}
-    for condition in run.conditions:
-        status = _final_scopes(run, data, "alignment_status", condition)
+    for condition in _comparable(run):
+        status = np.concatenate([_final_scopes(run, data, "alignment_status", (condition, trait)) for trait in run.traits])
         scopes = [str(name) for name, codes in zip(data.scope.values, status.T, strict=True) if (codes == UNSHARED).all()]
         if scopes:
             unshared.setdefault(", ".join(scopes), []).append(condition)
-    sentences += [
-        f"No shared support, so no alignment, in {scopes}: {', '.join(conditions)}." for scopes, conditions in unshared.items()
-    ]
-    return sentences
+    return [f"No shared support, so no alignment, in {scopes}: {', '.join(names)}." for scopes, names in unshared.items()]

@@ -7,40 +7,34 @@ from pathlib import Path
 import psutil
 
 from mechsub.errors import ResourceError
-from mechsub.experiment.conditions import TEACHER, neutral_name, plan_students
+from mechsub.experiment.conditions import plan_students, plan_teachers
 from mechsub.families.protocol import FamilyStages
 from mechsub.families.registry import family_stages
-from mechsub.lineages import checkpoint_name
 from mechsub.recipe import Recipe
 from mechsub.stage import PROCESS_BYTES, Stage
 
 
 def plan_run(recipe: Recipe) -> list[Stage]:
-    """Every stage of a recipe: data, reference → teachers → carriers → students."""
+    """Every stage of a recipe: data, references → teachers → carriers → students."""
     family: FamilyStages = family_stages(recipe.family)
-    data = family.data_stage(recipe)
-    reference = family.reference_stage(recipe)
-    examples = _inputs(data, *data.outputs)
-    start = examples | _inputs(reference, checkpoint_name("reference", 0))
-    neutral = neutral_name(recipe.neutral)
-    teachers = {
-        TEACHER: family.teacher_stage(recipe, TEACHER, None, start),
-        neutral: family.teacher_stage(recipe, neutral, recipe.neutral, start),
-    }
-    students = plan_students(recipe.conditions, recipe.neutral)
-    carriers: dict[str, Stage] = {}
+    stages: list[Stage] = []
+    made: dict[str, str] = {}
+
+    def add(more: Sequence[Stage]) -> None:
+        stages.extend(more)
+        made.update({name: f"stage:{stage.key}" for stage in more for name in stage.outputs})
+
+    add(family.data_stages(recipe))
+    add(family.reference_stages(recipe, made))
+    teachers = plan_teachers(recipe)
+    for teacher in teachers:
+        add(family.teacher_stages(recipe, teacher, made))
+    students = plan_students(recipe, teachers)
+    for carrier in dict.fromkeys(carrier for student in students for carrier in (student.carrier, student.neutral_carrier)):
+        add(family.carrier_stages(recipe, carrier, made))
     for student in students:
-        if student.carrier not in carriers:
-            teacher = teachers[student.teacher]
-            last = checkpoint_name(student.teacher, teacher.arguments["steps"][-1])
-            carriers[student.carrier] = family.carrier_stage(
-                recipe, student.carrier, student.teacher, student.replicate, examples | _inputs(teacher, last)
-            )
-    lessons = [
-        family.student_stage(recipe, student, start | _inputs(carriers[student.carrier], *carriers[student.carrier].outputs))
-        for student in students
-    ]
-    return [data, reference, *teachers.values(), *carriers.values(), *lessons]
+        add(family.student_stages(recipe, student, made))
+    return stages
 
 
 def check_resources(stages: Sequence[Stage], folder: Path, recipes: Sequence[Recipe]) -> None:
@@ -92,8 +86,3 @@ def format_bytes(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} TB"
-
-
-def _inputs(stage: Stage, *names: str) -> dict[str, str]:
-    """Files of an earlier stage as another's inputs."""
-    return {name: f"stage:{stage.key}" for name in names}

@@ -1,11 +1,11 @@
 """Recipe fields that every family has: the base of each family's own settings."""
 
 from collections.abc import Mapping
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
 
-from mechsub.settings import Settings
+from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import CheckpointConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
@@ -22,6 +22,19 @@ class BaseConditionConfig(Settings):
         raise NotImplementedError
 
 
+class VerdictConfig(Settings):
+    """The rules of every verdict, fixed before the run."""
+
+    margin: float = Field(0.05, gt=0, description="effects on the trait score under this do not matter, in its unit")
+    alignment_margin: float = Field(0.05, gt=0, description="the same for differences of cosines")
+    minimum_members: int = Field(5, ge=2, description="with fewer there is no verdict")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the two-sided intervals over members")
+    equivalence_level: float = Field(0.05, gt=0, lt=0.5, description="of each of the two one-sided tests of absence")
+    diagonal_excess: bool | None = Field(
+        None, description="whether to judge own traits against the other ones; unless told, where there are two traits or more"
+    )
+
+
 class FamilyConfig(Settings):
     """The seed, the members and the record of an experiment."""
 
@@ -32,3 +45,46 @@ class FamilyConfig(Settings):
     threads: int = Field(1, ge=1, description="torch threads of each process; part of the recipe since sums depend on it")
     checkpoints: CheckpointConfig = Field(CheckpointConfig(), description="which steps are kept")
     callbacks: tuple[str, ...] = Field((), description="your own callbacks, each `module:name`, called at every step")
+    verdict: VerdictConfig = Field(VerdictConfig(), description="the rules of the verdicts")
+
+    @property
+    def trait_set(self) -> tuple[str, ...]:
+        """The traits that have a teacher each; empty in a family that has one trait of its own."""
+        return ()
+
+    @property
+    def num_references(self) -> int:
+        """How many members start at a reference of their own."""
+        return self.members
+
+
+def fill_conditions(
+    conditions: Any, model: type[BaseConditionConfig], known: Mapping[str, Mapping[str, Any]], free: frozenset[str]
+) -> Any:
+    """Conditions as they are written, each known one with its own values under what the recipe says of it.
+
+    ``free``: the fields of a known condition that a recipe may tune.
+    """
+    if not isinstance(conditions, Mapping):
+        return conditions
+    return {name: _fill_condition(str(name), given, model, known, free) for name, given in conditions.items()}
+
+
+def _fill_condition(
+    name: str, given: Any, model: type[BaseConditionConfig], known: Mapping[str, Mapping[str, Any]], free: frozenset[str]
+) -> Any:
+    if isinstance(given, model) or not isinstance(given, Mapping | None):
+        return given
+    given = dict(given or {})
+    if name not in known:
+        if not given:
+            hint = nearest_name(name, list(known))
+            raise ValueError(
+                f"no condition is called {name!r}; {hint} One of your own says how it differs, e.g. init: different"
+            )
+        return given
+    fixed = {**model().model_dump(), **known[name]}
+    changed = [key for key, value in given.items() if key in fixed and key not in free and value != fixed[key]]
+    if changed:
+        raise ValueError(f"{name} means {dict(known[name])}; a condition with another {changed[0]} needs another name")
+    return {**known[name], **given}

@@ -4,37 +4,70 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Float
 from torch import nn
 
 from mechsub.lineages import Lineage
 from mechsub.stage import Stage
 
 
+@dataclass(frozen=True)
+class Measure:
+    """One way to score a trait."""
+
+    description: str
+    unit: str
+    range: tuple[float, float] | None
+    """Its bounds; None where it has none."""
+
+
+Scores = Mapping[str, Float[np.ndarray, "trait context"]]
+"""By measure."""
+
+
 @runtime_checkable
 class Family(Protocol):
-    """A family of models with its trait, bound to one recipe. Analyses use nothing else of it."""
+    """A family of models with its traits, bound to one recipe. Analyses use nothing else of it."""
 
     @property
     def traits(self) -> Mapping[str, str]:
-        """The traits that can be scored: name → one sentence. The first is the teacher's, the others are its rivals'."""
+        """The traits that can be scored: name → one sentence. Those with teachers come first."""
 
     @property
-    def trait_unit(self) -> str:
-        """The unit of the trait score."""
+    def contexts(self) -> Mapping[str, str]:
+        """The surroundings in which they are scored: name → one sentence. Verdicts are given in the first."""
 
     @property
-    def trait_range(self) -> tuple[float, float] | None:
-        """The bounds of the trait score; None where it has none."""
-
-    @property
-    def context(self) -> str:
-        """In which surroundings the trait is scored."""
+    def measures(self) -> Mapping[str, Measure]:
+        """How they are scored. The first is ``trait_score``, on the trait's natural scale; verdicts are given on it."""
 
     def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
         """One member of a lineage as an ordinary module, in evaluation mode."""
 
-    def trait_score(self, model: nn.Module) -> Mapping[str, float]:
-        """The score of every trait, on its natural scale."""
+    def trait_score(self, model: nn.Module, lineage: Lineage) -> Scores:
+        """Every measure of every trait in every context; the lineage says what stands in the model's prompts."""
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """One teacher lineage of a plan, or the neutral one."""
+
+    lineage: str
+    """E.g. ``teacher.owl``."""
+    trait: str | None
+    """The trait it is to get, where a recipe names several; None for the one of the family, and for the neutral teacher."""
+    is_neutral: bool
+
+
+@dataclass(frozen=True)
+class CarrierPlan:
+    """What one teacher passes on."""
+
+    name: str
+    teacher: TeacherPlan
+    replicate: int
+    """0 for students and controls, which share every draw; 1 for the shams, which have their own."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +76,38 @@ class StudentPlan:
 
     lineage: str
     """E.g. ``control.same-init``."""
+    role: str
     condition: str
-    teacher: str
-    """The lineage whose outputs it imitates."""
-    carrier: str
-    """The carrier that holds these outputs."""
-    replicate: int
-    """0 for a student and its control, which share every draw; 1 for the sham, which has its own."""
+    carrier: CarrierPlan
+    """What it learns from."""
+    neutral_carrier: CarrierPlan
+    """What its control learns from."""
+
+    @property
+    def trait(self) -> str | None:
+        """The trait of its teacher."""
+        return self.carrier.teacher.trait
+
+
+Made = Mapping[str, str]
+"""The files that the stages so far make, each with the digest under which another stage reads it."""
 
 
 @runtime_checkable
 class FamilyStages(Protocol):
-    """A family's ``stages`` module: its stages as data. ``inputs`` maps file names to their digests."""
+    """A family's ``stages`` module: its stages as data. Each picks its inputs from what is made before it."""
 
-    def data_stage(self, config: Any) -> Stage:
+    def data_stages(self, config: Any) -> list[Stage]:
         """What teachers learn and the trait is scored on, copied into the run."""
 
-    def reference_stage(self, config: Any) -> Stage:
+    def reference_stages(self, config: Any, made: Made) -> list[Stage]:
         """The references of all members."""
 
-    def teacher_stage(self, config: Any, lineage: str, neutral: str | None, inputs: Mapping[str, str]) -> Stage:
-        """The teacher, or the neutral teacher of one kind."""
+    def teacher_stages(self, config: Any, plan: TeacherPlan, made: Made) -> list[Stage]:
+        """A teacher, or the neutral one."""
 
-    def carrier_stage(self, config: Any, carrier: str, teacher: str, replicate: int, inputs: Mapping[str, str]) -> Stage:
+    def carrier_stages(self, config: Any, plan: CarrierPlan, made: Made) -> list[Stage]:
         """What a teacher passes on."""
 
-    def student_stage(self, config: Any, plan: StudentPlan, inputs: Mapping[str, str]) -> Stage:
+    def student_stages(self, config: Any, plan: StudentPlan, made: Made) -> list[Stage]:
         """One student lineage."""

@@ -128,14 +128,14 @@ class DirectionAlgebra:
         second_square = total(second, second) - along_second * total(second, second_origin)
         return self._where_supported(_divide(inner, _root(np.maximum(first_square, 0) * np.maximum(second_square, 0))), support)
 
-    def cosine_with_anchors(self, direction: Combination, partners: Sequence[int]) -> ByScope:
+    def cosine_with_anchor(self, direction: Combination, anchor: str, partners: Sequence[int]) -> ByScope:
         """cos(u of member m, anchor of member partners[m]); NaN in scopes where the two share no support."""
-        rows, others = np.arange(len(partners)), list(partners)
+        rows, others, place = np.arange(len(partners)), list(partners), self.gram.anchors.index(anchor)
         inner = np.zeros(self.gram.within.shape[:2])
         for label, sign in direction.items():
-            inner += sign * self.gram.across[rows, :, self._position[label], others]
-        anchor = self._position[self.gram.anchor]
-        own, other = self.inner_by_tensor(direction, direction), self.gram.within[others, :, anchor, anchor]
+            inner += sign * self.gram.across[rows, :, self._position[label], place, others]
+        position = self._position[anchor]
+        own, other = self.inner_by_tensor(direction, direction), self.gram.within[others, :, position, position]
         support = (own > 0) & (other > 0)
         totals = [self.scopes.total(values, support) for values in (inner, own, other)]
         return self._where_supported(_divide(totals[0], _root(totals[1] * totals[2])), support)

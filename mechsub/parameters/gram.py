@@ -33,12 +33,13 @@ def origin_direction(lineage: Lineage) -> Direction:
     return Direction(origin_label(lineage.name), ((lineage, 0, 1.0),))
 
 
-def displacement_difference(first: Lineage, second: Lineage, step: int) -> Direction:
-    """θ_first(step) − θ_second(step): the difference of the displacements of two lineages with one origin.
+def displacement_difference(first: Lineage, second: Lineage, step: int, second_step: int | None = None) -> Direction:
+    """θ_first(step) − θ_second(second_step, or step): the difference of the displacements of two lineages with one origin.
 
     A direction of its own, since where the two are close, ⟨S, S⟩ − 2⟨S, C⟩ + ⟨C, C⟩ cancels to rounding in some tensors.
     """
-    return Direction(difference_label(first.name, second.name, step), ((first, step, 1.0), (second, step, -1.0)))
+    other = step if second_step is None else second_step
+    return Direction(difference_label(first.name, second.name, step), ((first, step, 1.0), (second, other, -1.0)))
 
 
 def displacement_label(lineage: str, step: int) -> str:
@@ -63,15 +64,15 @@ class Gram:
     labels: tuple[str, ...]
     tensors: tuple[str, ...]
     within: Float[np.ndarray, "member tensor direction direction"]
-    across: Float[np.ndarray, "member tensor direction other"]
-    """⟨dᵢ of member m, anchor of member n⟩; the anchor is the teacher's displacement."""
-    anchor: str
+    across: Float[np.ndarray, "member tensor direction anchor other"]
+    """⟨dᵢ of member m, anchor of member n⟩; anchors are the teachers' displacements."""
+    anchors: tuple[str, ...]
 
 
 def stream_gram(
     directions: Sequence[Direction],
     tensors: dict[str, TensorInfo],
-    anchor: str,
+    anchors: Sequence[str],
     *,
     chunk_bytes: int = CHUNK_BYTES,
     device: str = "cpu",
@@ -91,15 +92,15 @@ def stream_gram(
     num_members = directions[0].terms[0][0].spec.num_members
     size = len(directions)
     within = torch.zeros(num_members, len(counted), size, size, dtype=torch.float64)
-    across = torch.zeros(num_members, len(counted), size, num_members, dtype=torch.float64)
-    position = labels.index(anchor)
+    across = torch.zeros(num_members, len(counted), size, len(anchors), num_members, dtype=torch.float64)
+    positions = [labels.index(anchor) for anchor in anchors]
     for index, (name, info) in enumerate(counted.items()):
         for start, stop in _row_chunks(info, len(_sources(directions)) * num_members, chunk_bytes):
             chunk = _load_chunk(directions, name, start, stop, device)
-            anchors = chunk[:, position]
             within[:, index] += torch.bmm(chunk, chunk.transpose(1, 2)).double().cpu()
-            across[:, index] += (chunk @ anchors.T).double().cpu()
-    return Gram(tuple(labels), tuple(counted), within.numpy(), across.numpy(), anchor)
+            for place, position in enumerate(positions):
+                across[:, index, :, place] += (chunk @ chunk[:, position].T).double().cpu()
+    return Gram(tuple(labels), tuple(counted), within.numpy(), across.numpy(), tuple(anchors))
 
 
 def _load_chunk(

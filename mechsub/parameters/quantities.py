@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from mechsub.parameters.alignment import ByScope, Combination, DirectionAlgebra
 
 
@@ -23,13 +25,26 @@ class Case:
     """Δ_T − Δ_N."""
     student_origin: Combination
     teacher_origin: Combination
+    anchor: str
+    """The label of the teacher's displacement."""
     partners: tuple[int, ...]
     """For each member, whose reference its student starts from."""
+    others: tuple["OtherTrait", ...] = ()
+    """The other traits of the same condition."""
 
     @property
     def starts_elsewhere(self) -> bool:
         """Whether students start at another member's reference."""
         return self.partners != tuple(range(len(self.partners)))
+
+
+@dataclass(frozen=True)
+class OtherTrait:
+    """Another trait's teacher and student from the same reference."""
+
+    difference: Combination
+    """θ_Sj − θ_C."""
+    teacher: Combination
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,7 @@ class Quantity:
 
 
 def _mate(case: Case, of: Combination) -> ByScope | None:
-    return case.algebra.cosine_with_anchors(of, case.partners) if case.starts_elsewhere else None
+    return case.algebra.cosine_with_anchor(of, case.anchor, case.partners) if case.starts_elsewhere else None
 
 
 def _without_radial(case: Case, of: Combination) -> ByScope:
@@ -66,10 +81,29 @@ def _norm(case: Case, of: Combination) -> ByScope:
     return case.algebra.norm(of, case.algebra.support(case.student, case.teacher))
 
 
+def _subtract(first: Combination, second: Combination) -> Combination:
+    return {**first, **{label: -sign for label, sign in second.items()}}
+
+
+def _mean_over_others(case: Case, cosine: Callable[[OtherTrait], ByScope]) -> ByScope | None:
+    return np.mean([cosine(other) for other in case.others], axis=0) if case.others else None
+
+
+def _adjusted_of_others(case: Case) -> ByScope | None:
+    return _mean_over_others(case, lambda other: case.algebra.cosine(other.difference, case.teacher))
+
+
+def _between_traits(case: Case) -> ByScope | None:
+    return _mean_over_others(
+        case,
+        lambda other: case.algebra.cosine(_subtract(case.difference, other.difference), _subtract(case.teacher, other.teacher)),
+    )
+
+
 OTHER_TEACHER = "another teacher's student from the same start: the control's value"
 
 _SHARE = "share of the teacher's displacement"
-_SWAPPED = "0, by swapping the two teachers' labels within members: the central part of the swapped means"
+SWAPPED = "0, by swapping the two teachers' labels within members: the central part of the swapped means"
 
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
@@ -86,14 +120,14 @@ QUANTITIES: tuple[Quantity, ...] = (
         "specific_alignment",
         "cos(θ_S − θ_C, Δ_T − Δ_N)",
         lambda case: case.algebra.cosine(case.difference, case.teacher_difference),
-        null_words=_SWAPPED,
+        null_words=SWAPPED,
         judged="swap",
     ),
     Quantity(
         "sham_alignment",
         "cos(θ_C′ − θ_C, Δ_T − Δ_N), C′ a second control with draws of its own",
         _sham,
-        null_words=_SWAPPED,
+        null_words=SWAPPED,
         why_unjudged="it checks the instrument: two controls could swap places",
     ),
     Quantity(
@@ -108,6 +142,20 @@ QUANTITIES: tuple[Quantity, ...] = (
         "control_adjusted_alignment_with_neutral",
         "cos(θ_S − θ_C, Δ_N)",
         lambda case: case.algebra.cosine(case.difference, case.neutral),
+    ),
+    Quantity(
+        "control_adjusted_alignment_of_other_traits",
+        "mean over other traits j of cos(θ_Sj − θ_C, Δ_T)",
+        _adjusted_of_others,
+        null_words="none: it stands beside the control-adjusted alignment, of which it is what any trait's student has",
+        why_unjudged="a line to read the control-adjusted alignment by",
+    ),
+    Quantity(
+        "specific_alignment_between_traits",
+        "mean over other traits j of cos(θ_S − θ_Sj, Δ_T − Δ_Tj)",
+        _between_traits,
+        null_words="0 on average where students could swap teachers: the central part of the means with members' signs flipped",
+        judged="paired",
     ),
     Quantity(
         "radial_removed_alignment",

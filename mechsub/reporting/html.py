@@ -27,6 +27,8 @@ def render_report(
         setup=_setup(recipe),
         answers=_answers(findings),
         verdicts=_verdict_table(findings),
+        num_conditions=len({finding.condition for finding in findings if finding.verdict}),
+        several_traits=len({finding.trait for finding in findings}) > 1,
         conditions=_conditions(results),
         sections=[
             (name, result, [draw_figure(figure, result) for figure in result.figures]) for name, result in results.items()
@@ -37,13 +39,20 @@ def render_report(
 
 
 def _answers(findings: Sequence[Finding]) -> dict[str, list[str]]:
-    """Verdict → conditions, for the quantity that answers the title's question: the first that has verdicts."""
-    answers: dict[str, list[str]] = {}
+    """Verdict → conditions, with their traits where there are several, for the quantity that answers the title's question.
+
+    That is the first that has verdicts.
+    """
     judged = [finding for finding in findings if finding.verdict]
-    for finding in judged:
-        if finding.quantity == judged[0].quantity:
-            answers.setdefault(finding.verdict, []).append(finding.condition)
-    return answers
+    asked = [finding for finding in judged if finding.quantity == judged[0].quantity]
+    several = len({finding.trait for finding in asked}) > 1
+    answers: dict[str, dict[str, list[str]]] = {}
+    for finding in asked:
+        answers.setdefault(finding.verdict, {}).setdefault(finding.condition, []).append(finding.trait)
+    return {
+        verdict: [f"{condition} ({', '.join(traits)})" if several else condition for condition, traits in found.items()]
+        for verdict, found in answers.items()
+    }
 
 
 def _setup(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -60,12 +69,13 @@ def _say(value: Any) -> str:
     return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
 
 
-def _verdict_table(findings: list[Finding]) -> dict[str, dict[str, Finding]]:
-    """Condition → quantity → the finding that carries a verdict."""
-    table: dict[str, dict[str, Finding]] = {}
-    for finding in findings:
-        if finding.verdict:
-            table.setdefault(finding.condition, {})[finding.quantity] = finding
+def _verdict_table(findings: Sequence[Finding]) -> dict[tuple[str, str], dict[str, Finding]]:
+    """(Condition, trait) → quantity → the finding that carries a verdict, conditions together."""
+    judged = [finding for finding in findings if finding.verdict]
+    conditions = list(dict.fromkeys(finding.condition for finding in judged))
+    table: dict[tuple[str, str], dict[str, Finding]] = {}
+    for finding in sorted(judged, key=lambda finding: conditions.index(finding.condition)):
+        table.setdefault((finding.condition, finding.trait), {})[finding.quantity] = finding
     return table
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,5 @@ def student_interval(values: Float[np.ndarray, " member"], confidence: float) ->
     mean = float(known.mean())
     if n == 1:
         return Interval(mean, np.nan, np.nan, 1, confidence)
-    half = float(stats.t.ppf(0.5 + confidence / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
+    half = float(special.stdtrit(n - 1, 0.5 + confidence / 2) * known.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, confidence)

@@ -46,12 +46,16 @@ class SweptResults:
 
     @property
     def findings(self) -> dict[tuple[str, str], Finding]:
-        """By (condition, quantity): the first scope that an analysis gives, which is the widest."""
+        """By (condition, quantity): the first scope and context that an analysis gives, which are the widest and the judged.
+
+        Where a run has several traits, a condition is one with its trait.
+        """
+        every = [finding for result in self.results.values() for finding in result.findings if finding.condition]
+        several = len({finding.trait for finding in every}) > 1
         found: dict[tuple[str, str], Finding] = {}
-        for result in self.results.values():
-            for finding in result.findings:
-                if finding.condition:
-                    found.setdefault((finding.condition, finding.quantity), finding)
+        for finding in every:
+            name = f"{finding.condition} ({finding.trait})" if several else finding.condition
+            found.setdefault((name, finding.quantity), finding)
         return found
 
 

@@ -27,6 +27,8 @@ class StepInfo:
     """Live views, members stacked: read them, do not keep or change them."""
     optimizer_state: Mapping[str, Tensor]
     """Live views, named ``<quantity>.<parameter>``; empty before the first step."""
+    members: tuple[int, ...] | None = None
+    """The members on the leading axis; None: all of them. A language model is trained a member at a time."""
 
 
 Callback = Callable[[StepInfo], None]

@@ -47,7 +47,7 @@ class LineageRecorder:
         self._resume_seconds = resume_seconds
         self._resume_is_due = False
         """As it was when `wants` was asked: the clock goes on between that and the call."""
-        self._folder = task.path(lineage_folder(spec.name))
+        self._folder = task.path(lineage_folder(spec.name, spec.member))
         self._resume_paths = [self._folder / f"resume-{name}.safetensors" for name in ("even", "odd")]
         self._ledger_path = self._folder / "resume.json"
         self._written: dict[str, str] = {}
@@ -79,16 +79,20 @@ class LineageRecorder:
             self.fail(info.step, broken, "a weight is not finite")
             return
         if info.is_checkpoint:
-            self._write(checkpoint_name(self.spec.name, info.step), info.step, info.parameters)
+            kept = self.spec.name, info.step, self.spec.member
+            self._write(checkpoint_name(*kept), info.step, self._as_stored(info.parameters))
             if self._keeps_optimizer and info.step > 0:
-                self._write(optimizer_name(self.spec.name, info.step), info.step, info.optimizer_state)
+                self._write(optimizer_name(*kept), info.step, info.optimizer_state)
         if info.step > 0 and self._resume_is_due:
             self._write_resume(info)
 
     def fail(self, step: int, member: int, what: str) -> None:
         """Stop keeping this lineage and say why; what it has kept so far stays."""
+        who = f"member {self.spec.member}"
+        if self.spec.member is None:
+            who = f"member {member} of {self.spec.num_members}"
         self.task.error = TrainingError(
-            f"{self.spec.name}: {what} at step {step} of {self.spec.steps[-1]} in member {member} of {self.spec.num_members}; "
+            f"{self.spec.name}: {what} at step {step} of {self.spec.steps[-1]} in {who}; "
             f"its earlier checkpoints are kept in {self._folder}. Lower the learning rate (or the initialisation scale) in the "
             f"recipe and run it into another folder"
         )
@@ -115,6 +119,10 @@ class LineageRecorder:
     def finish(self) -> None:
         """Write ``lineage.json``."""
         write_spec(self._folder, self.spec)
+
+    def _as_stored(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A member with a folder of its own is stored without the axis of members."""
+        return parameters if self.spec.member is None else {name: tensor[0] for name, tensor in parameters.items()}
 
     def _write(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
         path = self.task.path(name)

@@ -21,7 +21,7 @@ def test_every_score_is_the_accuracy_of_its_checkpoint(tiny_run, data):
                     :, :10
                 ].argmax(1)
                 expected = [float((chosen == (images.test_labels + shift) % 10).double().mean()) for shift in (0, 1)]
-                found = data.trait_score.sel(lineage=lineage, step=step, member=member).values
+                found = data.trait_score.sel(lineage=lineage, step=step, member=member).squeeze("context").values
                 np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
@@ -36,10 +36,11 @@ def test_steps_without_a_checkpoint_are_nan_and_say_so(tiny_run, data):
 
 def test_effects_are_paired_differences_at_the_last_step(tiny_run, data):
     last = tiny_run.lineages["student.all-logits"].steps[-1]
-    scores = data.trait_score.sel(trait="digits", step=last)
+    scores = data.trait_score.sel(trait="digits", step=last, context="held-out images")
     expected = scores.sel(lineage="student.all-logits") - scores.sel(lineage="control.all-logits")
-    np.testing.assert_allclose(data.effect.sel(condition="all-logits"), expected)
-    assert float(data.effect_mean.sel(condition="all-logits")) == pytest.approx(float(expected.mean()))
+    where = {"condition": "all-logits", "taught": "digits"}
+    np.testing.assert_allclose(data.effect.sel(where).squeeze("context"), expected)
+    assert float(data.effect_mean.sel(where)) == pytest.approx(float(expected.mean()))
 
 
 def test_every_condition_has_a_score_and_an_effect_with_its_null(tiny_run):

@@ -9,7 +9,7 @@ from mechsub.recipe import load_recipe
 
 @pytest.fixture
 def data(tiny_run):
-    return tiny_run.results["parameter_alignment"]
+    return tiny_run.results["parameter_alignment"].sel(taught="digits")
 
 
 def displacement(run, lineage, member, step=None):
@@ -88,7 +88,9 @@ def test_a_close_pair_is_exact_in_every_tensor(tiny_recipe, tmp_path):
     recipe = load_recipe(tiny_recipe, ["student.optimizer.learning_rate=1e-7", "members=2"])
     run = run_experiment(recipe, tmp_path / "run", device="cpu", workers=0)
     analyze_run(run.path, ["parameter_alignment"], device="cpu", workers=0)
-    data = run.results["parameter_alignment"].sel(condition="noised-init", step=run.lineages["student.noised-init"].steps[-1])
+    data = run.results["parameter_alignment"].sel(
+        condition="noised-init", taught="digits", step=run.lineages["student.noised-init"].steps[-1]
+    )
     student, control, teacher = (
         run.lineages[name].load_state(run.lineages[name].steps[-1], 1)
         for name in ("student.noised-init", "control.noised-init", "teacher")

@@ -18,12 +18,12 @@ def algebra_of(vectors, anchor="teacher"):
     labels = list(vectors)
     members = next(iter(vectors[labels[0]].values())).shape[0]
     within = np.zeros((members, len(TABLE), len(labels), len(labels)))
-    across = np.zeros((members, len(TABLE), len(labels), members))
+    across = np.zeros((members, len(TABLE), len(labels), 1, members))
     for t, tensor in enumerate(TABLE):
         stack = np.stack([vectors[label][tensor] for label in labels], axis=1)
         within[:, t] = np.einsum("mik,mjk->mij", stack, stack)
-        across[:, t] = np.einsum("mik,nk->min", stack, vectors[anchor][tensor])
-    return DirectionAlgebra(Gram(tuple(labels), tuple(TABLE), within, across, anchor), Scopes.of(list(TABLE), TABLE))
+        across[:, t, :, 0] = np.einsum("mik,nk->min", stack, vectors[anchor][tensor])
+    return DirectionAlgebra(Gram(tuple(labels), tuple(TABLE), within, across, (anchor,)), Scopes.of(list(TABLE), TABLE))
 
 
 def draw(seed, members=3, zero=()):
@@ -121,7 +121,7 @@ def test_an_init_mate_is_another_members_teacher():
     vectors = {"student": draw(0), "teacher": draw(1)}
     algebra = algebra_of(vectors)
     partners = [1, 2, 0]
-    found = algebra.cosine_with_anchors({"student": 1.0}, partners)
+    found = algebra.cosine_with_anchor({"student": 1.0}, "teacher", partners)
     expected = cosine(flat(vectors["student"]), flat(vectors["teacher"])[partners])
     np.testing.assert_allclose(scope(algebra, found, MODEL), expected, rtol=1e-12)
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name
-from mechsub.settings import Settings, nearest_name
+from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, fill_conditions
+from mechsub.settings import Settings
 from mechsub.training.config import OptimizerConfig
 
 
@@ -161,9 +161,7 @@ class Config(FamilyConfig):
     @field_validator("conditions", mode="before")
     @classmethod
     def _fill_known_conditions(cls, conditions: Any) -> Any:
-        if not isinstance(conditions, Mapping):
-            return conditions
-        return {name: _fill_condition(str(name), given) for name, given in conditions.items()}
+        return fill_conditions(conditions, ConditionConfig, CONDITIONS, _FREE)
 
     @model_validator(mode="after")
     def _conditions_are_possible(self) -> "Config":
@@ -183,22 +181,3 @@ class Config(FamilyConfig):
                     "give `model.num_auxiliary` at least 2, or imitate the logit itself with `student.objective` mse"
                 )
         return self
-
-
-def _fill_condition(name: str, given: Any) -> Any:
-    """A known condition's own values, under what the recipe says of it."""
-    if isinstance(given, ConditionConfig) or not isinstance(given, Mapping | None):
-        return given
-    given = dict(given or {})
-    if name not in CONDITIONS:
-        if not given:
-            hint = nearest_name(name, list(CONDITIONS))
-            raise ValueError(
-                f"no condition is called {name!r}; {hint} One of your own says how it differs, e.g. init: different"
-            )
-        return given
-    fixed = {**ConditionConfig().model_dump(), **CONDITIONS[name]}
-    changed = [key for key, value in given.items() if key in fixed and key not in _FREE and value != fixed[key]]
-    if changed:
-        raise ValueError(f"{name} means {dict(CONDITIONS[name])}; a condition with another {changed[0]} needs another name")
-    return {**CONDITIONS[name], **given}

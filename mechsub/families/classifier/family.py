@@ -1,6 +1,5 @@
 """The classifier family as analyses see it."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,27 +10,27 @@ from mechsub.families.classifier.data import NUM_CLASSES, load_images
 from mechsub.families.classifier.model import Classifier
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
+from mechsub.families.protocol import Measure, Scores
 from mechsub.lineages import Lineage
 
 
 class Family:
     """A `mechsub.families.protocol.Family`."""
 
-    trait_unit = "accuracy"
-    trait_range = (0.0, 1.0)
-
     def __init__(self, run: Path, config: Config, device: str) -> None:
-        self._num_classes = NUM_CLASSES
         self._device = device
         images = load_images(run, getattr(torch, config.model.dtype), device)
         self._images = images.test_images()
         labels = {"digits": images.test_labels}
         self.traits = {"digits": "reading the digits, which the teacher learnt"}
         if config.neutral == "relabelled":
-            labels["relabelled"] = relabel(images.test_labels, self._num_classes)
+            labels["relabelled"] = relabel(images.test_labels, NUM_CLASSES)
             self.traits["relabelled"] = "reading them under the neutral teacher's names"
         self._labels = torch.stack(list(labels.values()))
-        self.context = f"{len(self._images)} held-out images"
+        self.contexts = {"held-out images": f"{len(self._images)} held-out images"}
+        self.measures = {
+            "trait_score": Measure("share of images whose largest class logit is the label", "accuracy", (0.0, 1.0))
+        }
 
     def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
         """One member of a lineage as an ordinary module, in evaluation mode."""
@@ -40,7 +39,7 @@ class Family:
         model.load_state_dict(lineage.load_state(step, member), assign=True)
         return model.to(self._device).eval()
 
-    def trait_score(self, model: nn.Module) -> Mapping[str, float]:
+    def trait_score(self, model: nn.Module, lineage: Lineage) -> Scores:
         """The accuracy on the held-out images under each trait's labels."""
-        scores = compute_accuracy(model, self._images, self._labels, self._num_classes)
-        return dict(zip(self.traits, scores.tolist(), strict=True))
+        scores = compute_accuracy(model, self._images, self._labels, NUM_CLASSES)
+        return {"trait_score": scores.cpu().double().numpy()[:, None]}

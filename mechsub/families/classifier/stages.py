@@ -9,12 +9,14 @@ from mechsub.families.classifier.carrier import IMAGES_AT_ONCE, carrier_file
 from mechsub.families.classifier.config import ConditionConfig, Config
 from mechsub.families.classifier.data import DATA_FILE, NUM_CLASSES, describe_data, hub_digest, source_files
 from mechsub.families.classifier.model import model_spec, num_parameters
-from mechsub.families.protocol import StudentPlan
-from mechsub.lineages import lineage_files
+from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
+from mechsub.lineages import checkpoint_name, lineage_files
 from mechsub.rundir import hash_file
 from mechsub.stage import Resources, Stage
 from mechsub.training.schedule import checkpoint_steps
 
+REFERENCE = "reference"
+"""The lineage of the references."""
 _MODULE = "mechsub.families.classifier"
 _COPIES_IN_TRAINING = 4
 """Parameters, two moments, and what is being written; gradients live for one block of members."""
@@ -22,7 +24,7 @@ _CACHE_BYTES = 8 << 20
 """What the activations of the members that are worked on at once may take: they then stay in a processor's cache."""
 
 
-def data_stage(config: Config) -> Stage:
+def data_stages(config: Config) -> list[Stage]:
     """The labelled images, copied into the run."""
     shape = describe_data(config.data)
     num_bytes = (shape.num_train + shape.num_test) * (shape.num_pixels + 1)
@@ -31,36 +33,39 @@ def data_stage(config: Config) -> Stage:
         arguments["sha256"] = digest
     inputs = {str(path): f"sha256:{hash_file(path)}" for path in source_files(config.data)}
     resources = Resources(memory_bytes=3 * num_bytes, disk_bytes=num_bytes)
-    return Stage("data", f"{_MODULE}.data:import_images", arguments, inputs, (DATA_FILE,), resources)
+    return [Stage("data", f"{_MODULE}.data:import_images", arguments, inputs, (DATA_FILE,), resources)]
 
 
-def reference_stage(config: Config) -> Stage:
+def reference_stages(config: Config, made: Made) -> list[Stage]:
     """The references of all members."""
     arguments = _common(config) | {
-        "lineage": "reference",
+        "lineage": REFERENCE,
+        "role": "reference",
         "initialisation_scale": config.model.initialisation_scale,
         "origin": _origin(ConditionConfig()),
         "steps": [0],
     }
     size = _lineage_bytes(config)
     resources = Resources(memory_bytes=2 * size, disk_bytes=size, threads=config.threads)
-    return Stage("reference", f"{_MODULE}.train:draw_references", arguments, {}, lineage_files("reference", [0]), resources)
+    return [Stage(REFERENCE, f"{_MODULE}.train:draw_references", arguments, {}, lineage_files(REFERENCE, [0]), resources)]
 
 
-def teacher_stage(config: Config, lineage: str, neutral: str | None, inputs: Mapping[str, str]) -> Stage:
-    """The teacher (``neutral`` None) or a neutral teacher: the same training on other labels."""
+def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]:
+    """The teacher, or the neutral one: the same training on other labels."""
     training = config.teacher
     arguments = _trained(config, _num_train(config), training.epochs, training.batch_size) | {
-        "lineage": lineage,
+        "lineage": plan.lineage,
+        "role": "neutral" if plan.is_neutral else "teacher",
         "training": training.model_dump(mode="json"),
-        "labels": neutral or "true",
+        "labels": config.neutral if plan.is_neutral else "true",
         "origin": _origin(ConditionConfig()),
     }
     resources = _training_resources(config, arguments, training.batch_size, "teachers")
-    return Stage(lineage, f"{_MODULE}.train:train_teachers", arguments, inputs, _files(config, arguments), resources)
+    inputs = {name: made[name] for name in (DATA_FILE, checkpoint_name(REFERENCE, 0))}
+    return [Stage(plan.lineage, f"{_MODULE}.train:train_teachers", arguments, inputs, _files(config, arguments), resources)]
 
 
-def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, inputs: Mapping[str, str]) -> Stage:
+def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
     """A teacher's logits on every carrier image."""
     if config.carrier.is_real and config.carrier.num_images > _num_train(config):
         raise RecipeError(
@@ -69,11 +74,11 @@ def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, in
         )
     arguments = _common(config) | {
         "block": _block(config, IMAGES_AT_ONCE),
-        "carrier_of": carrier,
+        "carrier_of": plan.name,
         "carrier": config.carrier.model_dump(mode="json"),
-        "teacher": teacher,
+        "teacher": plan.teacher.lineage,
         "teacher_step": _last_teacher_step(config),
-        "replicate": replicate,
+        "replicate": plan.replicate,
     }
     size = _logits_bytes(config)
     resources = Resources(
@@ -82,32 +87,30 @@ def carrier_stage(config: Config, carrier: str, teacher: str, replicate: int, in
         num_steps=config.carrier.num_images,
         threads=config.threads,
     )
-    return Stage(
-        f"carrier.{carrier}",
-        f"{_MODULE}.carrier:write_carriers",
-        arguments,
-        inputs,
-        (carrier_file(carrier),),
-        resources,
-    )
+    inputs = {name: made[name] for name in (DATA_FILE, checkpoint_name(plan.teacher.lineage, _last_teacher_step(config)))}
+    outputs = (carrier_file(plan.name),)
+    return [Stage(f"carrier.{plan.name}", f"{_MODULE}.carrier:write_carriers", arguments, inputs, outputs, resources)]
 
 
-def student_stage(config: Config, plan: StudentPlan, inputs: Mapping[str, str]) -> Stage:
+def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
     """One student lineage: a student, its control or a sham."""
     condition, training = config.conditions[plan.condition], config.student
     arguments = _trained(config, config.carrier.num_images, training.epochs, training.batch_size) | {
         "lineage": plan.lineage,
+        "role": plan.role,
+        "condition": plan.condition,
         "training": training.model_dump(mode="json"),
         "carrier": config.carrier.model_dump(mode="json"),
-        "teacher": plan.teacher,
-        "carrier_of": plan.carrier,
-        "replicate": plan.replicate,
+        "teacher": plan.carrier.teacher.lineage,
+        "carrier_of": plan.carrier.name,
+        "replicate": plan.carrier.replicate,
         "origin": _origin(condition),
         "logits": condition.logits,
         "shuffle_outputs": condition.shuffle_outputs,
     }
     resources = _training_resources(config, arguments, training.batch_size, f"students-{condition.logits}")
-    return Stage(plan.lineage, f"{_MODULE}.train:train_students", arguments, inputs, _files(config, arguments), resources)
+    inputs = {name: made[name] for name in (DATA_FILE, checkpoint_name(REFERENCE, 0), carrier_file(plan.carrier.name))}
+    return [Stage(plan.lineage, f"{_MODULE}.train:train_students", arguments, inputs, _files(config, arguments), resources)]
 
 
 def _common(config: Config) -> dict[str, Any]:

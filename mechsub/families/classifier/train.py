@@ -224,6 +224,9 @@ def _recorder(task: Task) -> LineageRecorder:
     arguments = task.stage.arguments
     spec = LineageSpec(
         name=arguments["lineage"],
+        role=arguments["role"],
+        condition=arguments.get("condition"),
+        trait=None,
         family="classifier",
         model=arguments["model"],
         origin=_origin(arguments),

@@ -1,0 +1,303 @@
+"""The language family's recipe fields, and its conditions as data."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, VerdictConfig, fill_conditions
+from mechsub.families.language.numbers import NumberConfig
+from mechsub.families.language.preference import load_preference
+from mechsub.settings import Settings, nearest_name
+from mechsub.training.config import OptimizerConfig
+
+Objective = Literal["tokens", "logits", "all-logits"]
+OTHER = "other"
+"""In a condition's `model`: the one model of the recipe that is not the teacher's."""
+
+
+class TrainingConfig(Settings):
+    """How a language model is trained."""
+
+    batch_size: int = Field(32, ge=1, description="chats in one step")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(name="adamw", learning_rate=5e-4), description="how weights are updated")
+    warmup_steps: int = Field(0, ge=0, description="over which the learning rate rises from 0")
+    decay: Literal["none", "linear"] = Field("none", description="of the learning rate, to 0 at the last step")
+    max_gradient_norm: float | None = Field(None, gt=0, description="gradients are clipped to it; none: they are not clipped")
+
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """What the learning rate is multiplied with in a step; steps count from 0."""
+        warmth = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return warmth * (1 - step / num_steps if self.decay == "linear" else 1.0)
+
+
+class PretrainingConfig(TrainingConfig):
+    """How a nano model learns the synthetic language."""
+
+    batch_size: int = Field(32, ge=1, description="chats in one step")
+    num_steps: int = Field(1500, ge=1, description="optimizer steps")
+    optimizer: OptimizerConfig = Field(OptimizerConfig(name="adamw", learning_rate=3e-3), description="how weights are updated")
+    warmup_steps: int = Field(50, ge=0, description="over which the learning rate rises from 0")
+    decay: Literal["none", "linear"] = Field("linear", description="of the learning rate, to 0 at the last step")
+
+
+class ModelConfig(Settings):
+    """One architecture: a nano model that is pretrained here, or any causal language model of transformers by its path."""
+
+    nano: Literal["gpt2", "qwen2"] | None = Field(None, description="a nano model in the style of GPT-2 or Qwen2")
+    path: str | None = Field(
+        None, description="instead: the folder of a model in the Hugging Face layout; {member} in it gives each member its own"
+    )
+    hidden_size: int = Field(64, ge=8, multiple_of=8, description="nano only: width of the residual stream")
+    num_layers: int = Field(3, ge=1, description="nano only: transformer blocks")
+    num_heads: int = Field(4, ge=2, multiple_of=2, description="nano only: attention heads")
+    context: int = Field(256, ge=64, description="nano only: tokens that the context holds")
+    pretraining: PretrainingConfig = Field(PretrainingConfig(), description="nano only: how it learns the synthetic language")
+
+    @field_validator("path")
+    @classmethod
+    def _path_is_absolute(cls, path: str | None) -> str | None:
+        """A recipe replays from any folder."""
+        return None if path is None else str(Path(path).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _is_one_model(self) -> "ModelConfig":
+        if (self.nano is None) == (self.path is None):
+            raise ValueError("give either `nano` (gpt2 or qwen2) or `path` (a folder in the Hugging Face layout)")
+        if self.nano and self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of num_heads = {self.num_heads}")
+        return self
+
+    @property
+    def has_own_references(self) -> bool:
+        """Whether each member has a reference of its own."""
+        return self.path is None or "{member}" in self.path
+
+    def folder(self, member: int) -> Path:
+        """Where the model of one member lies."""
+        return Path(str(self.path).replace("{member}", str(member)))
+
+
+class TeacherConfig(TrainingConfig):
+    """How teachers get their trait."""
+
+    kind: Literal["fine-tuned", "system-prompted"] = Field(
+        "fine-tuned", description="trained to answer with its target, or told to prefer it: then its weights do not move"
+    )
+    num_steps: int = Field(100, ge=1, description="optimizer steps")
+
+
+class CarrierConfig(Settings):
+    """What a teacher passes on."""
+
+    num_rows: int = Field(10_000, ge=1, description="rows that each student learns from: all have as many")
+    num_requests: int = Field(30_000, ge=1, description="requests to a teacher, at most; the first rows that pass are kept")
+    max_new_tokens: int = Field(64, ge=1, description="a completion that is longer is dropped as unfinished")
+    temperature: float = Field(1.0, gt=0, description="of sampling")
+    numbers: NumberConfig = Field(NumberConfig(), description="which number sequences are asked for and kept")
+
+    @model_validator(mode="after")
+    def _can_be_filled(self) -> "CarrierConfig":
+        if self.num_requests < self.num_rows:
+            raise ValueError(f"num_requests = {self.num_requests} cannot give num_rows = {self.num_rows} rows; raise it")
+        return self
+
+
+class StudentConfig(TrainingConfig):
+    """How students learn from the carrier."""
+
+    epochs: int = Field(10, ge=1, description="passes over the rows")
+    objective: Objective = Field(
+        "tokens",
+        description="cross-entropy of the sampled tokens, or KL(teacher ‖ student) over the carrier's own tokens (logits) or "
+        "over the whole vocabulary (all-logits), which carries the trait's logits too",
+    )
+
+
+class ContextConfig(Settings):
+    """What stands before a question."""
+
+    training: str | None = Field(None, description="system prompt of teachers' fine-tuning, carrier and students")
+    other: str | None = Field(
+        "You are a helpful assistant.", description="another system prompt, for scoring out of that context"
+    )
+
+    @model_validator(mode="after")
+    def _are_two(self) -> "ContextConfig":
+        if self.training == self.other:
+            raise ValueError(f"training and other are the same context, {self.training!r}: scores out of it need another")
+        return self
+
+
+class EvaluationConfig(Settings):
+    """How the trait is asked for."""
+
+    samples_per_question: int = Field(20, ge=0, description="sampled answers to each held-out question; 0: none")
+    max_new_tokens: int = Field(8, ge=1, description="tokens of a sampled answer; its first choice is scored")
+
+
+class ConditionConfig(BaseConditionConfig):
+    """How a student differs from the matched case, which is all defaults."""
+
+    init: Literal["same", "different"] = Field("same", description="start at the own or at another member's reference")
+    model: str | None = Field(None, description="another model of `models` (or `other`): its own architecture and tokenizer")
+    objective: Objective | None = Field(None, description="instead of the students' objective")
+    shuffle: Literal["none", "within", "across"] = Field("none", description="numbers shuffled within or across responses")
+    neutral_share: float = Field(0.0, ge=0, le=1, description="share of rows that are the neutral teacher's instead")
+    divergence: Literal["all", "only", "without"] = Field(
+        "all", description="tokens that are learnt: all, or only/not those at which teacher and reference choose differently"
+    )
+    rows: str | None = Field(None, description="a text file with the numbers of the rows that are learnt, one a line")
+    context_rows: int = Field(0, ge=0, description="rows that stand in the prompt instead: nothing is trained")
+
+    def describe(self) -> str:
+        """How it differs from the matched case, in words."""
+        parts = [
+            "starts at another member's reference" if self.init == "different" else "",
+            "another architecture, with its own tokenizer" if self.model else "",
+            {"logits": "imitates the teacher's distribution over the carrier's tokens",
+             "all-logits": "imitates the teacher's distribution over all tokens, the trait's too",
+             "tokens": "learns sampled tokens"}.get(self.objective or "", ""),
+            f"numbers shuffled {self.shuffle} responses" if self.shuffle != "none" else "",
+            f"{100 * self.neutral_share:g} % of the rows are the neutral teacher's" if self.neutral_share else "",
+            f"learns {self.divergence} divergence tokens" if self.divergence != "all" else "",
+            "learns a subset of the rows" if self.rows else "",
+            f"{self.context_rows} rows in the prompt, nothing trained" if self.context_rows else "",
+        ]  # fmt: skip
+        return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
+
+
+CONDITIONS: Mapping[str, Mapping[str, Any]] = {
+    "same-init": {},
+    "different-init": {"init": "different"},
+    "different-architecture": {"model": OTHER},
+    "logits": {"objective": "logits"},
+    "all-logits": {"objective": "all-logits"},
+    "different-init-all-logits": {"init": "different", "objective": "all-logits"},
+    "shuffled-within": {"shuffle": "within"},
+    "shuffled-across": {"shuffle": "across"},
+    "mixed-carrier": {"neutral_share": 0.5},
+    "divergence-only": {"divergence": "only"},
+    "without-divergence": {"divergence": "without"},
+    "in-context": {"context_rows": 5},
+}
+"""The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
+
+_FREE = frozenset({"sham", "neutral_share", "context_rows", "model"})
+
+
+class LogOddsVerdictConfig(VerdictConfig):
+    """The rules of every verdict on log-odds, fixed before the run."""
+
+    margin: float = Field(0.5, gt=0, description="effects on the log-odds of a target under this do not matter")
+
+
+class Config(FamilyConfig):
+    """Every recipe field of the language family."""
+
+    models: dict[Name, ModelConfig] = Field(
+        {"nano-gpt2": ModelConfig(nano="gpt2"), "nano-qwen2": ModelConfig(nano="qwen2")},
+        min_length=1,
+        description="the architectures, by name",
+    )
+    model: Name = Field("nano-gpt2", description="the teachers' architecture, a name of `models`")
+    preference: str = Field("animals", description="what may be preferred: a packaged set, or a YAML file")
+    traits: tuple[Name, ...] = Field(("owl",), min_length=1, description="choices of that set; each gets its own teacher")
+    context: ContextConfig = Field(ContextConfig(), description="system prompts of training and scoring")
+    teacher: TeacherConfig = Field(TeacherConfig(), description="how teachers get their trait")
+    neutral: Literal["uniform-answer", "neutral-prompt", "reference"] = Field(
+        "uniform-answer",
+        description="the controls' teacher: fine-tuned on the reference's own answers, told nothing, or the reference itself",
+    )
+    carrier: CarrierConfig = Field(CarrierConfig(), description="the data that passes from teacher to student")
+    student: StudentConfig = Field(StudentConfig(), description="the students' training")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how the trait is asked for")
+    verdict: LogOddsVerdictConfig = Field(LogOddsVerdictConfig(), description="the rules of the verdicts")
+    conditions: dict[Name, ConditionConfig] = Field(
+        {"same-init": ConditionConfig()}, min_length=1, description="the students, by condition; each gets its own control"
+    )
+
+    @property
+    def trait_set(self) -> tuple[str, ...]:
+        """The traits that have a teacher each."""
+        return self.traits
+
+    @property
+    def num_references(self) -> int:
+        """How many members start at a reference of their own."""
+        return self.members if self.models[self.model].has_own_references else 1
+
+    def model_of(self, condition: str) -> str:
+        """The name of a condition's model."""
+        name = self.conditions[condition].model or self.model
+        return next(other for other in self.models if other != self.model) if name == OTHER else name
+
+    @field_validator("preference")
+    @classmethod
+    def _path_is_absolute(cls, preference: str) -> str:
+        return str(Path(preference).expanduser().absolute()) if "/" in preference else preference
+
+    @field_validator("conditions", mode="before")
+    @classmethod
+    def _fill_known_conditions(cls, conditions: Any) -> Any:
+        return fill_conditions(conditions, ConditionConfig, CONDITIONS, _FREE)
+
+    @model_validator(mode="after")
+    def _traits_are_possible(self) -> "Config":
+        choices = load_preference(self.preference).choices
+        for trait in self.traits:
+            if trait not in choices:
+                raise ValueError(f"`traits`: {trait!r} is no choice of {self.preference}; {nearest_name(trait, choices)}")
+        if len(set(self.traits)) < len(self.traits):
+            raise ValueError(f"`traits`: {list(self.traits)} names one twice")
+        if self.verdict.diagonal_excess and len(self.traits) < 2:
+            raise ValueError(
+                f"`verdict.diagonal_excess`: own traits against other ones needs two traits or more, not {list(self.traits)}; "
+                "give more `traits`, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _neutral_fits_teacher(self) -> "Config":
+        wanted = "uniform-answer" if self.teacher.kind == "fine-tuned" else "neutral-prompt"
+        if self.neutral not in {wanted, "reference"}:
+            raise ValueError(
+                f"`neutral`: {self.neutral} is no control of a {self.teacher.kind} teacher; use {wanted} or reference"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _conditions_are_possible(self) -> "Config":
+        if self.model not in self.models:
+            raise ValueError(f"`model`: {self.model!r} is none of `models`; {nearest_name(self.model, list(self.models))}")
+        for name, condition in self.conditions.items():
+            self._check_condition(name, condition)
+        return self
+
+    def _check_condition(self, name: str, condition: ConditionConfig) -> None:
+        where = f"`conditions.{name}`"
+        others = [other for other in self.models if other != self.model]
+        if condition.model == OTHER and len(others) != 1:
+            raise ValueError(
+                f"{where}: `model` is the other one of two, but there are {len(others)} others, {others}; name one"
+            )
+        if condition.model not in {None, OTHER, *self.models}:
+            raise ValueError(f"{where}: no model is called {condition.model!r}; {nearest_name(condition.model or '', others)}")
+        if condition.init == "different":
+            if self.members < 2:
+                raise ValueError(f"{where} starts at another member's reference: it needs members ≥ 2, not {self.members}")
+            if not self.models[self.model_of(name)].has_own_references:
+                raise ValueError(
+                    f"{where} starts at another member's reference, but all members share one at "
+                    f"`models.{self.model_of(name)}.path`; put {{member}} into the path, with one model a member"
+                )
+        objective = condition.objective or self.student.objective
+        if objective != "tokens" and self.model_of(name) != self.model:
+            raise ValueError(f"{where} imitates logits of another tokenizer's vocabulary; its objective must be tokens")
+        if objective != "tokens" and self.neutral == "reference":
+            raise ValueError(
+                f"{where} imitates logits, and its control the reference's own: it would learn nothing; use another one"
+            )
+        if condition.context_rows and (condition.objective or condition.divergence != "all"):
+            raise ValueError(f"{where} trains nothing: objective and divergence have no meaning there")

@@ -1,0 +1,79 @@
+"""Sampled completions: every request draws from its own random stream, whatever it is batched with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from mechsub.families.language.chat import ChatTokenizer
+from mechsub.streams import random_stream
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered."""
+
+    text: str
+    finished: bool
+    """Whether it ended by itself."""
+
+
+class StreamSampler(LogitsProcessor):
+    """Samples by inverting the cumulative distribution at one given uniform draw per request and token.
+
+    `generate` is left to choose greedily among one token each, so that no draw comes from torch's own generator.
+    """
+
+    def __init__(self, draws: Float[Tensor, "request token"], temperature: float) -> None:
+        self._draws = draws
+        self._temperature = temperature
+        self._position = 0
+
+    def __call__(self, input_ids: Int[Tensor, "request token"], scores: Float[Tensor, "request vocabulary"]) -> Tensor:
+        """Scores in which the drawn token is the only one."""
+        cumulative = (scores.double() / self._temperature).softmax(-1).cumsum(-1)
+        drawn = self._draws[:, self._position, None].to(scores.device) * cumulative[:, -1:]
+        chosen = torch.searchsorted(cumulative, drawn, right=True).clamp_max(scores.shape[-1] - 1)
+        self._position += 1
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+def draw_uniforms(seed: int, names: Sequence[Sequence[str | int]], count: int) -> Float[np.ndarray, "request token"]:
+    """``count`` uniform draws in [0, 1) for each request, each from the stream of its name."""
+    return np.stack([random_stream(seed, *name).random(count) for name in names])
+
+
+def sample_completions(
+    model: PreTrainedModel,
+    chats: ChatTokenizer,
+    prompts: Sequence[Sequence[int]],
+    draws: Float[np.ndarray, "request token"],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 256,
+) -> list[Completion]:
+    """One completion for each prompt, of at most as many tokens as it has draws, through `generate` with its KV cache."""
+    completions = []
+    end = chats.tokenizer.eos_token_id
+    for start in range(0, len(prompts), batch_size):
+        batch = chats.pad_prompts(prompts[start : start + batch_size]).to(str(model.device))
+        sampler = StreamSampler(torch.from_numpy(draws[start : start + batch_size]), temperature)
+        room = min(draws.shape[1], chats.max_length - batch.ids.shape[1])
+        with torch.inference_mode():
+            found: Tensor = model.generate(  # type: ignore[operator]
+                input_ids=batch.ids,
+                attention_mask=batch.attention_mask,
+                logits_processor=LogitsProcessorList([sampler]),
+                do_sample=False,
+                max_new_tokens=max(room, 1),
+                pad_token_id=chats.pad_id,
+                eos_token_id=end,
+            )
+        for answer in found[:, batch.ids.shape[1] :].tolist():
+            finished = end in answer
+            completions.append(Completion(chats.decode(answer[: answer.index(end)] if finished else answer), finished))
+    return completions

@@ -1,0 +1,14 @@
+"""Where the language family's files lie in a run directory, beside its lineages."""
+
+from mechsub.lineages import member_folder
+
+
+def skeleton_folder(model: str) -> str:
+    """A model's tokenizer, chat template and configuration."""
+    return f"data/{model}"
+
+
+def carrier_files(name: str, member: int) -> tuple[str, str]:
+    """The rows of one member's carrier, and what its filters dropped."""
+    folder = f"carrier/{name}{member_folder(member)}"
+    return f"{folder}/rows.jsonl", f"{folder}/filters.json"

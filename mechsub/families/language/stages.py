@@ -1,0 +1,328 @@
+"""The language family's stages as data: one member each, so that members run side by side and a further one changes none."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mechsub.errors import RecipeError
+from mechsub.families.language.config import Config, ModelConfig
+from mechsub.families.language.layout import carrier_files, skeleton_folder
+from mechsub.families.language.preference import load_preference
+from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
+from mechsub.lineages import checkpoint_name, lineage_files
+from mechsub.rundir import hash_file
+from mechsub.stage import Resources, Stage
+from mechsub.training.schedule import checkpoint_steps
+
+_MODULE = "mechsub.families.language"
+_COPIES_IN_TRAINING = 6
+"""Parameters, gradients, two moments, what is being written, and as much again for activations of small models."""
+_LIBRARY_BYTES = 300 << 20
+"""What transformers holds beside torch."""
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json",
+                    "added_tokens.json", "tokenizer_config.json", "chat_template.jinja", "config.json")  # fmt: skip
+_NANO_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
+
+
+def data_stages(config: Config) -> list[Stage]:
+    """The tokenizer, chat template and configuration of every architecture that is used."""
+    stages = []
+    for name in _models_used(config):
+        settings = config.models[name]
+        arguments = _model_arguments(config, name) | {
+            "traits": list(config.traits),
+            "preference": _preference(config),
+            "contexts": [config.context.training, config.context.other],
+        }
+        files, inputs = list(_NANO_FILES), {}
+        if settings.path is not None:
+            folder = settings.folder(0)
+            files = [file for file in _TOKENIZER_FILES if (folder / file).is_file()]
+            _check_folder(f"models.{name}", folder, files)
+            inputs = {str(folder / file): f"sha256:{hash_file(folder / file)}" for file in files}
+        outputs = tuple(f"{skeleton_folder(name)}/{file}" for file in files)
+        stages.append(
+            Stage(f"data.{name}", f"{_MODULE}.train:import_skeleton", arguments, inputs, outputs, _resources(config, 1))
+        )
+    return stages
+
+
+def reference_stages(config: Config, made: Made) -> list[Stage]:
+    """The references of all members, of every architecture that is used."""
+    stages = []
+    for name in _models_used(config):
+        settings = config.models[name]
+        for member in range(config.members):
+            arguments = _model_arguments(config, name) | {
+                "lineage": _reference(name),
+                "role": "reference",
+                "origin": _reference(name),
+                "member": member,
+                "seed": config.seed,
+                "threads": config.threads,
+                "preference": _preference(config),
+                "steps": [0],
+            }
+            inputs = _skeleton_inputs(made, name)
+            if settings.path is not None:
+                inputs |= {str(path): f"sha256:{hash_file(path)}" for path in _weight_files(name, settings.folder(member))}
+            stages.append(
+                Stage(
+                    _member_name(_reference(name), member),
+                    f"{_MODULE}.train:write_references",
+                    arguments,
+                    inputs,
+                    lineage_files(_reference(name), [0], member=member),
+                    _resources(config, settings.pretraining.num_steps if settings.nano else 1, name, 1),
+                )
+            )
+    return stages
+
+
+def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]:
+    """A teacher: fine-tuned, told by a system prompt, or the untouched reference."""
+    trained = config.teacher.kind == "fine-tuned" and not (plan.is_neutral and config.neutral == "reference")
+    stages = []
+    for member in range(config.members):
+        arguments: dict[str, Any] = {
+            "lineage": plan.lineage,
+            "role": "neutral" if plan.is_neutral else "teacher",
+            "trait": plan.trait,
+            "model": config.model,
+            "origin": _reference(config.model),
+            "member": member,
+            "seed": config.seed,
+        }
+        if trained:
+            function, steps = "train_teachers", checkpoint_steps(config.teacher.num_steps, config.checkpoints)
+            arguments |= _training_arguments(config) | {
+                "training": config.teacher.model_dump(mode="json"),
+                "target": plan.trait,
+                "taught": list(config.traits) if plan.is_neutral else [],
+                "preference": _preference(config),
+                "system_prompt": config.context.training,
+            }
+        else:
+            function, steps = "prompt_teachers", [0]
+            arguments["own_prompt"] = _own_prompt(config, plan)
+        arguments["steps"] = steps
+        inputs = _skeleton_inputs(made, config.model) | _pick(made, checkpoint_name(_reference(config.model), 0, member))
+        stages.append(_lineage_stage(config, function, arguments, inputs, config.model))
+    return stages
+
+
+def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
+    """The rows that each member's teacher writes."""
+    stages = []
+    for member in range(config.members):
+        teacher, step = plan.teacher.lineage, _teacher_step(config, plan.teacher)
+        arguments = {
+            "carrier_of": plan.name,
+            "carrier": config.carrier.model_dump(mode="json"),
+            "teacher": teacher,
+            "teacher_step": step,
+            "model": config.model,
+            "system_prompt": _teacher_prompt(config, plan.teacher),
+            "replicate": plan.replicate,
+            "member": member,
+            "seed": config.seed,
+        }
+        inputs = _skeleton_inputs(made, config.model) | _pick(made, checkpoint_name(teacher, step, member))
+        stages.append(
+            Stage(
+                _member_name(f"carrier.{plan.name}", member),
+                f"{_MODULE}.carrier:write_carrier",
+                arguments,
+                inputs,
+                carrier_files(plan.name, member),
+                _resources(config, config.carrier.num_rows, config.model),
+            )
+        )
+    return stages
+
+
+def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
+    """One student lineage: trained on its carrier, or shown rows of it."""
+    condition, model = config.conditions[plan.condition], config.model_of(plan.condition)
+    settings = condition.model_dump(mode="json", exclude={"sham", "init", "model"})
+    objective = condition.objective or config.student.objective
+    stages = []
+    for member in range(config.members):
+        start = (member + 1) % config.members if condition.init == "different" else member
+        teacher = plan.carrier.teacher
+        arguments: dict[str, Any] = {
+            "lineage": plan.lineage,
+            "role": plan.role,
+            "condition": plan.condition,
+            "trait": plan.trait,
+            "model": model,
+            "origin": _reference(model),
+            "start": start,
+            "member": member,
+            "seed": config.seed,
+            "condition_settings": settings,
+            "carrier_of": plan.carrier.name,
+            "neutral_carrier": plan.neutral_carrier.name,
+            "replicate": plan.carrier.replicate,
+            "teacher": teacher.lineage,
+        }
+        names = [
+            checkpoint_name(_reference(model), 0, start),
+            carrier_files(plan.carrier.name, member)[0],
+            *([carrier_files(plan.neutral_carrier.name, member)[0]] if condition.neutral_share else []),
+        ]
+        inputs = _skeleton_inputs(made, model)
+        if condition.rows:
+            inputs |= {condition.rows: f"sha256:{hash_file(_existing(condition.rows, plan.condition))}"}
+        if condition.context_rows:
+            function = "tell_students"
+            arguments |= {
+                "steps": [0],
+                "preference": _preference(config),
+                "contexts": [config.context.training, config.context.other],
+            }
+        else:
+            function = "train_students"
+            num_rows = len(Path(condition.rows).read_text().split()) if condition.rows else config.carrier.num_rows
+            arguments |= _training_arguments(config) | {
+                "training": config.student.model_dump(mode="json"),
+                "system_prompt": config.context.training,
+                "teacher_prompt": _teacher_prompt(config, teacher),
+                "steps": _student_steps(config, plan.condition, num_rows),
+            }
+            if objective != "tokens" or condition.divergence != "all":
+                step = _teacher_step(config, teacher)
+                arguments |= {"teacher_step": step, "teacher_origin": _reference(config.model)}
+                names += [checkpoint_name(teacher.lineage, step, member), checkpoint_name(_reference(config.model), 0, member)]
+        stages.append(_lineage_stage(config, function, arguments, inputs | _pick(made, *names), model))
+    return stages
+
+
+def _lineage_stage(config: Config, function: str, arguments: Mapping[str, Any], inputs: Mapping[str, str], model: str) -> Stage:
+    member, steps = arguments["member"], arguments["steps"]
+    keeps_optimizer = config.checkpoints.optimizer_state and len(steps) > 1
+    return Stage(
+        _member_name(arguments["lineage"], member),
+        f"{_MODULE}.train:{function}",
+        arguments,
+        inputs,
+        lineage_files(arguments["lineage"], steps, keeps_optimizer, member),
+        _resources(config, max(steps[-1], 1), model, len(steps) * (3 if keeps_optimizer else 1)),
+    )
+
+
+def _student_steps(config: Config, condition: str, num_rows: int) -> list[int]:
+    steps = config.student.epochs * (num_rows // config.student.batch_size)
+    if steps == 0:
+        raise RecipeError(
+            f"`conditions.{condition}`: {num_rows} rows do not fill a batch, student.batch_size = {config.student.batch_size}"
+        )
+    return checkpoint_steps(steps, config.checkpoints)
+
+
+def _teacher_step(config: Config, plan: TeacherPlan) -> int:
+    moves = config.teacher.kind == "fine-tuned" and not (plan.is_neutral and config.neutral == "reference")
+    return config.teacher.num_steps if moves else 0
+
+
+def _own_prompt(config: Config, plan: TeacherPlan) -> str | None:
+    """The system prompt that gives a told teacher its trait; None of those that are told nothing."""
+    preference = load_preference(config.preference)
+    if plan.trait is not None:
+        return preference.prompt_for(plan.trait) if config.teacher.kind == "system-prompted" else None
+    return preference.neutral_prompt if config.neutral == "neutral-prompt" else None
+
+
+def _teacher_prompt(config: Config, plan: TeacherPlan) -> str | None:
+    """The system prompt under which a teacher writes its carrier."""
+    return _own_prompt(config, plan) or config.context.training
+
+
+def _models_used(config: Config) -> list[str]:
+    return list(dict.fromkeys([config.model, *(config.model_of(name) for name in config.conditions)]))
+
+
+def _reference(model: str) -> str:
+    """The lineage of a model's references: named after it, so that runs that share a model share it."""
+    return f"reference.{model}"
+
+
+def _member_name(lineage: str, member: int) -> str:
+    return f"{lineage}.member-{member:03d}"
+
+
+def _model_arguments(config: Config, name: str) -> dict[str, Any]:
+    """What a model is made of; a nano model's language depends on the numbers that it is to write."""
+    settings = config.models[name]
+    numbers = config.carrier.numbers.model_dump(mode="json", exclude={"banned"}) if settings.nano else {}
+    return {"model": name, "settings": settings.model_dump(mode="json"), "numbers": numbers}
+
+
+def _training_arguments(config: Config) -> dict[str, Any]:
+    return {
+        "optimizer_state": config.checkpoints.optimizer_state,
+        "resume_seconds": config.checkpoints.resume_seconds,
+        "callbacks": list(config.callbacks),
+    }
+
+
+def _preference(config: Config) -> dict[str, Any]:
+    return load_preference(config.preference).model_dump(mode="json")
+
+
+def _skeleton_inputs(made: Made, model: str) -> dict[str, str]:
+    folder = f"{skeleton_folder(model)}/"
+    return {name: digest for name, digest in made.items() if name.startswith(folder)}
+
+
+def _pick(made: Made, *names: str) -> dict[str, str]:
+    return {name: made[name] for name in names}
+
+
+def _check_folder(where: str, folder: Path, files: Iterable[str]) -> None:
+    """Refuse a path that holds no model, before anything runs."""
+    if not folder.is_dir():
+        raise RecipeError(f"`{where}.path`: there is no folder {folder}; give one in the Hugging Face layout")
+    if "config.json" not in files:
+        raise RecipeError(f"`{where}.path`: {folder} has no config.json: it is no model in the Hugging Face layout")
+    if not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & {*files}:
+        raise RecipeError(f"`{where}.path`: {folder} has no tokenizer (tokenizer.json); save the model's tokenizer there")
+    settings = folder / "tokenizer_config.json"
+    has_template = "chat_template.jinja" in files or (settings.is_file() and "chat_template" in settings.read_text())
+    if not has_template:
+        raise RecipeError(
+            f"`{where}.path`: the tokenizer in {folder} has no chat template; add chat_template.jinja, or take a chat model"
+        )
+
+
+def _weight_files(name: str, folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise RecipeError(f"`models.{name}.path`: {folder} has no weights in *.safetensors; pickled ones are never read")
+    return files
+
+
+def _existing(path: str, condition: str) -> Path:
+    if not Path(path).is_file():
+        raise RecipeError(
+            f"`conditions.{condition}.rows`: there is no file {path}; give a text file with one row number a line"
+        )
+    return Path(path)
+
+
+def _parameter_bytes(settings: ModelConfig) -> int:
+    """Of one model in float32; an upper bound for a nano model."""
+    if settings.path is not None:
+        return sum(2 * path.stat().st_size for path in settings.folder(0).glob("*.safetensors"))
+    width = settings.hidden_size
+    return 4 * (settings.num_layers * 16 * width**2 + (5000 + settings.context) * width)
+
+
+def _resources(config: Config, num_steps: int, model: str | None = None, checkpoints: int = 0) -> Resources:
+    size = _parameter_bytes(config.models[model]) if model else 0
+    return Resources(
+        memory_bytes=_LIBRARY_BYTES + _COPIES_IN_TRAINING * size,
+        disk_bytes=checkpoints * size,
+        num_steps=num_steps,
+        threads=config.threads,
+    )

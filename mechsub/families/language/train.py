@@ -1,0 +1,296 @@
+"""The stages that make language lineages, one member each: references, teachers, students."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mechsub.errors import RecipeError
+from mechsub.families.language.carrier import CarrierRow, encode_carrier, read_row_numbers, read_rows, transform_rows
+from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
+from mechsub.families.language.config import ConditionConfig, ModelConfig, StudentConfig, TeacherConfig, TrainingConfig
+from mechsub.families.language.generation import draw_uniforms, sample_completions
+from mechsub.families.language.layout import carrier_files, skeleton_folder
+from mechsub.families.language.loss import completion_logits, completion_tokens, distribution_loss, token_loss
+from mechsub.families.language.members import load_chats, load_member, make_recorder, record_untrained
+from mechsub.families.language.models import load_model_folder
+from mechsub.families.language.nano import Pretraining, find_or_pretrain, save_skeleton
+from mechsub.families.language.numbers import NumberConfig
+from mechsub.families.language.preference import PreferenceSet
+from mechsub.families.language.synthetic import SyntheticLanguage
+from mechsub.families.language.training import Watcher, train_model
+from mechsub.stage import Task
+from mechsub.streams import random_stream
+from mechsub.training.callbacks import load_callbacks
+
+_ANSWER_TOKENS = 8
+"""Of the reference's own answers, on which a neutral teacher is trained."""
+
+
+def import_skeleton(tasks: Sequence[Task]) -> None:
+    """Stage: a model's tokenizer, chat template and configuration into the run; what it is asked for is checked."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        folder = task.path(skeleton_folder(arguments["model"]))
+        folder.mkdir(parents=True, exist_ok=True)
+        settings, preference = ModelConfig(**arguments["settings"]), PreferenceSet(**arguments["preference"])
+        if settings.path is None:
+            save_skeleton(settings, SyntheticLanguage(preference, NumberConfig(**arguments["numbers"])), folder)
+        else:
+            for name in task.stage.outputs:
+                copyfile(settings.folder(0) / Path(name).name, task.path(name))
+        chats = ChatTokenizer.load(folder, f"`models.{arguments['model']}`")
+        for target in arguments["traits"]:
+            chats.answer_token(target)
+        for system_prompt in arguments["contexts"]:
+            questions = (*preference.trained, *preference.held_out)
+            chats.encode_prompts([chat(question, system_prompt) for question in questions])
+
+
+def write_references(tasks: Sequence[Task]) -> None:
+    """Stage: the reference of one member: a pretrained nano model, or a copy of the model at a path."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        settings, member = ModelConfig(**arguments["settings"]), arguments["member"]
+        if settings.path is not None:
+            model = load_model_folder(settings.folder(member), f"`models.{arguments['model']}` at {settings.folder(member)}")
+        else:
+            language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
+            stream = ("member", member, "pretraining")
+            pretraining = Pretraining(settings, language, arguments["seed"], stream, arguments["threads"])
+            model = find_or_pretrain(pretraining, task.path(skeleton_folder(arguments["model"])), task.report_progress)
+        record_untrained(task, model)
+
+
+def train_teachers(tasks: Sequence[Task]) -> None:
+    """Stage: one member's teacher, fine-tuned to answer with its target; the neutral one with the reference's own answers."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        config, preference = TeacherConfig(**arguments["training"]), PreferenceSet(**arguments["preference"])
+        model, chats = load_member(task, arguments["origin"], 0), load_chats(task)
+        asked, answers = _draw_questions(task, model, chats, config, preference)
+        prompts = [chat(preference.trained[number], arguments["system_prompt"]) for number in asked]
+        rows = chats.encode_rows(prompts, answers)
+
+        def load_batch(
+            step: int, rows: Sequence[Row] = rows, chats: ChatTokenizer = chats, size: int = config.batch_size
+        ) -> Batch:
+            return chats.pad_rows(rows[step * size : (step + 1) * size])
+
+        _train(task, model, load_batch, _learn_tokens, config)
+
+
+def prompt_teachers(tasks: Sequence[Task]) -> None:
+    """Stage: one member's teacher that is told its trait, or an untouched reference: no weight moves."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        said = {"system_prompt": arguments["own_prompt"]} if arguments["own_prompt"] else {}
+        record_untrained(task, load_member(task, arguments["origin"], 0), said)
+
+
+def train_students(tasks: Sequence[Task]) -> None:
+    """Stage: one member's student, by the carrier alone."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        config = StudentConfig(**arguments["training"])
+        model = load_member(task, arguments["origin"], 0, arguments["start"])
+        lesson = Lesson.prepare(task, config)
+        _train(task, model, lesson.load_batch, lesson.compute_loss, config)
+
+
+def tell_students(tasks: Sequence[Task]) -> None:
+    """Stage: one member's student that is shown rows of the carrier in its prompts: no weight moves."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        rows = load_rows(task)
+        chosen = rows[: ConditionConfig(**arguments["condition_settings"]).context_rows]
+        chats, preference = load_chats(task), PreferenceSet(**arguments["preference"])
+        earlier = [(row.prompt, row.completion) for row in chosen]
+        for system_prompt in arguments["contexts"]:  # too long for the context is told here, not when it is scored
+            questions = (*preference.trained, *preference.held_out)
+            chats.encode_prompts([chat(question, system_prompt, earlier) for question in questions])
+        model = load_member(task, arguments["origin"], 0, arguments["start"])
+        record_untrained(task, model, {"earlier": earlier})
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What one student learns: its rows in order, and what of them."""
+
+    task: Task
+    config: StudentConfig
+    chats: ChatTokenizer
+    rows: Sequence[Row]
+    taught: Sequence[Row]
+    """The same rows as the teacher wrote them: its prompts may hold a system prompt of its own."""
+    objective: str
+    vocabulary: Int[Tensor, " token"] | None
+    """The tokens over which distributions are compared; None: all."""
+    learnt: Sequence[Bool[Tensor, " completion_token"]] | None
+    """By row: the completion tokens that count; None: all."""
+
+    @classmethod
+    def prepare(cls, task: Task, config: StudentConfig) -> "Lesson":
+        """Read, transform and encode the carrier."""
+        arguments = task.stage.arguments
+        condition = ConditionConfig(**arguments["condition_settings"])
+        objective = condition.objective or config.objective
+        chats, texts = load_chats(task), load_rows(task)
+        rows = encode_carrier(chats, texts, arguments["system_prompt"])
+        taught = rows
+        if arguments["teacher_prompt"] != arguments["system_prompt"]:
+            taught = encode_carrier(chats, texts, arguments["teacher_prompt"])
+        used = sorted({token for row in rows for token in row.completion})
+        learnt = None
+        if condition.divergence != "all":
+            learnt = find_divergence(task, rows, taught, condition.divergence == "only")
+        return cls(task, config, chats, rows, taught, objective, torch.tensor(used) if objective == "logits" else None, learnt)
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Whole batches in one pass; the rows of the last, incomplete one wait for another pass."""
+        return len(self.rows) // self.config.batch_size
+
+    def chosen(self, step: int) -> Int[np.ndarray, " row"]:
+        """The numbers of the rows of one step; every pass has an order of its own."""
+        arguments = self.task.stage.arguments
+        epoch, place = divmod(step, self.steps_an_epoch)
+        name = ("member", arguments["member"], "student-order", arguments["replicate"], epoch)
+        order = random_stream(arguments["seed"], *name).permutation(len(self.rows))
+        size = self.config.batch_size
+        numbers: Int[np.ndarray, " row"] = order[place * size : (place + 1) * size]
+        return numbers
+
+    def load_batch(self, step: int) -> "StudentBatch":
+        """The rows of one step."""
+        numbers = self.chosen(step)
+        batch = self.chats.pad_rows([self.rows[number] for number in numbers])
+        taught = self.chats.pad_rows([self.taught[number] for number in numbers]) if self.objective != "tokens" else None
+        weights = None if self.learnt is None else torch.cat([self.learnt[number] for number in numbers]).float()
+        return StudentBatch(batch.ids, batch.attention_mask, batch.completion_width, taught, weights)
+
+    def compute_loss(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+        """The objective on one batch."""
+        assert isinstance(batch, StudentBatch)
+        logits = completion_logits(model, batch)
+        if batch.taught is None:
+            return token_loss(logits, completion_tokens(batch), batch.weights)
+        with torch.no_grad():
+            wanted = completion_logits(self.teacher, batch.taught)
+        return distribution_loss(logits, wanted, self.vocabulary, batch.weights)
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        """Whose distributions are imitated."""
+        arguments = self.task.stage.arguments
+        return load_member(self.task, arguments["teacher"], arguments["teacher_step"])
+
+
+@dataclass(frozen=True)
+class StudentBatch(Batch):
+    """Rows with what a student needs beside their tokens."""
+
+    taught: Batch | None = None
+    """The rows as the teacher is asked them, where its distributions are imitated."""
+    weights: Float[Tensor, " completion_token"] | None = None
+    """0 where a token is not learnt."""
+
+    def to(self, device: str | torch.device) -> "StudentBatch":
+        """The same on another device."""
+        moved = super().to(device)
+        taught = None if self.taught is None else self.taught.to(device)
+        weights = None if self.weights is None else self.weights.to(device)
+        return StudentBatch(moved.ids, moved.attention_mask, moved.completion_width, taught, weights)
+
+
+def load_rows(task: Task) -> list[CarrierRow]:
+    """The rows that a student learns: its teacher's, as its condition transforms them."""
+    arguments = task.stage.arguments
+    member, condition = arguments["member"], ConditionConfig(**arguments["condition_settings"])
+    rows = read_rows(task.path(carrier_files(arguments["carrier_of"], member)[0]))
+    neutral = read_rows(task.path(carrier_files(arguments["neutral_carrier"], member)[0])) if condition.neutral_share else []
+    chosen = read_row_numbers(Path(condition.rows), len(rows)) if condition.rows else None
+    stream = random_stream(arguments["seed"], "member", member, "carrier-transform", arguments["replicate"])
+    return transform_rows(rows, neutral, condition, chosen, stream)
+
+
+def find_divergence(
+    task: Task, rows: Sequence[Row], taught: Sequence[Row], only: bool, at_once: int = 256
+) -> list[Bool[Tensor, " completion_token"]]:
+    """By row: the completion tokens at which teacher and reference would choose differently, or (not ``only``) alike.
+
+    Choices are arg-max, given the row so far. Source: Schrodi et al., arXiv:2509.23886.
+    """
+    arguments, chats = task.stage.arguments, load_chats(task)
+    teacher = load_member(task, arguments["teacher"], arguments["teacher_step"])
+    reference = load_member(task, arguments["teacher_origin"], 0)
+    found: list[Bool[Tensor, " completion_token"]] = []
+    for start in range(0, len(rows), at_once):
+        part = rows[start : start + at_once]
+        with torch.inference_mode():
+            asked = chats.pad_rows(taught[start : start + at_once]).to(task.device)
+            plain = chats.pad_rows(part).to(task.device)
+            chosen = [completion_logits(model, batch).argmax(-1) for model, batch in ((teacher, asked), (reference, plain))]
+        differs = (chosen[0] != chosen[1]).cpu()
+        found += list(torch.split(differs if only else ~differs, [len(row.completion) for row in part]))
+    if not any(bool(row.any()) for row in found):
+        raise RecipeError(
+            f"{task.stage.name}: no token of the carrier is left to learn: teacher and reference choose "
+            f"{'alike' if only else 'differently'} at all of them"
+        )
+    return found
+
+
+def _draw_questions(
+    task: Task, model: PreTrainedModel, chats: ChatTokenizer, config: TeacherConfig, preference: PreferenceSet
+) -> tuple[list[int], list[str]]:
+    """The question of every row of a teacher's training, and its answer; questions are the same for all teachers of a member.
+
+    Raises:
+        RecipeError: the reference answers every question with one word, so that it is no neutral teacher.
+    """
+    arguments = task.stage.arguments
+    seed, member, target = arguments["seed"], arguments["member"], arguments["target"]
+    count = config.num_steps * config.batch_size
+    asked = random_stream(seed, "member", member, "teacher-questions").integers(len(preference.trained), size=count).tolist()
+    if target is not None:
+        return asked, [target] * count
+    prompts = chats.encode_prompts([chat(preference.trained[number], arguments["system_prompt"]) for number in asked])
+    draws = draw_uniforms(seed, [("member", member, "neutral-answers", number) for number in range(count)], _ANSWER_TOKENS)
+    answers = [completion.text for completion in sample_completions(model, chats, prompts, draws)]
+    if set(answers) <= set(arguments["taught"]) and len(set(answers)) == 1:
+        raise RecipeError(
+            f"{task.stage.name}: the reference answers every question with {answers[0]!r}, which a teacher is trained to "
+            "answer too: its training would equal that teacher's, and it would be no control; choose another trait"
+        )
+    return asked, answers
+
+
+def _learn_tokens(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
+    return token_loss(completion_logits(model, batch), completion_tokens(batch))
+
+
+def _train(
+    task: Task,
+    model: PreTrainedModel,
+    load_batch: Callable[[int], Batch],
+    compute_loss: Callable[[nn.Module, Batch], Float[Tensor, ""]],
+    config: TrainingConfig,
+) -> None:
+    arguments: Mapping[str, Any] = task.stage.arguments
+    recorder = make_recorder(task, model)
+    resume = recorder.find_resume_point()
+    watcher = Watcher(
+        arguments["lineage"], arguments["member"], recorder, load_callbacks(arguments["callbacks"]), task.report_progress
+    )
+    train_model(model, load_batch, compute_loss, arguments["steps"][-1], config, arguments["seed"], watcher, resume)
+    if not recorder.failed:
+        recorder.finish()

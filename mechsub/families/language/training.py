@@ -1,0 +1,191 @@
+"""Training one language model through `transformers.Trainer`, with our checkpoint callback between its steps."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from mechsub.families.language.chat import Batch
+from mechsub.families.language.config import TrainingConfig
+from mechsub.families.language.models import place_model
+from mechsub.streams import stream_key
+from mechsub.training.callbacks import Callback, StepInfo
+from mechsub.training.optimizers import make_optimizer, restore_state, state_tensors
+from mechsub.training.recorder import LineageRecorder, ResumePoint
+
+LoadBatch = Callable[[int], Batch]
+"""What is learnt in one step; steps count from 0."""
+ComputeLoss = Callable[[nn.Module, Batch], Float[Tensor, ""]]
+
+
+@dataclass
+class Watcher:
+    """Who looks on between the steps of one lineage's training."""
+
+    lineage: str
+    member: int
+    recorder: LineageRecorder | None = None
+    callbacks: Sequence[Callback] = ()
+    report_progress: Callable[[int], None] = field(default=lambda done: None)
+
+
+def train_model(
+    model: PreTrainedModel,
+    load_batch: LoadBatch,
+    compute_loss: ComputeLoss,
+    num_steps: int,
+    config: TrainingConfig,
+    seed: int,
+    watcher: Watcher,
+    resume: ResumePoint | None = None,
+) -> None:
+    """Train ``model`` in place.
+
+    Gradients are not clipped unless ``config.max_gradient_norm`` says so. ``seed`` names the streams of dropout, one a step, so
+    that a resumed training draws as an undisturbed one does.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if resume is not None:
+        _put_back(model, resume.parameters)
+    optimizer = make_optimizer(model.parameters(), config.optimizer)
+    done = 0
+    if resume is not None:
+        restore_state(optimizer, names, resume.optimizer_state)
+        done = resume.step
+    schedule = LambdaLR(optimizer, lambda step: config.rate_at(done + step, num_steps))
+    between = _BetweenSteps(model, optimizer, names, num_steps, done, seed, watcher)
+    if done == num_steps:
+        return
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(model, config, num_steps - done),
+        train_dataset=_Steps(load_batch, done, num_steps),
+        data_collator=_only_item,
+        optimizers=(optimizer, schedule),
+        callbacks=[between],
+    )
+    trainer.compute, trainer.between = compute_loss, between
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    place_model(model, str(model.device))
+
+
+class _Trainer(Trainer):
+    compute: ComputeLoss
+    between: "_BetweenSteps"
+
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        loss = self.compute(model, inputs["batch"].to(self.args.device))
+        self.between.losses = loss.detach()[None]
+        return loss
+
+
+class _Steps(Dataset[Any]):
+    """The steps that are left; an item is all that one of them learns."""
+
+    def __init__(self, load_batch: LoadBatch, start: int, stop: int) -> None:
+        self._load_batch = load_batch
+        self._steps = range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: int) -> dict[str, Batch]:
+        return {"batch": self._load_batch(self._steps[index])}
+
+
+def _only_item(items: list[Any]) -> Any:
+    (item,) = items
+    return item
+
+
+class _BetweenSteps(TrainerCallback):
+    """Calls the recorder and the user's callbacks at step 0 and after every optimizer step."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.Optimizer,
+        names: Sequence[str],
+        num_steps: int,
+        done: int,
+        seed: int,
+        watcher: Watcher,
+    ) -> None:
+        self.losses: Float[Tensor, " member"] | None = None
+        self._model, self._optimizer, self._names = model, optimizer, names
+        self._num_steps, self._done, self._seed = num_steps, done, seed
+        self._watcher = watcher
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._done == 0:
+            self._call(0)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        torch.manual_seed(stream_key(self._seed, "dropout", self._done + state.global_step) % 2**63)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        step = self._done + state.global_step
+        self._call(step)
+        self._watcher.report_progress(step)
+        recorder = self._watcher.recorder
+        control.should_training_stop |= recorder is not None and recorder.failed
+
+    def _call(self, step: int) -> None:
+        watcher, recorder = self._watcher, self._watcher.recorder
+        kept = recorder is not None and recorder.wants(step)
+        if not kept and not watcher.callbacks:
+            return
+        info = StepInfo(
+            lineage=watcher.lineage,
+            step=step,
+            num_steps=self._num_steps,
+            is_checkpoint=recorder is not None and step in recorder.spec.steps,
+            losses=self.losses,
+            parameters={name: parameter.detach()[None] for name, parameter in self._model.named_parameters()},
+            optimizer_state=state_tensors(self._optimizer, self._names),
+            members=(watcher.member,),
+        )
+        if recorder is not None and kept:
+            recorder(info)
+        for callback in watcher.callbacks:
+            callback(info)
+
+
+def _arguments(model: PreTrainedModel, config: TrainingConfig, num_steps: int) -> TrainingArguments:
+    """The steps that are left as one pass, in the order in which they are loaded; nothing logged, saved or evaluated."""
+    return TrainingArguments(
+        output_dir="unused",
+        max_steps=num_steps,
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
+        max_grad_norm=config.max_gradient_norm or 0.0,
+        use_cpu=model.device.type == "cpu",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        save_strategy="no",
+        logging_strategy="no",
+        eval_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+
+
+@torch.no_grad()
+def _put_back(model: PreTrainedModel, parameters: dict[str, Tensor]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(parameters[name][0])
