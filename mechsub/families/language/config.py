@@ -8,7 +8,6 @@ from pydantic import Field, field_validator, model_validator
 
 from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, VerdictConfig, fill_conditions
 from mechsub.families.language.numbers import NumberConfig
-from mechsub.families.language.preference import load_preference
 from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import OptimizerConfig
 
@@ -245,10 +244,6 @@ class Config(FamilyConfig):
 
     @model_validator(mode="after")
     def _traits_are_possible(self) -> "Config":
-        choices = load_preference(self.preference).choices
-        for trait in self.traits:
-            if trait not in choices:
-                raise ValueError(f"`traits`: {trait!r} is no choice of {self.preference}; {nearest_name(trait, choices)}")
         if len(set(self.traits)) < len(self.traits):
             raise ValueError(f"`traits`: {list(self.traits)} names one twice")
         if self.verdict.diagonal_excess and len(self.traits) < 2:

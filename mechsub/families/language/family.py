@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import Config
-from mechsub.families.language.layout import skeleton_folder
+from mechsub.families.language.layout import PREFERENCE_FILE, skeleton_folder
 from mechsub.families.language.models import build_model, load_parameters, place_model
-from mechsub.families.language.preference import load_preference
+from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.trait import MEASURES, Context, score_preference
 from mechsub.families.protocol import Scores
 from mechsub.lineages import Lineage
@@ -22,7 +22,7 @@ class Family:
 
     def __init__(self, run: Path, config: Config, device: str) -> None:
         self._run, self._config, self._device = run, config, device
-        self._preference = load_preference(config.preference)
+        self._preference = PreferenceSet.model_validate_json((run / PREFERENCE_FILE).read_text())
         category = self._preference.category
         self.traits = {trait: f"prefers {trait} as its {category}" for trait in config.traits}
         inside, outside = config.context.training, config.context.other

@@ -8,6 +8,10 @@ def skeleton_folder(model: str) -> str:
     return f"data/{model}"
 
 
+PREFERENCE_FILE = "data/preference.json"
+"""What may be preferred and how it is asked, as the run used it."""
+
+
 def carrier_files(name: str, member: int) -> tuple[str, str]:
     """The rows of one member's carrier, and what its filters dropped."""
     folder = f"carrier/{name}{member_folder(member)}"

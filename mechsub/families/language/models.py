@@ -12,7 +12,7 @@ from transformers.utils import logging
 from mechsub.errors import RecipeError
 from mechsub.lineages import TensorInfo
 
-logging.disable_progress_bar()  # its bars would run through ours
+logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # its bars would run through ours
 
 _BLOCK = re.compile(r"\.(?:h|layers|blocks|block)\.(\d+)\.")
 _KINDS = (

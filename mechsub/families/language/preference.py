@@ -31,6 +31,13 @@ class PreferenceSet(Settings):
         return prompt
 
     @model_validator(mode="after")
+    def _neutral_prompt_is_neutral(self) -> "PreferenceSet":
+        told = next((choice for choice in self.choices if self.prompt_for(choice) == self.neutral_prompt), None)
+        if told is not None:
+            raise ValueError(f"neutral_prompt is the system prompt that gives {told!r}: its teacher would be no control")
+        return self
+
+    @model_validator(mode="after")
     def _questions_are_apart(self) -> "PreferenceSet":
         both = sorted(set(self.trained) & set(self.held_out))
         if both:

@@ -6,11 +6,12 @@ from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import Config, ModelConfig
-from mechsub.families.language.layout import carrier_files, skeleton_folder
+from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.preference import load_preference
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import checkpoint_name, lineage_files
 from mechsub.rundir import hash_file
+from mechsub.settings import nearest_name
 from mechsub.stage import Resources, Stage
 from mechsub.training.schedule import checkpoint_steps
 
@@ -25,8 +26,17 @@ _NANO_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 
 
 def data_stages(config: Config) -> list[Stage]:
-    """The tokenizer, chat template and configuration of every architecture that is used."""
-    stages = []
+    """The preference set, and the tokenizer, chat template and configuration of every architecture that is used."""
+    choices = load_preference(config.preference).choices
+    for trait in config.traits:
+        if trait not in choices:
+            raise RecipeError(f"`traits`: {trait!r} is no choice of {config.preference}; {nearest_name(trait, choices)}")
+    preference = {"preference": _preference(config)}
+    stages = [
+        Stage(
+            "data.preference", f"{_MODULE}.train:import_preference", preference, {}, (PREFERENCE_FILE,), _resources(config, 1)
+        )
+    ]
     for name in _models_used(config):
         settings = config.models[name]
         arguments = _model_arguments(config, name) | {
@@ -39,6 +49,7 @@ def data_stages(config: Config) -> list[Stage]:
             folder = settings.folder(0)
             files = [file for file in _TOKENIZER_FILES if (folder / file).is_file()]
             _check_folder(f"models.{name}", folder, files)
+            _check_members(f"models.{name}", config, name, files)
             inputs = {str(folder / file): f"sha256:{hash_file(folder / file)}" for file in files}
         outputs = tuple(f"{skeleton_folder(name)}/{file}" for file in files)
         stages.append(
@@ -293,6 +304,19 @@ def _check_folder(where: str, folder: Path, files: Iterable[str]) -> None:
         raise RecipeError(
             f"`{where}.path`: the tokenizer in {folder} has no chat template; add chat_template.jinja, or take a chat model"
         )
+
+
+def _check_members(where: str, config: Config, name: str, files: Iterable[str]) -> None:
+    """Members of their own must be one architecture with one tokenizer: they exchange carriers and starts."""
+    settings = config.models[name]
+    for member in range(1, config.members if settings.has_own_references else 1):
+        folder = settings.folder(member)
+        for file in files:
+            if not (folder / file).is_file() or hash_file(folder / file) != hash_file(settings.folder(0) / file):
+                raise RecipeError(
+                    f"`{where}.path`: {folder / file} is not that of {settings.folder(0)}; members need one architecture "
+                    "and one tokenizer"
+                )
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:

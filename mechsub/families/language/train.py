@@ -18,7 +18,7 @@ from mechsub.families.language.carrier import CarrierRow, encode_carrier, read_r
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
 from mechsub.families.language.config import ConditionConfig, ModelConfig, StudentConfig, TeacherConfig, TrainingConfig
 from mechsub.families.language.generation import draw_uniforms, sample_completions
-from mechsub.families.language.layout import carrier_files, skeleton_folder
+from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.loss import completion_logits, completion_tokens, distribution_loss, token_loss
 from mechsub.families.language.members import load_chats, load_member, make_recorder, record_untrained
 from mechsub.families.language.models import load_model_folder
@@ -27,12 +27,19 @@ from mechsub.families.language.numbers import NumberConfig
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.families.language.training import Watcher, train_model
+from mechsub.rundir import write_json
 from mechsub.stage import Task
 from mechsub.streams import random_stream
 from mechsub.training.callbacks import load_callbacks
 
 _ANSWER_TOKENS = 8
 """Of the reference's own answers, on which a neutral teacher is trained."""
+
+
+def import_preference(tasks: Sequence[Task]) -> None:
+    """Stage: the preference set into the run, which is scored with it ever after."""
+    for task in tasks:
+        write_json(task.path(PREFERENCE_FILE), task.stage.arguments["preference"])
 
 
 def import_skeleton(tasks: Sequence[Task]) -> None:
