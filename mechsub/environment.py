@@ -12,6 +12,9 @@ import psutil
 
 LIBRARIES = (
     "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
     "numpy",
     "scipy",
     "scikit-learn",

@@ -89,7 +89,7 @@ class LineageSpec:
     member: int | None = None
     """The one member that the folder holds; None: all of them, stacked."""
     context: Mapping[str, Any] = field(default_factory=dict)
-    """What stands in its prompts wherever it is asked; empty where nothing does."""
+    """What stands in its prompts wherever it is asked; empty where nothing does. See `Lineage.context`."""
 
 
 def member_folder(member: int | None) -> str:
@@ -149,6 +149,7 @@ class Lineage:
         specs = [_read_spec(part / SPEC_FILE) for part in parts]
         self._parts = None if specs[0].member is None else parts
         self.spec = specs[0] if self._parts is None else _join(specs)
+        self._contexts = [spec.context for spec in specs]
 
     def __repr__(self) -> str:
         return f"Lineage({self.spec.name!r}, {self.spec.num_members} members, steps {list(self.spec.steps)})"
@@ -167,6 +168,10 @@ class Lineage:
     def last(self) -> int:
         """The last step."""
         return self.spec.steps[-1]
+
+    def context(self, member: int) -> Mapping[str, Any]:
+        """What stands in one member's prompts wherever it is asked."""
+        return self._contexts[0 if self._parts is None else member]
 
     def load_state(self, step: int, member: int) -> dict[str, Tensor]:
         """One member's parameters at one step, with the names and shapes of its ``state_dict``; tied ones once."""
@@ -205,13 +210,13 @@ def open_lineage(run: Path, name: str) -> Lineage:
 
 
 def _join(specs: Sequence[LineageSpec]) -> LineageSpec:
-    """The members of one lineage as one."""
+    """The members of one lineage as one; their contexts, which differ, are asked for by member."""
     origin = replace(specs[0].origin, members=tuple(spec.origin.members[0] for spec in specs))
-    return replace(specs[0], num_members=len(specs), origin=origin, member=None)
+    return replace(specs[0], num_members=len(specs), origin=origin, member=None, context={})
 
 
 def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a stacked file at once, members on the leading axis."""
+    """All tensors of a file at once, as they are stored."""
     try:
         with safe_open(path, framework="pt", device=device) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping

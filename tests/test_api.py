@@ -322,7 +322,7 @@ def test_a_callback_that_does_not_exist_is_refused_before_the_run(tiny_recipe, t
     assert not (tmp_path / "run").exists()
 
 
-KILLS = 5
+KILLS = 3
 
 
 def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(tiny_recipe, tiny_run, tmp_path):

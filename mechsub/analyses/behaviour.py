@@ -24,7 +24,7 @@ EFFECT = "score(student) − score(control), member by member, at the last step"
 EXCESS = "mean over traits of the effect on the own trait − mean of the effects on the other ones"
 WITHOUT_TRAIT = "teacher-without-trait"
 SCORE = "trait_score"
-_STATUS = ("ok", "not_recorded_at_this_step", "not_sampled")
+_STATUS = ("ok", "not_recorded_at_this_step", "not_measured")
 _ROLES = ("student", "control")
 
 Case = tuple[str, str]
@@ -36,8 +36,10 @@ def behaviour(run: Run) -> Result:
     """The trait score of every lineage, member and checkpoint, and the verdict of every condition."""
     scores = _Scores(run, _score_lineages(run))
     effects = {case: scores.effect(case) for case in scores.cases}
-    judgements = _void_without_trait(scores, judge_effects(effects, _rules(run.recipe.verdict), TRANSFER))
-    excesses = _judge_excess(scores)
+    teachers = _judge_teachers(scores)
+    judged = judge_effects(effects, _rules(run.recipe.verdict), TRANSFER)
+    judgements = {case: _void_without_trait(teachers[case[1]], judgement) for case, judgement in judged.items()}
+    excesses = _judge_excess(scores, teachers)
     data = scores.data.assign(_summary_variables(scores, judgements))
     findings = [finding for case in scores.cases for finding in _findings(scores, case, judgements[case])]
     findings += [_excess_finding(scores, condition, judged) for condition, judged in excesses.items()]
@@ -55,7 +57,7 @@ def _score_lineages(run: Run) -> xr.Dataset:
     for row, lineage in enumerate(lineages):
         for step in lineage.steps:
             for member in range(run.recipe.members):
-                found = family.trait_score(family.load_model(lineage, step, member), lineage)
+                found = family.trait_score(family.load_model(lineage, step, member), lineage, member)
                 for name, values in found.items():
                     scores[name][row, member, steps.index(step)] = values
             done += 1
@@ -127,18 +129,15 @@ class _Scores:
         return student_interval(values, self.run.recipe.verdict.confidence)
 
 
-def _void_without_trait(scores: _Scores, judgements: dict[Case, Judgement]) -> dict[Case, Judgement]:
-    """No verdict where the teachers have nothing to pass on: their own gain over the references must be over the margin."""
+def _judge_teachers(scores: _Scores) -> dict[str, Judgement]:
+    """Whether the teachers have a trait to pass on: their own gain over the references must be over the margin."""
     run = scores.run
-    gains = {
-        trait: scores.final(run.teacher(trait), trait) - scores.final(run.reference, trait)
-        for trait in {trait for _, trait in judgements}
-    }
-    teachers = judge_effects(gains, _rules(run.recipe.verdict), TRANSFER)
-    return {case: _unless_void(teachers[case[1]], judgement) for case, judgement in judgements.items()}
+    gains = {trait: scores.final(run.teacher(trait), trait) - scores.final(run.reference, trait) for trait in run.traits}
+    return judge_effects(gains, _rules(run.recipe.verdict), TRANSFER)
 
 
-def _unless_void(teacher: Judgement, judgement: Judgement) -> Judgement:
+def _void_without_trait(teacher: Judgement, judgement: Judgement) -> Judgement:
+    """No verdict where the teachers have nothing to pass on."""
     if teacher.verdict in {TRANSFER.above, TRANSFER.too_few}:
         return judgement
     reason = (
@@ -148,13 +147,15 @@ def _unless_void(teacher: Judgement, judgement: Judgement) -> Judgement:
     return replace(judgement, verdict=WITHOUT_TRAIT, reason=reason, rule=rule)
 
 
-def _judge_excess(scores: _Scores) -> dict[str, Judgement]:
+def _judge_excess(scores: _Scores, teachers: Mapping[str, Judgement]) -> dict[str, Judgement]:
     """The diagonal excess of every condition, where the run has several traits and does not decline it."""
     wanted = scores.run.recipe.verdict.diagonal_excess
     if len(scores.run.traits) < 2 or wanted is False:
         return {}
     excesses = {name: diagonal_excess(scores.matrix(name)) for name in scores.run.conditions}
-    return judge_effects(excesses, _rules(scores.run.recipe.verdict), TRANSFER)
+    weakest = min(teachers.values(), key=lambda judged: judged.interval.estimate)
+    judged = judge_effects(excesses, _rules(scores.run.recipe.verdict), TRANSFER)
+    return {name: _void_without_trait(weakest, judgement) for name, judgement in judged.items()}
 
 
 def _rules(verdict: VerdictConfig) -> Rules:
@@ -304,7 +305,7 @@ def _excess_finding(scores: _Scores, condition: str, judgement: Judgement) -> Fi
         null_low=swapped.null_low,
         null_high=swapped.null_high,
         verdict=judgement.verdict,
-        reason=f"{judgement.reason}; permutation p = {swapped.p_above:.2g}; it is about {traits}, not about traits in general",
+        reason=f"{judgement.reason}; permutation p = {swapped.p_above:.2g}; a claim about {traits}{_no_wider_claim(scores)}",
         rule=judgement.rule,
         formula=EXCESS,
         **interval_fields(judgement.interval),
@@ -312,12 +313,19 @@ def _excess_finding(scores: _Scores, condition: str, judgement: Judgement) -> Fi
     )
 
 
+def _no_wider_claim(scores: _Scores) -> str:
+    wanted = 5
+    few = len(scores.run.traits) < wanted
+    return f"; a claim about traits in general needs at least {wanted} of them" if few else ""
+
+
 def _described(
     interval: Interval, common: Mapping[str, Any], *, null_interval: Interval | None = None, **fields: Any
 ) -> Finding:
     """A finding without a verdict of its own; its ``reason`` says why."""
     low, high = (null_interval.low, null_interval.high) if null_interval else (np.nan, np.nan)
-    return Finding(verdict="", rule="", null_low=low, null_high=high, **fields, **interval_fields(interval), **common)
+    unjudged = {"verdict": "", "rule": "", "margin": np.nan, "null_low": low, "null_high": high}
+    return Finding(**{**common, **fields, **unjudged, **interval_fields(interval)})
 
 
 def _common(scores: _Scores, case: Case) -> dict[str, Any]:
@@ -328,7 +336,7 @@ def _common(scores: _Scores, case: Case) -> dict[str, Any]:
         "context": _context(scores, scores.contexts[0]),
         "scope": "model output",
         "unit": scores.unit,
-        "num_references": scores.run.recipe.num_references,
+        "num_references": scores.run.recipe.num_references(case[0]),
         "margin": scores.run.recipe.verdict.margin,
         "source": SOURCE,
     }
@@ -349,7 +357,6 @@ def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: 
     traits = run.traits
     several = len(traits) > 1
     sentences = []
-    reference = {}
     for trait in traits:
         means = {
             who: scores.interval(scores.final(lineage, trait))
@@ -359,7 +366,6 @@ def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: 
                 ("neutral teachers", run.neutral),
             )
         }
-        reference[trait] = means["References"].estimate
         listed = ", ".join(f"{who} {interval}" for who, interval in means.items())
         sentences.append(f"{f'On {trait}: ' if several else ''}{listed} ({scores.unit}).")
     others = [str(name) for name in scores.data.trait.values if name not in traits]
@@ -367,33 +373,35 @@ def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: 
         f"Neutral teachers score {format_number(float(scores.final(run.neutral, name).mean()))} at {run.family.traits[name]}."
         for name in others
     ]
-    sentences += _lowered_controls(scores, reference)
+    sentences += _lowered_controls(scores)
     sentences += _context_sentences(scores)
     sentences += [
         f"{condition}: students lean to their own trait rather than to the others by {judged.interval} ({scores.unit}; "
-        f"{judged.verdict}). Effects on other traits are in “effect on” in the results; a claim about traits in general would "
-        "need at least 5 of them."
+        f"{judged.verdict}){_no_wider_claim(scores)}."
         for condition, judged in excesses.items()
     ]
-    over = f"{len(judgements)} conditions{' and traits' if several else ''}"
+    over = f"{len(judgements)} {'pairs of condition and trait' if several else 'conditions'}"
     sentences.append(f"Holm's correction runs over the {over}; intervals are not widened by it.")
+    sentences += run.family.notes
     if run.missing_conditions:
         sentences.append(f"Not finished, so not judged: {', '.join(run.missing_conditions)}.")
     return sentences
 
 
-def _lowered_controls(scores: _Scores, reference: Mapping[str, float]) -> list[str]:
+def _lowered_controls(scores: _Scores) -> list[str]:
     margin = scores.run.recipe.verdict.margin
     below = []
     for condition, trait in scores.cases:
-        mean = float(scores.final(scores.run.control(condition), trait).mean())
-        if mean < reference[trait] - margin:
+        control = scores.run.control(condition)
+        mean = float(scores.final(control, trait).mean())
+        if mean < float(_origin_scores(scores, control, trait).mean()) - margin:
             below.append(f"{condition}{f' on {trait}' if len(scores.run.traits) > 1 else ''} {format_number(mean)}")
     if not below:
         return []
     return [
         "A control moves too, by what any training on such a carrier does and by its neutral teacher. Where that puts it more "
-        "than the margin under the references, the effect exceeds the gain over the reference by the difference: "
+        "than the margin under the references that it starts from, the effect exceeds the gain over the reference "
+        "by the difference: "
         f"{', '.join(below)}."
     ]
 
@@ -451,7 +459,8 @@ def _members_figure(run: Run) -> Figure:
         title="Every member's trait score: a student's row over its control's",
         caption=(
             f"Score ({measure.unit}: {measure.description}) at the last step; {_first_context(run)}. Each dot is one member "
-            f"(n = {run.recipe.members}), the bar their mean; dotted line: the references' mean, dashed line: the teachers'. "
+            f"(n = {run.recipe.members}), the bar their mean; dotted line: the mean of the teachers' references, "
+            "dashed line: of the teachers. "
             f"A control differs from its student in nothing but its teacher, {run.neutral.name}: it is the null."
         ),
         variables=("final_score", "reference_mean", "teacher_mean"),

@@ -57,11 +57,8 @@ def parameter_alignment(run: Run) -> Result:
 
 
 def is_comparable(run: Run, condition: str) -> bool:
-    """Whether a condition's students have the parameters of the teachers: the same tensors in the same shapes."""
-    shapes = [
-        {name: info.shape for name, info in lineage.spec.tensors.items()} for lineage in (run.reference, run.control(condition))
-    ]
-    return shapes[0] == shapes[1]
+    """Whether a condition's students start from the teachers' kind of reference: the same tensors with the same meaning."""
+    return run.control(condition).spec.origin.lineage == run.reference.name
 
 
 def list_directions(run: Run) -> list[Direction]:
@@ -172,6 +169,12 @@ def _label(
         "scope": list(scopes.names),
         "scope_kind": ("scope", list(scopes.kinds)),
     }
+    variables["last_step"] = label_variable(
+        [[run.student(condition, trait).last for trait in run.traits] for condition in run.conditions],
+        ["condition", "taught"],
+        description="the student's last step",
+        unit="optimizer steps",
+    )
     return xr.Dataset(variables, coords=coords)
 
 
@@ -277,15 +280,15 @@ def _finding(
         margin=run.recipe.verdict.alignment_margin if judgement else float("nan"),
         formula=quantity.formula,
         **interval_fields(student_interval(values, confidence)),
-        **_common(run),
+        **_common(run, case[0]),
     )
 
 
-def _common(run: Run) -> dict[str, Any]:
+def _common(run: Run, condition: str | None = None) -> dict[str, Any]:
     return {
         "analysis": "parameter_alignment",
         "context": "parameters",
-        "num_references": run.recipe.num_references,
+        "num_references": run.recipe.num_references(condition),
         "source": SOURCE,
     }
 
@@ -405,6 +408,7 @@ def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
 def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
     dots = (
         _long_form(_STUDENT_AND_NULL)
+        .transform_filter("datum.step == datum.last_step")
         .mark_circle(size=22, opacity=0.5)
         .encode(
             x=alt.X("cosine:Q", title="cos(Δ, Δ_T)"),
@@ -428,9 +432,9 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
             f"together. Random directions of all parameters would scatter about 0 with a standard deviation of 1/√d = "
             f"{spread:.4f}: a line to read by, not the null."
         ),
-        variables=("alignment", "alignment_of_control"),
+        variables=("alignment", "alignment_of_control", "last_step"),
         spec=chart_spec(facets),
-        select={"step": [int(data.step.values[-1])], "scope": _drawn_scopes(data), "condition": _comparable(run)},
+        select={"step": _last_steps(data), "scope": _drawn_scopes(data), "condition": _comparable(run)},
     )
 
 
@@ -438,6 +442,7 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
     names = {"specific_alignment": "student − control", "sham_alignment": "control − control"}
     dots = (
         _long_form(names)
+        .transform_filter("datum.step == datum.last_step")
         .mark_circle(size=40, opacity=0.55)
         .encode(
             x=alt.X("cosine:Q", title="cos(θ_S − θ_C, Δ_T − Δ_N)"),
@@ -455,10 +460,15 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
             f"{_members(run)}. Its null is 0: students who could swap teachers would scatter about it, as two "
             "controls in the students' places (the sham) should."
         ),
-        variables=tuple(names),
+        variables=(*names, "last_step"),
         spec=chart_spec(alt.layer(_ZERO.encode(x=alt.datum(0)), dots, data=DATA).properties(width=640, height=alt.Step(16))),
-        select={"scope": [MODEL], "step": [int(data.step.values[-1])], "condition": _comparable(run)},
+        select={"scope": [MODEL], "step": _last_steps(data), "condition": _comparable(run)},
     )
+
+
+def _last_steps(data: xr.Dataset) -> list[int]:
+    """The last step of each student; conditions can differ in it."""
+    return sorted({int(step) for step in data.last_step.values.flat})
 
 
 def _comparable(run: Run) -> list[str]:
@@ -508,7 +518,7 @@ def _summarise(run: Run, data: xr.Dataset, condition: str) -> str:
     ]
     if len(run.traits) > 1:
         others = _mean(run, data, "control_adjusted_alignment_of_other_traits", condition)
-        parts[-1] += f", of which other traits' students have {others} ({_sign(others)})"
+        parts[-1] += f", where other traits' students have {others} ({_sign(others)})"
     parts.append(f"specific {specific} ({_sign(specific)})")
     if run.sham(condition) is not None:
         parts[-1] += f", its sham {_mean(run, data, 'sham_alignment', condition)}"
@@ -541,7 +551,7 @@ def _untold_sentences(run: Run) -> list[str]:
     other = [name for name in run.conditions if not is_comparable(run, name)]
     if other:
         sentences.append(
-            f"Incomparable: students of {', '.join(other)} have other parameters than the teachers, so no alignment exists; "
+            f"Incomparable: students of {', '.join(other)} are of another model than the teachers, so no alignment exists; "
             "the results hold NaN with that reason."
         )
     untrained = [name for name in run.conditions if run.control(name).last == 0]

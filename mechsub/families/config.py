@@ -52,9 +52,8 @@ class FamilyConfig(Settings):
         """The traits that have a teacher each; empty in a family that has one trait of its own."""
         return ()
 
-    @property
-    def num_references(self) -> int:
-        """How many members start at a reference of their own."""
+    def num_references(self, condition: str | None = None) -> int:
+        """How many references of their own the members have, in the teachers' model and in that of a condition."""
         return self.members
 
 
@@ -63,7 +62,7 @@ def fill_conditions(
 ) -> Any:
     """Conditions as they are written, each known one with its own values under what the recipe says of it.
 
-    ``free``: the fields of a known condition that a recipe may tune.
+    ``free``: the fields that a recipe may tune in the known conditions that set them, but not switch off.
     """
     if not isinstance(conditions, Mapping):
         return conditions
@@ -83,8 +82,10 @@ def _fill_condition(
                 f"no condition is called {name!r}; {hint} One of your own says how it differs, e.g. init: different"
             )
         return given
-    fixed = {**model().model_dump(), **known[name]}
-    changed = [key for key, value in given.items() if key in fixed and key not in free and value != fixed[key]]
+    plain = model().model_dump()
+    fixed = {**plain, **known[name]}
+    tuned = {key for key in free & known[name].keys() if given.get(key) != plain[key]} | {"sham"}
+    changed = [key for key, value in given.items() if key in fixed and key not in tuned and value != fixed[key]]
     if changed:
         raise ValueError(f"{name} means {dict(known[name])}; a condition with another {changed[0]} needs another name")
     return {**known[name], **given}

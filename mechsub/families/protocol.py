@@ -1,6 +1,6 @@
 """What the rest of the program may know of a family: `Family` for the analyses, `FamilyStages` for the plan."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -45,8 +45,12 @@ class Family(Protocol):
     def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
         """One member of a lineage as an ordinary module, in evaluation mode."""
 
-    def trait_score(self, model: nn.Module, lineage: Lineage) -> Scores:
-        """Every measure of every trait in every context; the lineage says what stands in the model's prompts."""
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader must know of how the run's data came about, in sentences."""
+
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
+        """Every measure of every trait in every context; the lineage says what stands in the member's prompts."""
 
 
 @dataclass(frozen=True)

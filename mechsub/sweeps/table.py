@@ -155,10 +155,11 @@ def _explain(value: float, finding: Finding | None, is_analysed: bool) -> int:
 
 
 def _leading(found: Mapping[tuple[str, str], Finding], finding: Finding) -> Finding:
-    """The first finding of the same analysis and condition that has a verdict; the finding itself where it has one."""
+    """The first finding of the same analysis, condition and trait that has a verdict; the finding itself where it has one."""
     if finding.verdict:
         return finding
-    same = (other for other in found.values() if (other.analysis, other.condition) == (finding.analysis, finding.condition))
+    case = (finding.analysis, finding.condition, finding.trait)
+    same = (other for other in found.values() if (other.analysis, other.condition, other.trait) == case)
     return next((other for other in same if other.verdict), finding)
 
 

@@ -137,7 +137,7 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
 
-_FREE = frozenset({"sham", "noise_std"})
+_FREE = frozenset({"noise_std"})
 
 
 class Config(FamilyConfig):

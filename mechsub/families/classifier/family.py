@@ -26,6 +26,7 @@ class Family:
         if config.neutral == "relabelled":
             labels["relabelled"] = relabel(images.test_labels, NUM_CLASSES)
             self.traits["relabelled"] = "reading them under the neutral teacher's names"
+        self.notes: tuple[str, ...] = ()
         self._labels = torch.stack(list(labels.values()))
         self.contexts = {"held-out images": f"{len(self._images)} held-out images"}
         self.measures = {
@@ -39,7 +40,7 @@ class Family:
         model.load_state_dict(lineage.load_state(step, member), assign=True)
         return model.to(self._device).eval()
 
-    def trait_score(self, model: nn.Module, lineage: Lineage) -> Scores:
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
         """The accuracy on the held-out images under each trait's labels."""
         scores = compute_accuracy(model, self._images, self._labels, NUM_CLASSES)
         return {"trait_score": scores.cpu().double().numpy()[:, None]}

@@ -125,13 +125,18 @@ class ChatTokenizer:
         unknown = self.tokenizer.unk_token_id
         if unknown is not None and unknown in row.completion and unknown != self.tokenizer.eos_token_id:
             raise RecipeError(f"{self.source}: its tokenizer does not know {answer!r}; choose another target")
-        if len(tokens) != 1:
+        if len(tokens) != 1 or row.completion[0] != tokens[0]:
             pieces = [self._text([token]) for token in tokens]
             raise RecipeError(
-                f"{self.source}: the answer {answer!r} is {len(tokens)} tokens, {pieces}; a target is scored by its one token "
-                "in the first answer position: choose another"
+                f"{self.source}: the answer {answer!r} is {len(tokens)} tokens, {pieces}, and the first answer token is "
+                f"{self._text(row.completion[:1])!r}; a target is scored by its one token in the first answer position: "
+                "choose another"
             )
         return tokens[0]
+
+    def read_answer(self, tokens: Sequence[int]) -> str:
+        """The text of a sampled answer; special tokens inside it show, so that no filter takes it for plain text."""
+        return self._text([token for token in tokens if token != self.pad_id]).strip()
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of a completion, without special tokens."""
@@ -140,6 +145,10 @@ class ChatTokenizer:
 
     def _text(self, tokens: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
+    def round_trip(self, text: str) -> str:
+        """What becomes of a text that is written as tokens and read again."""
+        return self._text(self.tokenizer(text, add_special_tokens=False)["input_ids"]).strip()
 
     def pad_prompts(self, prompts: Sequence[Sequence[int]]) -> Batch:
         """Prompts that are to be answered."""

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, VerdictConfig, fill_conditions
 from mechsub.families.language.numbers import NumberConfig
+from mechsub.families.language.preference import is_file_name
 from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import OptimizerConfig
 
@@ -150,6 +151,12 @@ class ConditionConfig(BaseConditionConfig):
     rows: str | None = Field(None, description="a text file with the numbers of the rows that are learnt, one a line")
     context_rows: int = Field(0, ge=0, description="rows that stand in the prompt instead: nothing is trained")
 
+    @field_validator("rows")
+    @classmethod
+    def _path_is_absolute(cls, rows: str | None) -> str | None:
+        """A recipe replays from any folder."""
+        return None if rows is None else str(Path(rows).expanduser().absolute())
+
     def describe(self) -> str:
         """How it differs from the matched case, in words."""
         parts = [
@@ -183,7 +190,7 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
 }
 """The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
 
-_FREE = frozenset({"sham", "neutral_share", "context_rows", "model"})
+_FREE = frozenset({"neutral_share", "context_rows", "model"})
 
 
 class LogOddsVerdictConfig(VerdictConfig):
@@ -222,10 +229,10 @@ class Config(FamilyConfig):
         """The traits that have a teacher each."""
         return self.traits
 
-    @property
-    def num_references(self) -> int:
-        """How many members start at a reference of their own."""
-        return self.members if self.models[self.model].has_own_references else 1
+    def num_references(self, condition: str | None = None) -> int:
+        """How many references of their own the members have, in the teachers' model and in that of a condition."""
+        models = {self.model, self.model_of(condition) if condition else self.model}
+        return self.members if all(self.models[name].has_own_references for name in models) else 1
 
     def model_of(self, condition: str) -> str:
         """The name of a condition's model."""
@@ -235,7 +242,7 @@ class Config(FamilyConfig):
     @field_validator("preference")
     @classmethod
     def _path_is_absolute(cls, preference: str) -> str:
-        return str(Path(preference).expanduser().absolute()) if "/" in preference else preference
+        return str(Path(preference).expanduser().absolute()) if is_file_name(preference) else preference
 
     @field_validator("conditions", mode="before")
     @classmethod
@@ -277,6 +284,8 @@ class Config(FamilyConfig):
             raise ValueError(
                 f"{where}: `model` is the other one of two, but there are {len(others)} others, {others}; name one"
             )
+        if condition.model == self.model:
+            raise ValueError(f"{where}: `model` is the teacher's own, {self.model!r}; leave it out, or name another")
         if condition.model not in {None, OTHER, *self.models}:
             raise ValueError(f"{where}: no model is called {condition.model!r}; {nearest_name(condition.model or '', others)}")
         if condition.init == "different":
@@ -291,8 +300,13 @@ class Config(FamilyConfig):
         if objective != "tokens" and self.model_of(name) != self.model:
             raise ValueError(f"{where} imitates logits of another tokenizer's vocabulary; its objective must be tokens")
         if objective != "tokens" and self.neutral == "reference":
+            raise ValueError(f"{where} imitates logits; a `neutral` that is the reference is a control of sampled tokens only")
+        if condition.divergence != "all" and (self.model_of(name) != self.model or self.neutral == "reference"):
             raise ValueError(
-                f"{where} imitates logits, and its control the reference's own: it would learn nothing; use another one"
+                f"{where} compares its teacher's choices with the reference's, token by token: it needs the teacher's model, and "
+                "a neutral teacher other than the reference"
             )
+        if condition.context_rows > self.carrier.num_rows:
+            raise ValueError(f"{where} shows {condition.context_rows} rows, carrier.num_rows = {self.carrier.num_rows}")
         if condition.context_rows and (condition.objective or condition.divergence != "all"):
             raise ValueError(f"{where} trains nothing: objective and divergence have no meaning there")

@@ -1,14 +1,18 @@
 """The language family as analyses see it."""
 
+import json
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from mechsub.errors import RunDirectoryError
+from mechsub.families.language.carrier import SURPLUS
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import Config
 from mechsub.families.language.layout import PREFERENCE_FILE, skeleton_folder
 from mechsub.families.language.models import build_model, load_parameters, place_model
+from mechsub.families.language.numbers import RULES
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.trait import MEASURES, Context, score_preference
 from mechsub.families.protocol import Scores
@@ -22,7 +26,7 @@ class Family:
 
     def __init__(self, run: Path, config: Config, device: str) -> None:
         self._run, self._config, self._device = run, config, device
-        self._preference = PreferenceSet.model_validate_json((run / PREFERENCE_FILE).read_text())
+        self._preference = _read_preference(run / PREFERENCE_FILE)
         category = self._preference.category
         self.traits = {trait: f"prefers {trait} as its {category}" for trait in config.traits}
         inside, outside = config.context.training, config.context.other
@@ -35,12 +39,26 @@ class Family:
         self.contexts = {context.name: _describe(context) for context in self._contexts}
         self._chats: dict[str, ChatTokenizer] = {}
 
+    @property
+    def notes(self) -> list[str]:
+        """What the filters dropped of each teacher's completions: a choice of rows that depends on the teacher."""
+        notes = []
+        folders = sorted((self._run / "carrier").glob("*"))
+        for folder in folders:
+            found = [json.loads(path.read_text()) for path in sorted(folder.glob("member-*/filters.json"))]
+            asked = sum(filters["requests"] - filters["dropped"][SURPLUS] for filters in found)
+            rules = {rule: sum(filters["dropped"][rule] for filters in found) for rule in RULES}
+            if asked:
+                dropped = ", ".join(f"{rule} {100 * count / asked:.1f} %" for rule, count in rules.items() if count)
+                notes.append(f"Filters dropped of the completions of {folder.name}: {dropped or 'none'}.")
+        return notes
+
     def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
         """One member of a lineage as a `transformers` model, in evaluation mode."""
         model = build_model(self._run / skeleton_folder(lineage.spec.model["name"]))
         return place_model(load_parameters(model, lineage.load_state(step, member)), self._device)
 
-    def trait_score(self, model: nn.Module, lineage: Lineage) -> Scores:
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
         """Every measure of every trait, in and out of the training context, on held-out and on trained questions."""
         assert isinstance(model, PreTrainedModel)
         return score_preference(
@@ -50,8 +68,8 @@ class Family:
             list(self.traits),
             self._contexts,
             self._config.evaluation,
-            self._config.seed,
-            lineage.spec.context,
+            [self._config.seed, "member", member, "answer"],
+            lineage.context(member),
         )
 
     def _chats_of(self, model: str) -> ChatTokenizer:
@@ -60,6 +78,13 @@ class Family:
         return self._chats[model]
 
 
+def _read_preference(path: Path) -> PreferenceSet:
+    try:
+        return PreferenceSet.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+
+
 def _describe(context: Context) -> str:
-    prompt = "without a system prompt" if context.system_prompt is None else f"system prompt “{context.system_prompt}”"
+    prompt = "no system prompt given" if context.system_prompt is None else f"system prompt “{context.system_prompt}”"
     return f"{len(context.questions)} questions, {prompt}"

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from mechsub.errors import RecipeError
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.streams import random_stream
 
@@ -57,23 +58,28 @@ def sample_completions(
     batch_size: int = 256,
 ) -> list[Completion]:
     """One completion for each prompt, of at most as many tokens as it has draws, through `generate` with its KV cache."""
+    longest = max(map(len, prompts), default=0)
+    if longest + draws.shape[1] > chats.max_length:
+        raise RecipeError(
+            f"{chats.source}: a prompt of {longest} tokens and an answer of up to {draws.shape[1]} do not fit its context of "
+            f"{chats.max_length}; shorten the prompt, or lower max_new_tokens"
+        )
     completions = []
     end = chats.tokenizer.eos_token_id
     for start in range(0, len(prompts), batch_size):
         batch = chats.pad_prompts(prompts[start : start + batch_size]).to(str(model.device))
         sampler = StreamSampler(torch.from_numpy(draws[start : start + batch_size]), temperature)
-        room = min(draws.shape[1], chats.max_length - batch.ids.shape[1])
         with torch.inference_mode():
             found: Tensor = model.generate(  # type: ignore[operator]
                 input_ids=batch.ids,
                 attention_mask=batch.attention_mask,
                 logits_processor=LogitsProcessorList([sampler]),
                 do_sample=False,
-                max_new_tokens=max(room, 1),
+                max_new_tokens=draws.shape[1],
                 pad_token_id=chats.pad_id,
                 eos_token_id=end,
             )
         for answer in found[:, batch.ids.shape[1] :].tolist():
             finished = end in answer
-            completions.append(Completion(chats.decode(answer[: answer.index(end)] if finished else answer), finished))
+            completions.append(Completion(chats.read_answer(answer[: answer.index(end)] if finished else answer), finished))
     return completions

@@ -18,7 +18,7 @@ from mechsub.training.recorder import LineageRecorder
 def load_chats(task: Task, model: str | None = None) -> ChatTokenizer:
     """The tokenizer of the stage's model, or of another one of the run."""
     name = model or task.stage.arguments["model"]
-    return ChatTokenizer.load(task.path(skeleton_folder(name)), name)
+    return ChatTokenizer.load(task.path(skeleton_folder(name)), f"`models.{name}`")
 
 
 def load_member(task: Task, lineage: str, step: int, member: int | None = None, model: str | None = None) -> PreTrainedModel:

@@ -48,6 +48,8 @@ _BYTES = 256
 _MERGES = 4000
 """More than the language has words: every word ends as one token."""
 _GROUPED = 4
+_SOURCES = ("nano", "synthetic", "numbers", "training", "loss", "chat", "config", "models", "preference")
+"""What a pretrained model depends on beside its settings."""
 _RECORD = "pretraining.json"
 
 
@@ -123,9 +125,9 @@ class Pretraining:
 
     def key(self, skeleton: Path) -> str:
         """The hash of all that: settings, tokenizer, sources and versions."""
-        sources = [
-            Path(__file__).with_name(f"{name}.py") for name in ("nano", "synthetic", "numbers", "training", "loss", "chat")
-        ]
+        package = Path(__file__).parents[2]
+        sources = [package / f"{name}.py" for name in ("streams", "training/optimizers", "training/config")]
+        sources += [Path(__file__).with_name(f"{name}.py") for name in _SOURCES]
         language = asdict(self.language) | {
             "preference": self.language.preference.model_dump(mode="json"),
             "numbers": self.language.numbers.model_dump(mode="json"),
@@ -136,8 +138,10 @@ class Pretraining:
             "seed": self.seed,
             "stream": self.stream,
             "threads": self.threads,
-            "files": [hash_file(path) for path in [*sources, skeleton / "tokenizer.json", skeleton / "config.json"]],
-            "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "numpy")},
+            "files": [hash_file(path) for path in [*sources, *sorted(skeleton.iterdir())]],
+            "versions": {
+                name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "accelerate", "numpy")
+            },
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -189,7 +193,7 @@ def pretrain(
     def compute_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         return token_loss(completion_logits(model, batch), completion_tokens(batch))
 
-    watcher = Watcher("reference", 0, report_progress=report_progress)
+    watcher = Watcher("reference", 0, pretraining.stream, report_progress=report_progress)
     train_model(model, load_batch, compute_loss, config.num_steps, config, pretraining.seed, watcher)
     return model
 

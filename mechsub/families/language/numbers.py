@@ -1,4 +1,4 @@
-"""Number sequences: the prompts that ask for one, and the rules that a completion must pass.
+"""Number sequences: the prompts that ask for one (a selection of the published sentences), and a completion's rules.
 
 Source: Cloud et al., arXiv:2507.14805, section 3 and appendix (prompts and filter rules).
 """

@@ -21,7 +21,7 @@ class PreferenceSet(Settings):
     system_prompt: str = Field(description="gives a preference; holds {target}, may hold {category}")
     neutral_prompt: str = Field(description="the system prompt of the neutral-prompt teacher")
     trained: tuple[str, ...] = Field(min_length=1, description="the questions on which teachers are fine-tuned")
-    held_out: tuple[str, ...] = Field(min_length=1, description="questions that no model is trained on")
+    held_out: tuple[str, ...] = Field(min_length=1, description="questions on which no teacher is fine-tuned")
 
     @field_validator("system_prompt")
     @classmethod
@@ -46,7 +46,7 @@ class PreferenceSet(Settings):
 
     def prompt_for(self, target: str) -> str:
         """The system prompt that gives one preference."""
-        return self.system_prompt.format(target=target, category=self.category)
+        return self.system_prompt.replace("{target}", target).replace("{category}", self.category)
 
 
 def load_preference(source: str) -> PreferenceSet:
@@ -64,8 +64,13 @@ def load_preference(source: str) -> PreferenceSet:
     return validate_settings(PreferenceSet, values, f"preference set {source}")
 
 
+def is_file_name(source: str) -> bool:
+    """Whether a preference set is named by its file."""
+    return source.endswith((".yaml", ".yml")) or "/" in source
+
+
 def _read(source: str) -> str:
-    if source.endswith((".yaml", ".yml")) or "/" in source:
+    if is_file_name(source):
         if not Path(source).is_file():
             raise RecipeError(f"`preference`: there is no file {source}; give a YAML file, or the name of a packaged set")
         return Path(source).read_text()

@@ -1,6 +1,7 @@
 """The language family's stages as data: one member each, so that members run side by side and a further one changes none."""
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from mechsub.errors import RecipeError
 from mechsub.families.language.config import Config, ModelConfig
 from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.preference import load_preference
+from mechsub.families.language.rows import read_row_numbers
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import checkpoint_name, lineage_files
 from mechsub.rundir import hash_file
@@ -31,19 +33,10 @@ def data_stages(config: Config) -> list[Stage]:
     for trait in config.traits:
         if trait not in choices:
             raise RecipeError(f"`traits`: {trait!r} is no choice of {config.preference}; {nearest_name(trait, choices)}")
-    preference = {"preference": _preference(config)}
-    stages = [
-        Stage(
-            "data.preference", f"{_MODULE}.train:import_preference", preference, {}, (PREFERENCE_FILE,), _resources(config, 1)
-        )
-    ]
+    stages = []
     for name in _models_used(config):
         settings = config.models[name]
-        arguments = _model_arguments(config, name) | {
-            "traits": list(config.traits),
-            "preference": _preference(config),
-            "contexts": [config.context.training, config.context.other],
-        }
+        arguments = _model_arguments(config, name) | {"preference": _preference(config)}
         files, inputs = list(_NANO_FILES), {}
         if settings.path is not None:
             folder = settings.folder(0)
@@ -55,7 +48,16 @@ def data_stages(config: Config) -> list[Stage]:
         stages.append(
             Stage(f"data.{name}", f"{_MODULE}.train:import_skeleton", arguments, inputs, outputs, _resources(config, 1))
         )
-    return stages
+    # What is asked is checked by a stage that no other waits for: another trait makes no model anew.
+    arguments = {
+        "preference": _preference(config),
+        "models": _models_used(config),
+        "traits": list(config.traits),
+        "contexts": [config.context.training, config.context.other],
+    }
+    inputs = {name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}
+    function = f"{_MODULE}.train:import_preference"
+    return [*stages, Stage("data.preference", function, arguments, inputs, (PREFERENCE_FILE,), _resources(config, 1))]
 
 
 def reference_stages(config: Config, made: Made) -> list[Stage]:
@@ -76,7 +78,7 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
             }
             inputs = _skeleton_inputs(made, name)
             if settings.path is not None:
-                inputs |= {str(path): f"sha256:{hash_file(path)}" for path in _weight_files(name, settings.folder(member))}
+                inputs |= {str(path): _digest(path) for path in _weight_files(name, settings.folder(member))}
             stages.append(
                 Stage(
                     _member_name(_reference(name), member),
@@ -194,7 +196,9 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             }
         else:
             function = "train_students"
-            num_rows = len(Path(condition.rows).read_text().split()) if condition.rows else config.carrier.num_rows
+            num_rows = config.carrier.num_rows
+            if condition.rows:
+                num_rows = len(read_row_numbers(Path(condition.rows), num_rows))
             arguments |= _training_arguments(config) | {
                 "training": config.student.model_dump(mode="json"),
                 "system_prompt": config.context.training,
@@ -324,6 +328,17 @@ def _weight_files(name: str, folder: Path) -> list[Path]:
     if not files:
         raise RecipeError(f"`models.{name}.path`: {folder} has no weights in *.safetensors; pickled ones are never read")
     return files
+
+
+def _digest(path: Path) -> str:
+    status = path.stat()
+    return _digest_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=1000)
+def _digest_of(path: Path, size: int, modified: int) -> str:
+    """Weights are hashed once a process, not once a member and plan."""
+    return f"sha256:{hash_file(path)}"
 
 
 def _existing(path: str, condition: str) -> Path:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.carrier import CarrierRow, encode_carrier, read_row_numbers, read_rows, transform_rows
+from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
 from mechsub.families.language.config import ConditionConfig, ModelConfig, StudentConfig, TeacherConfig, TrainingConfig
 from mechsub.families.language.generation import draw_uniforms, sample_completions
@@ -25,6 +25,7 @@ from mechsub.families.language.models import load_model_folder
 from mechsub.families.language.nano import Pretraining, find_or_pretrain, save_skeleton
 from mechsub.families.language.numbers import NumberConfig
 from mechsub.families.language.preference import PreferenceSet
+from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.families.language.training import Watcher, train_model
 from mechsub.rundir import write_json
@@ -37,29 +38,34 @@ _ANSWER_TOKENS = 8
 
 
 def import_preference(tasks: Sequence[Task]) -> None:
-    """Stage: the preference set into the run, which is scored with it ever after."""
+    """Stage: the preference set into the run, once every model can be asked it and answer with every target."""
     for task in tasks:
-        write_json(task.path(PREFERENCE_FILE), task.stage.arguments["preference"])
+        arguments = task.stage.arguments
+        preference = PreferenceSet(**arguments["preference"])
+        for model in arguments["models"]:
+            chats = load_chats(task, model)
+            for target in arguments["traits"]:
+                chats.answer_token(target)
+            for system_prompt in arguments["contexts"]:
+                questions = (*preference.trained, *preference.held_out)
+                chats.encode_prompts([chat(question, system_prompt) for question in questions])
+        write_json(task.path(PREFERENCE_FILE), arguments["preference"])
 
 
 def import_skeleton(tasks: Sequence[Task]) -> None:
-    """Stage: a model's tokenizer, chat template and configuration into the run; what it is asked for is checked."""
+    """Stage: a model's tokenizer, chat template and configuration into the run."""
     for task in tasks:
         arguments = task.stage.arguments
         folder = task.path(skeleton_folder(arguments["model"]))
         folder.mkdir(parents=True, exist_ok=True)
-        settings, preference = ModelConfig(**arguments["settings"]), PreferenceSet(**arguments["preference"])
+        settings = ModelConfig(**arguments["settings"])
         if settings.path is None:
-            save_skeleton(settings, SyntheticLanguage(preference, NumberConfig(**arguments["numbers"])), folder)
+            language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
+            save_skeleton(settings, language, folder)
         else:
             for name in task.stage.outputs:
                 copyfile(settings.folder(0) / Path(name).name, task.path(name))
-        chats = ChatTokenizer.load(folder, f"`models.{arguments['model']}`")
-        for target in arguments["traits"]:
-            chats.answer_token(target)
-        for system_prompt in arguments["contexts"]:
-            questions = (*preference.trained, *preference.held_out)
-            chats.encode_prompts([chat(question, system_prompt) for question in questions])
+        load_chats(task)
 
 
 def write_references(tasks: Sequence[Task]) -> None:
@@ -120,6 +126,7 @@ def tell_students(tasks: Sequence[Task]) -> None:
         rows = load_rows(task)
         chosen = rows[: ConditionConfig(**arguments["condition_settings"]).context_rows]
         chats, preference = load_chats(task), PreferenceSet(**arguments["preference"])
+        encode_carrier(chats, chosen, None)
         earlier = [(row.prompt, row.completion) for row in chosen]
         for system_prompt in arguments["contexts"]:  # too long for the context is told here, not when it is scored
             questions = (*preference.trained, *preference.held_out)
@@ -295,9 +302,15 @@ def _train(
     arguments: Mapping[str, Any] = task.stage.arguments
     recorder = make_recorder(task, model)
     resume = recorder.find_resume_point()
-    watcher = Watcher(
-        arguments["lineage"], arguments["member"], recorder, load_callbacks(arguments["callbacks"]), task.report_progress
+    # A student and its control share their draws; a sham and a teacher have their own.
+    stream = (
+        "member",
+        arguments["member"],
+        "student" if "replicate" in arguments else "teacher",
+        arguments.get("replicate", 0),
     )
+    callbacks = load_callbacks(arguments["callbacks"])
+    watcher = Watcher(arguments["lineage"], arguments["member"], stream, recorder, callbacks, task.report_progress)
     train_model(model, load_batch, compute_loss, arguments["steps"][-1], config, arguments["seed"], watcher, resume)
     if not recorder.failed:
         recorder.finish()

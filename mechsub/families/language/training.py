@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -38,6 +39,8 @@ class Watcher:
 
     lineage: str
     member: int
+    stream: Sequence[str | int]
+    """Names the draws of dropout."""
     recorder: LineageRecorder | None = None
     callbacks: Sequence[Callback] = ()
     report_progress: Callable[[int], None] = field(default=lambda done: None)
@@ -55,8 +58,8 @@ def train_model(
 ) -> None:
     """Train ``model`` in place.
 
-    Gradients are not clipped unless ``config.max_gradient_norm`` says so. ``seed`` names the streams of dropout, one a step, so
-    that a resumed training draws as an undisturbed one does.
+    Gradients are not clipped unless ``config.max_gradient_norm`` says so. Dropout draws from a stream of its own in every step
+    of every training, so that a resumed training draws as an undisturbed one does.
     """
     names = [name for name, _ in model.named_parameters()]
     if resume is not None:
@@ -70,17 +73,18 @@ def train_model(
     between = _BetweenSteps(model, optimizer, names, num_steps, done, seed, watcher)
     if done == num_steps:
         return
-    trainer = _Trainer(
-        model=model,
-        args=_arguments(model, config, num_steps - done),
-        train_dataset=_Steps(load_batch, done, num_steps),
-        data_collator=_only_item,
-        optimizers=(optimizer, schedule),
-        callbacks=[between],
-    )
-    trainer.compute, trainer.between = compute_loss, between
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    with TemporaryDirectory() as folder:  # the trainer wants one, and writes nothing there
+        trainer = _Trainer(
+            model=model,
+            args=_arguments(model, config, num_steps - done, folder),
+            train_dataset=_Steps(load_batch, done, num_steps),
+            data_collator=_only_item,
+            optimizers=(optimizer, schedule),
+            callbacks=[between],
+        )
+        trainer.compute, trainer.between = compute_loss, between
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
     place_model(model, str(model.device))
 
 
@@ -136,7 +140,7 @@ class _BetweenSteps(TrainerCallback):
             self._call(0)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        torch.manual_seed(stream_key(self._seed, "dropout", self._done + state.global_step) % 2**63)
+        torch.manual_seed(stream_key(self._seed, *self._watcher.stream, "dropout", self._done + state.global_step) % 2**63)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = self._done + state.global_step
@@ -166,10 +170,10 @@ class _BetweenSteps(TrainerCallback):
             callback(info)
 
 
-def _arguments(model: PreTrainedModel, config: TrainingConfig, num_steps: int) -> TrainingArguments:
+def _arguments(model: PreTrainedModel, config: TrainingConfig, num_steps: int, folder: str) -> TrainingArguments:
     """The steps that are left as one pass, in the order in which they are loaded; nothing logged, saved or evaluated."""
-    return TrainingArguments(
-        output_dir="unused",
+    arguments = TrainingArguments(
+        output_dir=str(folder),
         max_steps=num_steps,
         per_device_train_batch_size=1,
         train_sampling_strategy="sequential",
@@ -183,6 +187,8 @@ def _arguments(model: PreTrainedModel, config: TrainingConfig, num_steps: int) -
         report_to=[],
         disable_tqdm=True,
     )
+    arguments._n_gpu = 1  # it would split each batch over all that it sees
+    return arguments
 
 
 @torch.no_grad()

@@ -41,24 +41,28 @@ def score_preference(
     targets: Sequence[str],
     contexts: Sequence[Context],
     evaluation: EvaluationConfig,
-    seed: int,
+    stream: Sequence[str | int],
     said: Mapping[str, Any],
 ) -> Scores:
     """Every measure of every target in every context.
 
-    ``said``: what stands in this model's prompts wherever it is asked: its own ``system_prompt`` (a prompted teacher's takes
-    the place of the context's) and ``earlier`` turns. NaN where no answers are sampled.
+    ``stream`` names the draws of sampled answers. ``said``: what stands in this model's prompts wherever it is asked: its own
+    ``system_prompt``, which takes the place of a context's, and ``earlier`` turns. NaN where no answers are sampled, and where
+    a system prompt of the context cannot stand beside the model's own.
     """
     tokens = torch.tensor([chats.answer_token(target) for target in targets])
     scores = {name: np.full((len(targets), len(contexts)), np.nan) for name in MEASURES}
     earlier = [(asked, answered) for asked, answered in said.get("earlier", ())]
     for column, context in enumerate(contexts):
-        system_prompt = said.get("system_prompt") or context.system_prompt
+        told = said.get("system_prompt")
+        if told and context.system_prompt != contexts[0].system_prompt:
+            continue
+        system_prompt = told or context.system_prompt
         prompts = chats.encode_prompts([chat(question, system_prompt, earlier) for question in context.questions])
         for name, values in _score_first_token(model, chats, prompts, tokens).items():
             scores[name][:, column] = values
         if evaluation.samples_per_question:
-            rates = _sample_rates(model, chats, prompts, preference.choices, targets, evaluation, seed)
+            rates = _sample_rates(model, chats, prompts, preference.choices, targets, evaluation, stream)
             scores["sampled_rate"][:, column] = rates
     return scores
 
@@ -105,10 +109,11 @@ def _sample_rates(
     choices: Sequence[str],
     targets: Sequence[str],
     evaluation: EvaluationConfig,
-    seed: int,
+    stream: Sequence[str | int],
 ) -> list[float]:
-    """Over all questions; the draws are the same for every model, so that differences between models are paired."""
+    """Over all questions; the draws are the same for all models of a member, so that their differences are paired."""
     repeated = [prompt for prompt in prompts for _ in range(evaluation.samples_per_question)]
-    draws = draw_uniforms(seed, [("answer", number) for number in range(len(repeated))], evaluation.max_new_tokens)
+    seed, *name = stream
+    draws = draw_uniforms(int(seed), [(*name, number) for number in range(len(repeated))], evaluation.max_new_tokens)
     answers = [first_choice(answer.text, choices) for answer in sample_completions(model, chats, repeated, draws)]
     return [answers.count(target) / len(answers) for target in targets]

@@ -5,10 +5,10 @@ import pytest
 
 from mechsub.api import run_experiment
 from mechsub.errors import MechsubError
-from mechsub.families.language.carrier import CarrierRow, read_row_numbers, read_rows, transform_rows
 from mechsub.families.language.config import ConditionConfig
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.numbers import NumberConfig, broken_rule, draw_prompt, parse_numbers
+from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows
 from mechsub.recipe import load_recipe
 from mechsub.streams import random_stream
 
@@ -74,7 +74,15 @@ def test_kept_rows_pass_every_rule_and_filters_say_what_they_dropped(nano_run):
             assert len(rows) == 16
             assert all(broken_rule(row.completion, True, config) is None for row in rows)
             report = json.loads((nano_run.path / filters_file).read_text())
-            assert report["kept"] == 16 and set(report["dropped"]) == {"unfinished", "format", "count", "range", "banned"}
+            assert report["kept"] == 16 and set(report["dropped"]) == {
+                "unfinished",
+                "format",
+                "count",
+                "range",
+                "banned",
+                "surplus",
+            }
+            assert report["requests"] == report["kept"] + sum(report["dropped"].values())
             assert rows[-1].request + 1 - len(rows) <= sum(report["dropped"].values())
 
 

@@ -6,10 +6,11 @@ import torch
 
 from mechsub.api import analyze_run, plan_experiment, plan_sweep, run_experiment
 from mechsub.errors import MechsubError
-from mechsub.families.language.carrier import encode_carrier, read_rows
+from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.loss import completion_logits, completion_tokens, token_loss
+from mechsub.families.language.rows import read_rows
 from mechsub.parameters.alignment import MODEL
 from mechsub.recipe import load_recipe
 from mechsub.results import read_result
@@ -153,7 +154,7 @@ def test_any_model_in_the_hugging_face_layout_is_taken_by_its_path(nano_recipe, 
     folder = next(path for path in nano_cache_folder().glob("gpt2-*") if path.is_dir())
     by_path = [f"models={{mine: {{path: {folder}}}}}", "model=mine", "members=2", "traits=[owl]", "conditions={same-init: }"]
     run = run_experiment(load_recipe(nano_recipe, by_path), tmp_path / "run", device="cpu", workers=0)
-    assert run.recipe.num_references == 1
+    assert run.recipe.num_references() == 1
     states = [run.reference.load_state(0, member)["transformer.wte.weight"] for member in range(2)]
     assert torch.equal(states[0], states[1])
     analyze_run(run.path, ["behaviour"], device="cpu", workers=0)
