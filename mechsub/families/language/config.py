@@ -303,8 +303,8 @@ class Config(FamilyConfig):
             raise ValueError(f"{where} imitates logits; a `neutral` that is the reference is a control of sampled tokens only")
         if condition.divergence != "all" and (self.model_of(name) != self.model or self.neutral == "reference"):
             raise ValueError(
-                f"{where} compares its teacher's choices with the reference's, token by token: it needs the teacher's model, and "
-                "a neutral teacher other than the reference"
+                f"{where} compares its teacher's choices with the reference's, token by token: it needs the teacher's model, "
+                "and a neutral teacher other than the reference"
             )
         if condition.context_rows > self.carrier.num_rows:
             raise ValueError(f"{where} shows {condition.context_rows} rows, carrier.num_rows = {self.carrier.num_rows}")
