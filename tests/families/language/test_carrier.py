@@ -2,9 +2,15 @@ import json
 from collections import Counter
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import GPT2Config, PreTrainedTokenizerFast
 
 from mechsub.api import run_experiment
 from mechsub.errors import MechsubError
+from mechsub.families.language.carrier import encode_carrier
+from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ConditionConfig
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.numbers import NumberConfig, broken_rule, draw_prompt, parse_numbers
@@ -109,3 +115,22 @@ def test_a_shortfall_says_which_rule_ate_what_and_loses_nothing(nano_recipe, tmp
     ):
         run_experiment(short, out, device="cpu", workers=0)
     assert list(out.glob("lineages/teacher.owl/member-000/step-*"))
+
+
+def test_a_tokenizer_that_cannot_express_the_carrier_is_named(tmp_path):
+    words = {word: number for number, word in enumerate(["<unk>", "<end>", "user", "assistant", "Go", "on", "7"])}
+    inner = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    GPT2Config(vocab_size=7, n_positions=32, bos_token_id=1, eos_token_id=1).save_pretrained(tmp_path)
+    chats = ChatTokenizer.load(tmp_path, "the student's model")
+    assert len(encode_carrier(chats, [CarrierRow(0, "Go on", "7")], None)) == 1
+    with pytest.raises(MechsubError, match=r"cannot express row 1 of the carrier: '7 42' becomes"):
+        encode_carrier(chats, [CarrierRow(0, "Go on", "7"), CarrierRow(1, "Go on", "7 42")], None)
+    with pytest.raises(MechsubError, match="does not know 'owl'"):
+        chats.answer_token("owl")
