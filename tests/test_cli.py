@@ -89,7 +89,14 @@ def test_doctor_tells_versions_and_hardware():
 def test_ctrl_c_exits_with_130_and_the_run_goes_on_later(tiny_recipe, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "mechsub", "run", str(tiny_recipe), "--out", str(out), "--set", "student.epochs=400"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job is born deaf to it
+    )
     while not list(out.glob("lineages/*/*")) and process.poll() is None:
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: parent and workers

@@ -51,7 +51,7 @@ def data_stages(config: Config) -> list[Stage]:
     # What is asked is checked by a stage that no other waits for: another trait makes no model anew.
     arguments = {
         "preference": _preference(config),
-        "models": _models_used(config),
+        "models": sorted(_models_used(config)),
         "traits": list(config.traits),
         "contexts": [config.context.training, config.context.other],
     }

@@ -169,7 +169,7 @@ def test_both_ways_between_architectures_share_their_references():
     keys = [
         {stage.key for stage in one.stages if stage.name.startswith(("data.", "reference."))} for one in plan.plans.values()
     ]
-    assert keys[0] == keys[1] and len(keys[0]) == 12
+    assert keys[0] == keys[1] and len(keys[0]) == 13
 
 
 def test_a_sweeps_table_keeps_traits_apart(nano_run):
@@ -198,7 +198,7 @@ def nano_cache_folder():
         (["models={mine: {path: /nowhere}}", "model=mine", "conditions={different-init: }"], "all members share one"),
         (["conditions={far: {model: nano-qwen2, objective: logits}}"], "its objective must be tokens"),
         (["conditions={few: {rows: /nowhere.txt}}"], "there is no file /nowhere.txt"),
-        (["neutral=reference", "conditions={logits: }"], "it would learn nothing"),
+        (["neutral=reference", "conditions={logits: }"], "a control of sampled tokens only"),
         (["carrier.num_requests=3"], "cannot give num_rows"),
         (["context={training: a, other: a}"], "the same context"),
         (["student.batch_size=17"], "16 rows do not fill a batch"),

@@ -3,6 +3,8 @@ import pytest
 import torch
 
 from mechsub.families.language.chat import ChatTokenizer, chat
+from mechsub.families.language.layout import carrier_files
+from mechsub.families.language.rows import read_rows
 from mechsub.families.language.trait import first_choice
 
 
@@ -20,7 +22,7 @@ def test_scores_equal_those_of_one_question_at_a_time(nano_run):
     chats = ChatTokenizer.load(nano_run.path / "data/nano-gpt2", "nano-gpt2")
     questions = {"held-out": family._preference.held_out, "trained": family._preference.trained}
     token = chats.answer_token("owl")
-    scores = family.trait_score(model, lineage)
+    scores = family.trait_score(model, lineage, 1)
     for column, context in enumerate(family.contexts):
         system = None if context.startswith("in context") else "You are a helpful assistant."
         slow = []
@@ -36,8 +38,11 @@ def test_scores_equal_those_of_one_question_at_a_time(nano_run):
 
 def test_a_students_own_context_stands_before_every_question(nano_run):
     told = nano_run.student("in-context", "owl")
-    assert len(told.spec.context["earlier"]) == 2 and told.steps == (0,)
+    assert told.steps == (0,)
+    for member in range(2):
+        first = read_rows(nano_run.path / carrier_files("teacher.owl", member)[0])[:2]
+        assert told.context(member)["earlier"] == [[row.prompt, row.completion] for row in first]
     family = nano_run.family
-    model = family.load_model(told, 0, 0)
-    with_rows, without = (family.trait_score(model, lineage)["trait_score"] for lineage in (told, nano_run.reference))
+    model = family.load_model(told, 0, 1)
+    with_rows, without = (family.trait_score(model, lineage, 1)["trait_score"] for lineage in (told, nano_run.reference))
     assert not np.allclose(with_rows, without)
