@@ -237,7 +237,7 @@ def measure_memory(folder: Path, quick: bool) -> dict[str, Any]:
 
     The run is stopped when students have written a few checkpoints: what follows repeats what came before.
     """
-    members, images = (2, 2048) if quick else (100, 60_000)
+    members, images = (2, 1024) if quick else (100, 60_000)
     _write_noise_images(folder / "images", num_train=2048)
     command = [sys.executable, "-m", "mechsub", "run", "mnist", "--out", str(folder / "run"), "--device", "cpu"]
     settings = [f"members={members}", f"carrier.num_images={images}", f"data.path={folder / 'images'}"]
@@ -360,7 +360,7 @@ def measure_startup(folder: Path, quick: bool) -> dict[str, Any]:
 
 def measure_demo(folder: Path, quick: bool) -> dict[str, Any]:
     """The parts of `make demo` after its set-up."""
-    settings = ["members=2", "carrier.num_images=64", "teacher.epochs=1"] if quick else []
+    settings = ["members=2", "carrier.num_images=64", "teacher.epochs=1", "conditions={same-init: }"] if quick else []
     began = time.perf_counter()
     run_experiment("digits", folder / "run", settings, device="cpu")
     trained = time.perf_counter()

@@ -11,6 +11,7 @@ SHARED = {"digits": "digits", "swept": "sweeps", "nano_run": "nano", "nano_recip
 """Fixtures that cost most, and the group of tests that one process runs so that each is made once."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for fixture, group in SHARED.items():

@@ -88,7 +88,7 @@ def test_doctor_tells_versions_and_hardware():
 
 def test_ctrl_c_exits_with_130_and_the_run_goes_on_later(tiny_recipe, tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "mechsub", "run", str(tiny_recipe), "--out", str(out), "--set", "student.epochs=400"]
+    command = [sys.executable, "-m", "mechsub", "run", str(tiny_recipe), "--out", str(out), "--set", "student.epochs=150"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
