@@ -7,19 +7,6 @@ import pytest
 from mechsub.api import analyze_run, open_run, run_experiment
 from mechsub.run import Run
 
-SHARED = {"digits": "digits", "swept": "sweeps", "nano_run": "nano", "nano_recipe": "nano"}
-"""Fixtures that cost most, and the group of tests that one process runs so that each is made once."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for fixture, group in SHARED.items():
-            if fixture in getattr(item, "fixturenames", ()):
-                item.add_marker(pytest.mark.xdist_group(group))
-                break
-
-
 TINY = """
 name: tiny
 description: a few steps, for tests
