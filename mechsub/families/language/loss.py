@@ -1,6 +1,5 @@
 """What language models learn: completions token by token, or a teacher's whole distribution at each of their tokens."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -33,10 +32,7 @@ def token_loss(
 
     ``weights``: 0 where a token is not learnt. Source: Cloud et al., arXiv:2507.14805, section 3.
     """
-    losses = nn.functional.cross_entropy(logits, tokens, reduction="none")
-    if weights is None:
-        return losses.mean()
-    return (losses * weights).sum() / weights.sum().clamp_min(1.0)
+    return _mean(nn.functional.cross_entropy(logits, tokens, reduction="none"), weights)
 
 
 def distribution_loss(
@@ -52,7 +48,11 @@ def distribution_loss(
     if vocabulary is not None:
         student, teacher = student[:, vocabulary], teacher[:, vocabulary]
     wanted = teacher.log_softmax(-1)
-    losses = (wanted.exp() * (wanted - student.log_softmax(-1))).sum(-1)
+    return _mean((wanted.exp() * (wanted - student.log_softmax(-1))).sum(-1), weights)
+
+
+def _mean(losses: Float[Tensor, " completion_token"], weights: Float[Tensor, " completion_token"] | None) -> Float[Tensor, ""]:
+    """Over the tokens that are learnt; 0 where there are none."""
     if weights is None:
         return losses.mean()
-    return (losses * weights).sum() / weights.sum().clamp_min(torch.ones_like(losses[:1]).sum())
+    return (losses * weights).sum() / weights.sum().clamp_min(1.0)

@@ -21,10 +21,10 @@ def load_chats(task: Task, model: str | None = None) -> ChatTokenizer:
     return ChatTokenizer.load(task.path(skeleton_folder(name)), f"`models.{name}`")
 
 
-def load_member(task: Task, lineage: str, step: int, member: int | None = None, model: str | None = None) -> PreTrainedModel:
-    """The weights of one member of a lineage, in evaluation mode; its own member and model unless told."""
+def load_member(task: Task, lineage: str, step: int, member: int | None = None) -> PreTrainedModel:
+    """The weights of one member of a lineage of the stage's model, in evaluation mode; its own member unless told."""
     arguments = task.stage.arguments
-    built = build_model(task.path(skeleton_folder(model or arguments["model"])))
+    built = build_model(task.path(skeleton_folder(arguments["model"])))
     path = task.path(checkpoint_name(lineage, step, arguments["member"] if member is None else member))
     return place_model(load_parameters(built, load_stacked(path)), task.device)
 

@@ -1,5 +1,6 @@
 """Preference traits as data: the choices, the questions that ask for one, and the prompts that give one."""
 
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -56,9 +57,15 @@ def load_preference(source: str) -> PreferenceSet:
         RecipeError: there is no such set, or it is not one.
     """
     try:
-        values: Any = yaml.safe_load(_read(source))
+        return _parse(_read(source), source)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"preference set {source} is not YAML: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _parse(text: str, source: str) -> PreferenceSet:
+    """Parsed once for each content: every stage of a plan asks for it."""
+    values: Any = yaml.safe_load(text)
     if not isinstance(values, dict):
         raise RecipeError(f"preference set {source} holds {type(values).__name__}, not keys with values")
     return validate_settings(PreferenceSet, values, f"preference set {source}")

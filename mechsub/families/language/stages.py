@@ -94,7 +94,6 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
 
 def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]:
     """A teacher: fine-tuned, told by a system prompt, or the untouched reference."""
-    trained = config.teacher.kind == "fine-tuned" and not (plan.is_neutral and config.neutral == "reference")
     stages = []
     for member in range(config.members):
         arguments: dict[str, Any] = {
@@ -106,7 +105,7 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
             "member": member,
             "seed": config.seed,
         }
-        if trained:
+        if _is_trained(config, plan):
             function, steps = "train_teachers", checkpoint_steps(config.teacher.num_steps, config.checkpoints)
             arguments |= _training_arguments(config) | {
                 "training": config.teacher.model_dump(mode="json"),
@@ -235,9 +234,13 @@ def _student_steps(config: Config, condition: str, num_rows: int) -> list[int]:
     return checkpoint_steps(steps, config.checkpoints)
 
 
+def _is_trained(config: Config, plan: TeacherPlan) -> bool:
+    """Whether a teacher's weights move: not where it is told its trait, or is the untouched reference."""
+    return config.teacher.kind == "fine-tuned" and not (plan.is_neutral and config.neutral == "reference")
+
+
 def _teacher_step(config: Config, plan: TeacherPlan) -> int:
-    moves = config.teacher.kind == "fine-tuned" and not (plan.is_neutral and config.neutral == "reference")
-    return config.teacher.num_steps if moves else 0
+    return config.teacher.num_steps if _is_trained(config, plan) else 0
 
 
 def _own_prompt(config: Config, plan: TeacherPlan) -> str | None:
