@@ -1,42 +1,28 @@
 """Lineages on disk: the checkpoints of one trajectory from one starting point, written by training, read lazily.
 
 A stacked lineage holds all its members in one safetensors file a step, on a leading axis. Another one has a folder for each
-member. A reader sees both alike.
+member. A lineage of adapters holds what is added to the weights that it starts from. A reader sees all of them alike.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mechsub.checkpoints import Factors, TensorInfo, as_computed, load_factors, load_slice, load_tensor
 from mechsub.errors import RunDirectoryError
-from mechsub.rundir import atomic_write, write_json
+from mechsub.rundir import write_json
 
 SPEC_FILE = "lineage.json"
-_METADATA = "mechsub"
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What the parameter space needs to know of one tensor, so that it needs no family."""
-
-    shape: tuple[int, ...]
-    """Of one member."""
-    layer: str
-    """The layer that it belongs to, in the order of the forward pass."""
-    kind: str
-    """Module kind, e.g. ``hidden``, ``class head``."""
-    transposed: bool = False
-    """Whether it is stored as [in, out], as GPT-2's Conv1D is."""
-    tied_to: str | None = None
-    """The tensor that it is the same parameter as; it then counts once."""
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_ROWS_AT_ONCE = 256
+"""Of a weight whose columns' norms are summed."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +76,10 @@ class LineageSpec:
     """The one member that the folder holds; None: all of them, stacked."""
     context: Mapping[str, Any] = field(default_factory=dict)
     """What stands in its prompts wherever it is asked; empty where nothing does. See `Lineage.context`."""
+    is_adapter: bool = False
+    """Whether its checkpoints hold what is added to its origin's weights; nothing is added at step 0."""
+    holds_start: bool = True
+    """Whether it has a file of step 0; else that is its origin's."""
 
 
 def member_folder(member: int | None) -> str:
@@ -102,9 +92,14 @@ def lineage_folder(name: str, member: int | None = None) -> str:
     return f"lineages/{name}{member_folder(member)}"
 
 
+def checkpoint_folder(lineage: str, step: int, member: int | None = None) -> str:
+    """Where a checkpoint of several files lies in its run directory."""
+    return f"{lineage_folder(lineage, member)}/step-{step:08d}"
+
+
 def checkpoint_name(lineage: str, step: int, member: int | None = None) -> str:
-    """A checkpoint's path in its run directory."""
-    return f"{lineage_folder(lineage, member)}/step-{step:08d}.safetensors"
+    """The path of a checkpoint of one file in its run directory."""
+    return f"{checkpoint_folder(lineage, step, member)}.safetensors"
 
 
 def optimizer_name(lineage: str, step: int, member: int | None = None) -> str:
@@ -112,27 +107,35 @@ def optimizer_name(lineage: str, step: int, member: int | None = None) -> str:
     return f"{lineage_folder(lineage, member)}/optimizer-{step:08d}.safetensors"
 
 
+def spec_name(lineage: str, member: int | None = None) -> str:
+    """The path of a lineage's ``lineage.json`` in its run directory."""
+    return f"{lineage_folder(lineage, member)}/{SPEC_FILE}"
+
+
+def adapter_files(lineage: str, step: int, member: int | None = None) -> tuple[str, ...]:
+    """The files of a checkpoint of an adapter, in the layout of `peft`: its weights, then its configuration."""
+    return tuple(f"{checkpoint_folder(lineage, step, member)}/{name}" for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG))
+
+
 def lineage_files(
-    lineage: str, steps: Sequence[int], optimizer_state: bool = False, member: int | None = None
+    lineage: str,
+    steps: Sequence[int],
+    optimizer_state: bool = False,
+    member: int | None = None,
+    *,
+    is_adapter: bool = False,
+    holds_start: bool = True,
 ) -> tuple[str, ...]:
-    """Every file of a finished lineage, or of one member of it."""
-    names = [checkpoint_name(lineage, step, member) for step in steps]
+    """Every file of a finished lineage, or of one member of it, that this program trained."""
+    kept = [step for step in steps if step > 0 or holds_start]
+    names = [
+        name
+        for step in kept
+        for name in (adapter_files(lineage, step, member) if is_adapter else [checkpoint_name(lineage, step, member)])
+    ]
     if optimizer_state:
         names += [optimizer_name(lineage, step, member) for step in steps if step > 0]
-    return (*names, f"{lineage_folder(lineage, member)}/{SPEC_FILE}")
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write named tensors to one safetensors file, atomically.
-
-    The metadata is one JSON entry: safetensors writes several in an order that changes from run to run, and with it the hash.
-    """
-    with atomic_write(path) as temporary:
-        contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        try:
-            save_file(contiguous, temporary, metadata={_METADATA: json.dumps(metadata, sort_keys=True)})
-        except SafetensorError as error:  # how safetensors tells of a full disk
-            raise OSError(str(error)) from error
+    return (*names, spec_name(lineage, member))
 
 
 def write_spec(folder: Path, spec: LineageSpec) -> None:
@@ -140,16 +143,42 @@ def write_spec(folder: Path, spec: LineageSpec) -> None:
     write_json(folder / SPEC_FILE, asdict(spec))
 
 
-class Lineage:
-    """The checkpoints of one lineage, read when asked for."""
+@dataclass(frozen=True)
+class Part:
+    """One summand of a tensor at a checkpoint: stored weights, or what an adapter adds to them."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        parts = sorted(folder.glob("member-*")) or [folder]
-        specs = [_read_spec(part / SPEC_FILE) for part in parts]
+    lineage: "Lineage" = field(compare=False)
+    name: str
+    """The lineage's."""
+    step: int
+    members: tuple[int, ...]
+    kind: str
+    """``stored``: the weights in a file; ``factors``: a low-rank change; ``change``: any other change, row by row."""
+
+    def load_rows(self, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
+        """Its rows [start, stop), of all members; float32 or wider."""
+        load = {"stored": self.lineage.load_stored, "change": self.lineage.load_change, "factors": self.lineage.load_change}
+        rows: Tensor = load[self.kind](self.step, tensor, start, stop)
+        return rows if self.members == tuple(range(len(rows))) else rows[list(self.members)]
+
+    def load_factors(self, tensor: str, member: int) -> Factors:
+        """A low-rank change of one member, in float64."""
+        return self.lineage.load_factors(self.step, tensor, self.members[member])
+
+
+class Lineage:
+    """The checkpoints of one lineage of a run, or of one member of it (``member``), read when asked for."""
+
+    def __init__(self, run: Path, name: str, member: int | None = None) -> None:
+        self._run = run
+        self._member = member
+        self.folder = run / lineage_folder(name, member)
+        parts = sorted(self.folder.glob("member-*")) or [self.folder]
+        specs = [read_spec(part) for part in parts]
         self._parts = None if specs[0].member is None else parts
         self.spec = specs[0] if self._parts is None else _join(specs)
         self._contexts = [spec.context for spec in specs]
+        self._norms: dict[tuple[int, str, int], Tensor] = {}
 
     def __repr__(self) -> str:
         return f"Lineage({self.spec.name!r}, {self.spec.num_members} members, steps {list(self.spec.steps)})"
@@ -173,40 +202,125 @@ class Lineage:
         """What stands in one member's prompts wherever it is asked."""
         return self._contexts[0 if self._parts is None else member]
 
+    @cached_property
+    def origin(self) -> "Lineage":
+        """The lineage whose step 0 it starts from: for one member, that member's start."""
+        if self.spec.origin.lineage == self.name:
+            return self
+        return Lineage(self._run, self.spec.origin.lineage, None if self._member is None else self.spec.origin.members[0])
+
+    def checkpoint(self, step: int, member: int = 0) -> Path:
+        """The file or the folder of one step; of one member, where members have their own.
+
+        Raises:
+            RunDirectoryError: the lineage has no checkpoint of that step.
+        """
+        if step not in self.steps or (step == 0 and not self.spec.holds_start):
+            raise RunDirectoryError(f"{self.name} has no checkpoint at step {step}; it has {list(self.steps)}")
+        folder = self.folder if self._parts is None else self._parts[member]
+        name = checkpoint_folder("", step).rsplit("/", 1)[-1]
+        return folder / name if (folder / name).is_dir() else folder / f"{name}.safetensors"
+
+    def parts(self, step: int, tensor: str) -> tuple[Part, ...]:
+        """What a tensor is the sum of at one step; adapters and what starts at its origin have the origin's weights in it."""
+        starts_elsewhere = self.spec.is_adapter or (step == 0 and not self.spec.holds_start)
+        if not starts_elsewhere:
+            return (Part(self, self.name, step, tuple(range(self.spec.num_members)), "stored"),)
+        members = self.spec.origin.members if self._member is None else (0,)
+        base = Part(self.origin, self.origin.name, 0, members, "stored")
+        info = self.spec.tensors[tensor]
+        if step == 0 or info.frozen:
+            return (base,)
+        kind = "factors" if info.lora is not None and info.lora.magnitude is None else "change"
+        return base, Part(self, self.name, step, tuple(range(self.spec.num_members)), kind)
+
     def load_state(self, step: int, member: int) -> dict[str, Tensor]:
-        """One member's parameters at one step, with the names and shapes of its ``state_dict``; tied ones once."""
+        """One member's parameters at one step, with the names and shapes of its ``state_dict``; tied ones once.
+
+        What an adapter adds is added in float32 at least; anything else is as it is stored.
+        """
         names = [name for name, info in self.spec.tensors.items() if info.tied_to is None]
-        if self._parts is None:
-            with self._open(self.folder, step) as file:
-                return {name: file.get_slice(name)[member] for name in names}
-        with self._open(self._parts[member], step) as file:
-            return {name: file.get_tensor(name) for name in names}
+        return {name: self._load_tensor(step, name, member) for name in names}
 
     def load_rows(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
-        """Rows [start, stop) of one tensor at one step, of all members; a vector's entries are its rows."""
-        if self._parts is None:
-            with self._open(self.folder, step) as file:
-                rows: Tensor = file.get_slice(tensor)[:, start:stop]
-                return rows
-        members = []
-        for part in self._parts:
-            with self._open(part, step) as file:
-                members.append(file.get_slice(tensor)[start:stop])
-        return torch.stack(members)
+        """Rows [start, stop) of one tensor at one step, of all members; a vector's entries are its rows. Float32 or wider."""
+        first, *rest = (part.load_rows(tensor, start, stop) for part in self.parts(step, tensor))
+        return sum(rest, first)
 
-    def _open(self, folder: Path, step: int) -> Any:
-        path = folder / Path(checkpoint_name(self.name, step)).name
-        if step not in self.steps:
-            raise RunDirectoryError(f"{self.name} has no checkpoint at step {step}; it has {list(self.steps)}")
-        try:
-            return safe_open(path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+    def load_stored(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
+        """The same where the files hold the weights themselves."""
+        name = self.spec.tensors[tensor].stored or tensor
+        if self._parts is None:
+            return as_computed(load_slice(self.checkpoint(step), name, slice(None), slice(start, stop)))
+        rows = [load_slice(self.checkpoint(step, member), name, slice(start, stop)) for member in range(len(self._parts))]
+        return as_computed(torch.stack(rows))
+
+    def load_factors(self, step: int, tensor: str, member: int) -> Factors:
+        """What LoRA adds to one tensor of one member, as the product of two matrices in float64."""
+        lora = self.spec.tensors[tensor].lora
+        assert lora is not None
+        return load_factors(self.checkpoint(step, member), lora)
+
+    def load_change(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
+        """Rows of what an adapter adds to one tensor, of all members, computed in float64 and given in float32."""
+        members = [self._load_change(step, tensor, member, start, stop) for member in range(self.spec.num_members)]
+        return torch.stack(members).float()
+
+    def _load_tensor(self, step: int, tensor: str, member: int) -> Tensor:
+        parts = self.parts(step, tensor)
+        if len(parts) == 1:
+            return parts[0].lineage._load_whole(parts[0].step, tensor, parts[0].members[member])
+        base, change = parts
+        rows = self.spec.tensors[tensor].shape[0]
+        whole = as_computed(base.lineage._load_whole(base.step, tensor, base.members[member]))
+        return whole + self._load_change(change.step, tensor, member, 0, rows).to(whole.dtype)
+
+    def _load_whole(self, step: int, tensor: str, member: int) -> Tensor:
+        name = self.spec.tensors[tensor].stored or tensor
+        if self._parts is None:
+            return load_slice(self.checkpoint(step), name, member)
+        return load_tensor(self.checkpoint(step, member), name)
+
+    def _load_change(self, step: int, tensor: str, member: int, start: int, stop: int) -> Tensor:
+        lora = self.spec.tensors[tensor].lora
+        if lora is None:
+            stored = load_slice(self.checkpoint(step, member), self.spec.tensors[tensor].stored or tensor, slice(start, stop))
+            return stored.double() - self._load_base(tensor, member, start, stop)
+        factors = self.load_factors(step, tensor, member)
+        added = factors.rows[start:stop] @ factors.columns
+        if lora.magnitude is None:
+            return added
+        base = self._load_base(tensor, member, start, stop)
+        magnitude = load_tensor(self.checkpoint(step, member), lora.magnitude).double()
+        moved = base + added
+        if lora.flipped:  # its norms run over all rows
+            factor = magnitude / self._column_norms(step, tensor, member, factors)
+        else:
+            factor = (magnitude[start:stop] / torch.linalg.vector_norm(moved, dim=1))[:, None]
+        return moved * factor - base
+
+    def _load_base(self, tensor: str, member: int, start: int, stop: int) -> Tensor:
+        part = self.parts(0, tensor)[0]
+        chosen = replace(part, members=(part.members[member],))
+        return chosen.load_rows(tensor, start, stop)[0].double()
+
+    def _column_norms(self, step: int, tensor: str, member: int, factors: Factors) -> Tensor:
+        """‖column of W + ΔW‖, read a few rows at a time and once."""
+        key = step, tensor, member
+        if key not in self._norms:
+            num_rows = self.spec.tensors[tensor].shape[0]
+            squares = torch.zeros(factors.columns.shape[1], dtype=torch.float64)
+            for start in range(0, num_rows, _ROWS_AT_ONCE):
+                stop = min(start + _ROWS_AT_ONCE, num_rows)
+                rows = self._load_base(tensor, member, start, stop) + factors.rows[start:stop] @ factors.columns
+                squares += rows.square().sum(0)
+            self._norms[key] = squares.sqrt()
+        return self._norms[key]
 
 
 def open_lineage(run: Path, name: str) -> Lineage:
     """A lineage of a run directory."""
-    return Lineage(run / lineage_folder(name))
+    return Lineage(run, name)
 
 
 def _join(specs: Sequence[LineageSpec]) -> LineageSpec:
@@ -215,23 +329,18 @@ def _join(specs: Sequence[LineageSpec]) -> LineageSpec:
     return replace(specs[0], num_members=len(specs), origin=origin, member=None, context={})
 
 
-def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a file at once, as they are stored."""
-    try:
-        with safe_open(path, framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+def read_spec(folder: Path) -> LineageSpec:
+    """The ``lineage.json`` of a folder.
 
-
-def _read_spec(path: Path) -> LineageSpec:
+    Raises:
+        RunDirectoryError: it is missing or damaged.
+    """
+    path = folder / SPEC_FILE
     try:
         content = json.loads(path.read_text())
         content["origin"] = Origin(**{**content["origin"], "members": tuple(content["origin"]["members"])})
         content["steps"] = tuple(content["steps"])
-        content["tensors"] = {
-            name: TensorInfo(**{**info, "shape": tuple(info["shape"])}) for name, info in content["tensors"].items()
-        }
+        content["tensors"] = {name: TensorInfo.from_json(info) for name, info in content["tensors"].items()}
         return LineageSpec(**content)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None

@@ -51,6 +51,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Give a file that exists a second name in a run: nothing large is copied, and nothing of the file is changed.
+
+    A hard link where both lie on one disk, else a symbolic one, with which the run needs the other place to stay.
+    """
+    temporary = target.with_name(f"{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        real = source.resolve()
+        try:
+            os.link(real, temporary)
+        except OSError:
+            temporary.symlink_to(real)
+        temporary.replace(target)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as JSON; NaN is refused, since JSON has no word for it."""
     with atomic_write(path) as temporary:

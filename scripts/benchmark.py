@@ -27,11 +27,11 @@ from rich.table import Table
 
 from mechsub.analyses.parameter_alignment import list_directions
 from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment
+from mechsub.checkpoints import load_stacked
 from mechsub.environment import available_cores, describe_provenance
 from mechsub.executors.execution import execute_stages
 from mechsub.families.classifier.carrier import carrier_file
 from mechsub.families.classifier.idx import PARTS
-from mechsub.lineages import load_stacked
 from mechsub.parameters.gram import displacement_label, stream_gram
 from mechsub.run import Run
 

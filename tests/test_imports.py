@@ -22,6 +22,7 @@ FLOORS = [
     {"reporting"},
     {"training.config"},
     {"training.schedule"},
+    {"checkpoints"},
     {"lineages"},
     {"training", "parameters"},
     {"families"},

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mechsub.lineages import TensorInfo
+from mechsub.checkpoints import TensorInfo
 from mechsub.parameters.gram import Gram
 
 MODEL = "model"

@@ -1,6 +1,11 @@
-"""Gram matrices of directions, streamed: reading weights is the cost, so each checkpoint is read once."""
+"""Gram matrices of directions, streamed: reading weights is the cost, so each checkpoint is read once.
 
-from collections.abc import Sequence
+What adapters add stays factored: for ΔW = R C, ⟨R₁C₁, R₂C₂⟩ = Σ (R₁ᵀR₂) ∘ (C₁C₂ᵀ), and against a dense D, Σ R ∘ (D Cᵀ). Neither
+depends on how a product is split into its factors.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,10 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechsub.checkpoints import TensorInfo
 from mechsub.errors import AnalysisError
-from mechsub.lineages import Lineage, TensorInfo
+from mechsub.lineages import Lineage, Part
 
 CHUNK_BYTES = 128 << 20
+_ROUNDING = 1e-12
+"""Of coefficients: a part that a direction holds as often with + as with − is not in it."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +85,12 @@ def stream_gram(
     chunk_bytes: int = CHUNK_BYTES,
     device: str = "cpu",
 ) -> Gram:
-    """Accumulate the Gram matrices of ``directions`` over chunks of rows.
+    """Accumulate the Gram matrices of ``directions`` tensor by tensor.
 
-    Origins are subtracted before anything is multiplied; products are in the checkpoints' precision inside a chunk and
-    summed in float64 across chunks. Memory is set by ``chunk_bytes`` (one chunk of all checkpoints of all members) and
-    the number of directions, not by the model. Tied tensors count once. In the squared unit of the weights.
+    Stored weights are read in chunks of rows: origins are subtracted before anything is multiplied; products are in the
+    checkpoints' precision (float32 at least) inside a chunk and summed in float64 across chunks. Low-rank changes are
+    multiplied as factors, in float64. Memory is set by ``chunk_bytes`` (one chunk of all checkpoints of all members), the
+    ranks and the number of directions, not by the model. Tied tensors count once. In the squared unit of the weights.
 
     Raises:
         AnalysisError: a lineage lacks one of the tensors, or has it in another shape.
@@ -95,31 +104,137 @@ def stream_gram(
     across = torch.zeros(num_members, len(counted), size, len(anchors), num_members, dtype=torch.float64)
     positions = [labels.index(anchor) for anchor in anchors]
     for index, (name, info) in enumerate(counted.items()):
-        for start, stop in _row_chunks(info, len(_sources(directions)) * num_members, chunk_bytes):
-            chunk = _load_chunk(directions, name, start, stop, device)
-            within[:, index] += torch.bmm(chunk, chunk.transpose(1, 2)).double().cpu()
-            for place, position in enumerate(positions):
-                across[:, index, :, place] += (chunk @ chunk[:, position].T).double().cpu()
+        split = _SplitDirections.of(directions, name)
+        low_rank = [_LowRank.load(split, name, member, device) for member in range(num_members)] if split.factors else []
+        totals = _Totals(within[:, index], across[:, index], positions)
+        for start, stop in _row_chunks(info, len(split.dense) * num_members, chunk_bytes) if split.dense else ():
+            chunk = split.load_chunk(name, start, stop, device)
+            totals.add_dense(chunk, split.holders)
+            totals.add_mixed(chunk, split.holders, low_rank, slice(start, stop))
+        totals.add_low_rank(low_rank)
     return Gram(tuple(labels), tuple(counted), within.numpy(), across.numpy(), tuple(anchors))
 
 
-def _load_chunk(
-    directions: Sequence[Direction], tensor: str, start: int, stop: int, device: str
-) -> Float[Tensor, "member direction weight"]:
-    rows = {
-        (lineage.name, step): lineage.load_rows(step, tensor, start, stop).flatten(1).to(device)
-        for lineage, step in _sources(directions).values()
-    }
-    return torch.stack([_sum_terms(direction, rows) for direction in directions], dim=1)
+@dataclass(frozen=True)
+class _SplitDirections:
+    """The directions in one tensor as signed sums of parts: stored weights and changes (dense), and low-rank changes."""
+
+    sums: Sequence[Mapping[Part, float]]
+    dense: Sequence[Part]
+    factors: Sequence[Part]
+
+    @classmethod
+    def of(cls, directions: Sequence[Direction], tensor: str) -> "_SplitDirections":
+        sums = [_sum_parts(direction, tensor) for direction in directions]
+        parts = list(dict.fromkeys(part for total in sums for part in total))
+        low_rank = [part for part in parts if part.kind == "factors"]
+        return cls(sums, [part for part in parts if part.kind != "factors"], low_rank)
+
+    @property
+    def holders(self) -> list[int]:
+        """The directions with a dense part."""
+        dense = set(self.dense)
+        return [number for number, total in enumerate(self.sums) if dense & total.keys()]
+
+    def load_chunk(self, tensor: str, start: int, stop: int, device: str) -> Float[Tensor, "member direction row column"]:
+        """The dense part of the directions that have one."""
+        rows = {part: part.load_rows(tensor, start, stop).to(device) for part in self.dense}
+        chunk = torch.stack([_combine(self.sums[number], rows) for number in self.holders], dim=1)
+        return chunk.flatten(3) if chunk.ndim > 3 else chunk[..., None]
 
 
-def _sum_terms(direction: Direction, rows: dict[tuple[str, int], Tensor]) -> Float[Tensor, "member weight"]:
-    first, *rest = (rows[lineage.name, step] * sign for lineage, step, sign in direction.terms)
+@dataclass(frozen=True)
+class _LowRank:
+    """The low-rank part of all directions of one member: direction i is ``rows · diag(weights[i]) · columns``."""
+
+    rows: Float[Tensor, "row rank"]
+    columns: Float[Tensor, "rank column"]
+    weights: Float[Tensor, "direction rank"]
+
+    @classmethod
+    def load(cls, split: _SplitDirections, tensor: str, member: int, device: str) -> "_LowRank":
+        factors = [part.load_factors(tensor, member) for part in split.factors]
+        coefficients = torch.tensor([[total.get(part, 0.0) for part in split.factors] for total in split.sums])
+        ranks = torch.tensor([one.rows.shape[1] for one in factors])
+        return cls(
+            torch.cat([one.rows for one in factors], dim=1).to(device),
+            torch.cat([one.columns for one in factors]).to(device),
+            coefficients.double().repeat_interleave(ranks, dim=1).to(device),
+        )
+
+    def only(self, directions: Sequence[int]) -> "_LowRank":
+        """What of it some directions hold."""
+        used = (self.weights[directions] != 0).any(0)
+        return _LowRank(self.rows[:, used], self.columns[used], self.weights[directions][:, used])
+
+    def inner(self, other: "_LowRank") -> Float[Tensor, "direction other"]:
+        """⟨R₁C₁, R₂C₂⟩ = Σ (R₁ᵀR₂) ∘ (C₁C₂ᵀ) of all pairs."""
+        products = (self.rows.T @ other.rows) * (self.columns @ other.columns.T)
+        return self.weights @ products @ other.weights.T
+
+    def inner_dense(self, dense: Float[Tensor, "holder row column"], rows: slice) -> Float[Tensor, "holder direction"]:
+        """⟨D, RC⟩ = Σ R ∘ (D Cᵀ) over some rows."""
+        products = dense @ self.columns.T.to(dense.dtype)
+        return torch.einsum("hrk,rk->hk", products.double(), self.rows[rows]) @ self.weights.T
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """The Gram matrices of one tensor while they are summed."""
+
+    within: Float[Tensor, "member direction direction"]
+    across: Float[Tensor, "member direction anchor other"]
+    anchors: Sequence[int]
+
+    def add_dense(self, chunk: Float[Tensor, "member holder row column"], holders: Sequence[int]) -> None:
+        """⟨D, D⟩ over one chunk."""
+        flat = chunk.flatten(2)
+        inside = torch.bmm(flat, flat.transpose(1, 2)).double().cpu()
+        self.within[:, torch.tensor(holders)[:, None], torch.tensor(holders)] += inside
+        for place, anchor in enumerate(self.anchors):
+            if anchor in holders:
+                self.across[:, holders, place] += (flat @ flat[:, holders.index(anchor)].T).double().cpu()
+
+    def add_mixed(
+        self,
+        chunk: Float[Tensor, "member holder row column"],
+        holders: Sequence[int],
+        low_rank: Sequence[_LowRank],
+        rows: slice,
+    ) -> None:
+        """⟨D, RC⟩ over one chunk, both ways round."""
+        for other, factors in enumerate(low_rank):
+            inside = factors.inner_dense(chunk[other], rows).cpu()
+            self.within[other, holders] += inside
+            self.within[other, :, holders] += inside.T
+            own_anchors = factors.only(self.anchors)
+            for member in range(len(low_rank)):
+                self.across[member, holders, :, other] += own_anchors.inner_dense(chunk[member], rows).cpu()
+                for place, anchor in enumerate(self.anchors):
+                    if anchor in holders:
+                        held = holders.index(anchor)
+                        dense = chunk[other][held : held + 1]
+                        self.across[member, :, place, other] += low_rank[member].inner_dense(dense, rows)[0].cpu()
+
+    def add_low_rank(self, low_rank: Sequence[_LowRank]) -> None:
+        """⟨RC, RC⟩."""
+        for member, own in enumerate(low_rank):
+            self.within[member] += own.inner(own).cpu()
+            for other, factors in enumerate(low_rank):
+                self.across[member, :, :, other] += own.inner(factors.only(self.anchors)).cpu()
+
+
+def _sum_parts(direction: Direction, tensor: str) -> dict[Part, float]:
+    total: Counter[Part] = Counter()
+    for lineage, step, sign in direction.terms:
+        for part in lineage.parts(step, tensor):
+            total[part] += sign  # type: ignore[assignment]  # counts of a Counter may be any number
+    return {part: float(sign) for part, sign in total.items() if abs(sign) > _ROUNDING}
+
+
+def _combine(total: Mapping[Part, float], rows: Mapping[Part, Tensor]) -> Float[Tensor, "member row ..."]:
+    first, *rest = (rows[part] * sign for part, sign in total.items() if part in rows)
     return sum(rest, first)
-
-
-def _sources(directions: Sequence[Direction]) -> dict[tuple[str, int], tuple[Lineage, int]]:
-    return {(lineage.name, step): (lineage, step) for direction in directions for lineage, step, _ in direction.terms}
 
 
 def _row_chunks(info: TensorInfo, copies: int, chunk_bytes: int) -> list[tuple[int, int]]:
@@ -129,7 +244,7 @@ def _row_chunks(info: TensorInfo, copies: int, chunk_bytes: int) -> list[tuple[i
 
 
 def _check_layouts(directions: Sequence[Direction], tensors: dict[str, TensorInfo]) -> None:
-    for lineage, _ in _sources(directions).values():
+    for lineage in dict.fromkeys(lineage for direction in directions for lineage, _, _ in direction.terms):
         for name, info in tensors.items():
             found = lineage.spec.tensors.get(name)
             if found is None or found.shape != info.shape:

@@ -5,20 +5,14 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mechsub.checkpoints import load_stacked, write_tensors
 from mechsub.errors import TrainingError
-from mechsub.lineages import (
-    LineageSpec,
-    checkpoint_name,
-    lineage_folder,
-    load_stacked,
-    optimizer_name,
-    write_spec,
-    write_tensors,
-)
+from mechsub.lineages import LineageSpec, adapter_files, checkpoint_name, lineage_folder, optimizer_name, write_spec
 from mechsub.rundir import hash_file, write_json
 from mechsub.stage import Task
 from mechsub.training.callbacks import StepInfo
@@ -35,14 +29,31 @@ class ResumePoint:
     optimizer_state: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class AdapterFormat:
+    """How an adapter is written, so that `peft` reads it."""
+
+    config: Mapping[str, Any]
+    """What ``adapter_config.json`` holds."""
+    names: Mapping[str, str]
+    """Each trained parameter's name in the files."""
+
+
 class LineageRecorder:
     """Keeps the scheduled checkpoints of one lineage, and a rolling resume state until its stage ends."""
 
     def __init__(
-        self, task: Task, spec: LineageSpec, *, optimizer_state: bool = False, resume_seconds: float = math.inf
+        self,
+        task: Task,
+        spec: LineageSpec,
+        adapter: AdapterFormat | None = None,
+        *,
+        optimizer_state: bool = False,
+        resume_seconds: float = math.inf,
     ) -> None:
         self.task = task
         self.spec = spec
+        self._adapter = adapter
         self._keeps_optimizer = optimizer_state
         self._resume_seconds = resume_seconds
         self._resume_is_due = False
@@ -80,7 +91,7 @@ class LineageRecorder:
             return
         if info.is_checkpoint:
             kept = self.spec.name, info.step, self.spec.member
-            self._write(checkpoint_name(*kept), info.step, self._as_stored(info.parameters))
+            self._write_checkpoint(info)
             if self._keeps_optimizer and info.step > 0:
                 self._write(optimizer_name(*kept), info.step, info.optimizer_state)
         if info.step > 0 and self._resume_is_due:
@@ -120,6 +131,18 @@ class LineageRecorder:
         """Write ``lineage.json``."""
         write_spec(self._folder, self.spec)
 
+    def _write_checkpoint(self, info: StepInfo) -> None:
+        kept = self.spec.name, info.step, self.spec.member
+        if info.step == 0 and not self.spec.holds_start:
+            return
+        stored = self._as_stored(info.parameters)
+        if self._adapter is None:
+            self._write(checkpoint_name(*kept), info.step, stored)
+            return
+        weights, config = adapter_files(*kept)
+        self._write(weights, info.step, {self._adapter.names[name]: tensor for name, tensor in stored.items()})
+        write_json(self.task.path(config), self._adapter.config)
+
     def _as_stored(self, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A member with a folder of its own is stored without the axis of members."""
         return parameters if self.spec.member is None else {name: tensor[0] for name, tensor in parameters.items()}
@@ -127,7 +150,7 @@ class LineageRecorder:
     def _write(self, name: str, step: int, tensors: Mapping[str, Tensor]) -> None:
         path = self.task.path(name)
         write_tensors(path, tensors, {**self._metadata, "step": str(step)})
-        self._written[path.name] = hash_file(path)
+        self._written[path.relative_to(self._folder).as_posix()] = hash_file(path)
 
     def _write_resume(self, info: StepInfo) -> None:
         """Two files in turn, so that the ledger never names one that is being written."""

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mechsub.lineages import TensorInfo
+from mechsub.checkpoints import TensorInfo
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, DirectionAlgebra, Scopes
 from mechsub.parameters.gram import Gram
 

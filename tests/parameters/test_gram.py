@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
+from mechsub.checkpoints import TensorInfo, write_tensors
 from mechsub.errors import AnalysisError
-from mechsub.lineages import LineageSpec, Origin, TensorInfo, checkpoint_name, open_lineage, write_spec, write_tensors
+from mechsub.lineages import LineageSpec, Origin, checkpoint_name, open_lineage, write_spec
 from mechsub.parameters.gram import (
     displacement,
     displacement_difference,

@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsub.checkpoints import load_stacked, write_tensors
 from mechsub.families.classifier.config import CarrierConfig
 from mechsub.families.classifier.data import LabelledImages, load_images
 from mechsub.families.classifier.model import forward_stacked, member_blocks, take_members
-from mechsub.lineages import checkpoint_name, load_stacked, write_tensors
+from mechsub.lineages import checkpoint_name
 from mechsub.stage import Task
 from mechsub.streams import random_stream, stream_key
 

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int, UInt8
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from mechsub.checkpoints import load_stacked, write_tensors
 from mechsub.errors import RecipeError
 from mechsub.families.classifier.config import DataConfig
 from mechsub.families.classifier.idx import PARTS, find_idx_files, read_idx, read_idx_shape
-from mechsub.lineages import load_stacked, write_tensors
 from mechsub.stage import Task
 from mechsub.streams import random_stream
 

@@ -10,8 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mechsub.checkpoints import TensorInfo
 from mechsub.families.classifier.config import ModelConfig
-from mechsub.lineages import Origin, TensorInfo
+from mechsub.lineages import Origin
 from mechsub.streams import random_stream
 
 CLASS_HEAD, AUXILIARY_HEAD = "class_head", "auxiliary_head"

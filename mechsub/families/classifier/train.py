@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mechsub.checkpoints import load_stacked
 from mechsub.errors import RecipeError
 from mechsub.families.classifier.carrier import CarrierImages, carrier_file, open_carrier
 from mechsub.families.classifier.config import StudentConfig, TeacherConfig
@@ -25,7 +26,7 @@ from mechsub.families.classifier.model import (
     tensor_table,
 )
 from mechsub.families.classifier.stack import Arm, BatchOrder, train_arms
-from mechsub.lineages import LineageSpec, Origin, checkpoint_name, load_stacked
+from mechsub.lineages import LineageSpec, Origin, checkpoint_name
 from mechsub.stage import Task
 from mechsub.streams import random_stream
 from mechsub.training.callbacks import StepInfo

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, VerdictConfig, fill_conditions
 from mechsub.families.language.numbers import NumberConfig
@@ -13,6 +13,8 @@ from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import OptimizerConfig
 
 Objective = Literal["tokens", "logits", "all-logits"]
+CommitHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
+"""A commit on the hub, all 40 digits."""
 OTHER = "other"
 """In a condition's `model`: the one model of the recipe that is not the teacher's."""
 
@@ -42,13 +44,33 @@ class PretrainingConfig(TrainingConfig):
     decay: Literal["none", "linear"] = Field("linear", description="of the learning rate, to 0 at the last step")
 
 
+class LoadingConfig(Settings):
+    """How a model is computed with."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="of the weights in memory; adapters are float32 whatever this is"
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="which kernel computes attention")
+    device_map: Literal["auto"] | None = Field(None, description="auto: layers are spread over all GPUs of the machine")
+    gradient_checkpointing: bool = Field(
+        False, description="activations are computed again in the backward pass: less memory, more time"
+    )
+
+
 class ModelConfig(Settings):
-    """One architecture: a nano model that is pretrained here, or any causal language model of transformers by its path."""
+    """One architecture: a nano model that is pretrained here, or any causal language model of transformers."""
 
     nano: Literal["gpt2", "qwen2"] | None = Field(None, description="a nano model in the style of GPT-2 or Qwen2")
     path: str | None = Field(
         None, description="instead: the folder of a model in the Hugging Face layout; {member} in it gives each member its own"
     )
+    hub: str | None = Field(None, description="instead: a model's name on the Hugging Face hub; needs `revision` and `shards`")
+    revision: CommitHash | None = Field(None, description="hub only: the commit, so that the recipe replays the same weights")
+    shards: int = Field(1, ge=1, description="hub only: its number of model*.safetensors files")
+    config: str | None = Field(
+        None, description="hub only: a packaged config.json, for a plan without the network; checked against the hub's"
+    )
+    loading: LoadingConfig = Field(LoadingConfig(), description="how it is computed with")
     hidden_size: int = Field(64, ge=8, multiple_of=8, description="nano only: width of the residual stream")
     num_layers: int = Field(3, ge=1, description="nano only: transformer blocks")
     num_heads: int = Field(4, ge=2, multiple_of=2, description="nano only: attention heads")
@@ -63,8 +85,14 @@ class ModelConfig(Settings):
 
     @model_validator(mode="after")
     def _is_one_model(self) -> "ModelConfig":
-        if (self.nano is None) == (self.path is None):
-            raise ValueError("give either `nano` (gpt2 or qwen2) or `path` (a folder in the Hugging Face layout)")
+        if sum(given is not None for given in (self.nano, self.path, self.hub)) != 1:
+            raise ValueError(
+                "give one of `nano` (gpt2 or qwen2), `path` (a folder in the Hugging Face layout) and `hub` (a name on the hub)"
+            )
+        if (self.hub is None) != (self.revision is None):
+            raise ValueError("`hub` and `revision` belong together: a name on the hub means other weights from day to day")
+        if self.nano and self.loading.dtype != "float32":
+            raise ValueError("a nano model is computed in float32")
         if self.nano and self.hidden_size % self.num_heads:
             raise ValueError(f"hidden_size = {self.hidden_size} is no multiple of num_heads = {self.num_heads}")
         return self
@@ -72,11 +100,45 @@ class ModelConfig(Settings):
     @property
     def has_own_references(self) -> bool:
         """Whether each member has a reference of its own."""
-        return self.path is None or "{member}" in self.path
+        return self.nano is not None or (self.path is not None and "{member}" in self.path)
+
+    def describe(self, member: int = 0) -> str:
+        """What it is called outside of the recipe."""
+        return f"{self.hub}@{self.revision}" if self.hub else str(self.folder(member))
 
     def folder(self, member: int) -> Path:
         """Where the model of one member lies."""
         return Path(str(self.path).replace("{member}", str(member)))
+
+
+_KEEPS_BASE = ("kaiming", "gaussian")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+
+class AdapterConfig(Settings):
+    """A low-rank adapter, through `peft`. Source: Hu et al., arXiv:2106.09685."""
+
+    rank: int = Field(8, ge=1, description="of ΔW = scale · B A")
+    alpha: float = Field(8.0, gt=0, description="scale = α / rank; with rslora α / √rank")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", min_length=1, description="modules that get one: all linear ones but the head, or the ends of their names"
+    )
+    rslora: bool = Field(False, description="rank-stabilised scale, arXiv:2312.03732")
+    dora: bool = Field(False, description="magnitude and direction apart, arXiv:2402.09353")
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's inputs in training")
+    initialisation: str = Field("kaiming", description="of A; B starts at zero: kaiming (peft's default) or gaussian")
+
+    @field_validator("initialisation")
+    @classmethod
+    def _keeps_the_base(cls, name: str) -> str:
+        if name.lower().startswith(_CHANGES_BASE):
+            raise ValueError(
+                f"{name} changes the base weights before the first step, so that no displacement starts at the reference; "
+                "use kaiming or gaussian"
+            )
+        if name not in _KEEPS_BASE:
+            raise ValueError(f"no initialisation is called {name!r}; {nearest_name(name, _KEEPS_BASE)}")
+        return name
 
 
 class TeacherConfig(TrainingConfig):
@@ -145,6 +207,12 @@ class ConditionConfig(BaseConditionConfig):
     objective: Objective | None = Field(None, description="instead of the students' objective")
     shuffle: Literal["none", "within", "across"] = Field("none", description="numbers shuffled within or across responses")
     neutral_share: float = Field(0.0, ge=0, le=1, description="share of rows that are the neutral teacher's instead")
+    adapter: AdapterConfig | Literal["none"] | None = Field(
+        None, description="students' adapters of another kind than the recipe's; none: full fine-tuning"
+    )
+    adapter_init: Literal["own", "teacher"] = Field(
+        "own", description="adapters only: A as drawn for the student, or its teacher's"
+    )
     divergence: Literal["all", "only", "without"] = Field(
         "all", description="tokens that are learnt: all, or only/not those at which teacher and reference choose differently"
     )
@@ -167,6 +235,9 @@ class ConditionConfig(BaseConditionConfig):
              "tokens": "learns sampled tokens"}.get(self.objective or "", ""),
             f"numbers shuffled {self.shuffle} responses" if self.shuffle != "none" else "",
             f"{100 * self.neutral_share:g} % of the rows are the neutral teacher's" if self.neutral_share else "",
+            "its adapter starts with its teacher's A" if self.adapter_init == "teacher" else "",
+            "trains all weights" if self.adapter == "none" else "",
+            f"an adapter of rank {self.adapter.rank}" if isinstance(self.adapter, AdapterConfig) else "",
             f"learns {self.divergence} divergence tokens" if self.divergence != "all" else "",
             "learns a subset of the rows" if self.rows else "",
             f"{self.context_rows} rows in the prompt, nothing trained" if self.context_rows else "",
@@ -177,6 +248,7 @@ class ConditionConfig(BaseConditionConfig):
 CONDITIONS: Mapping[str, Mapping[str, Any]] = {
     "same-init": {},
     "different-init": {"init": "different"},
+    "same-adapter-init": {"adapter_init": "teacher"},
     "different-architecture": {"model": OTHER},
     "logits": {"objective": "logits"},
     "all-logits": {"objective": "all-logits"},
@@ -208,6 +280,9 @@ class Config(FamilyConfig):
         description="the architectures, by name",
     )
     model: Name = Field("nano-gpt2", description="the teachers' architecture, a name of `models`")
+    adapter: AdapterConfig | None = Field(
+        None, description="teachers and students train low-rank adapters; none: all weights are trained"
+    )
     preference: str = Field("animals", description="what may be preferred: a packaged set, or a YAML file")
     traits: tuple[Name, ...] = Field(("owl",), min_length=1, description="choices of that set; each gets its own teacher")
     context: ContextConfig = Field(ContextConfig(), description="system prompts of training and scoring")
@@ -233,6 +308,11 @@ class Config(FamilyConfig):
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
         models = {self.model, self.model_of(condition) if condition else self.model}
         return self.members if all(self.models[name].has_own_references for name in models) else 1
+
+    def adapter_of(self, condition: str) -> AdapterConfig | None:
+        """What a condition's students train; None: all weights."""
+        own = self.conditions[condition].adapter
+        return self.adapter if own is None else None if own == "none" else own
 
     def model_of(self, condition: str) -> str:
         """The name of a condition's model."""
@@ -275,7 +355,21 @@ class Config(FamilyConfig):
             raise ValueError(f"`model`: {self.model!r} is none of `models`; {nearest_name(self.model, list(self.models))}")
         for name, condition in self.conditions.items():
             self._check_condition(name, condition)
+        self._check_precision()
         return self
+
+    def _check_precision(self) -> None:
+        trained = {self.model: self.adapter} if self.teacher.kind == "fine-tuned" else {}
+        trained |= {
+            self.model_of(name): self.adapter_of(name) for name, given in self.conditions.items() if not given.context_rows
+        }
+        for model, adapter in trained.items():
+            dtype = self.models[model].loading.dtype
+            if dtype != "float32" and adapter is None:
+                raise ValueError(
+                    f"`models.{model}.loading.dtype`: all weights would be trained in {dtype}, whose rounding is larger than "
+                    "most updates; train an `adapter` (it is float32), or load the model in float32"
+                )
 
     def _check_condition(self, name: str, condition: ConditionConfig) -> None:
         where = f"`conditions.{name}`"
@@ -296,6 +390,7 @@ class Config(FamilyConfig):
                     f"{where} starts at another member's reference, but all members share one at "
                     f"`models.{self.model_of(name)}.path`; put {{member}} into the path, with one model a member"
                 )
+        self._check_adapter(where, name, condition)
         objective = condition.objective or self.student.objective
         if objective != "tokens" and self.model_of(name) != self.model:
             raise ValueError(f"{where} imitates logits of another tokenizer's vocabulary; its objective must be tokens")
@@ -310,3 +405,13 @@ class Config(FamilyConfig):
             raise ValueError(f"{where} shows {condition.context_rows} rows, carrier.num_rows = {self.carrier.num_rows}")
         if condition.context_rows and (condition.objective or condition.divergence != "all"):
             raise ValueError(f"{where} trains nothing: objective and divergence have no meaning there")
+
+    def _check_adapter(self, where: str, name: str, condition: ConditionConfig) -> None:
+        if condition.adapter_init != "teacher":
+            return
+        if self.teacher.kind != "fine-tuned" or self.adapter is None:
+            raise ValueError(
+                f"{where} starts with its teacher's adapter, but teachers train none; give the recipe an `adapter`"
+            )
+        if self.adapter_of(name) != self.adapter or self.model_of(name) != self.model:
+            raise ValueError(f"{where} starts with its teacher's A: its adapter and its model must be the teacher's")

@@ -11,7 +11,7 @@ from mechsub.families.language.carrier import SURPLUS
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import Config
 from mechsub.families.language.layout import PREFERENCE_FILE, skeleton_folder
-from mechsub.families.language.models import build_model, load_parameters, place_model
+from mechsub.families.language.members import load_lineage_model
 from mechsub.families.language.numbers import RULES
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.trait import MEASURES, Context, score_preference
@@ -55,8 +55,7 @@ class Family:
 
     def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
         """One member of a lineage as a `transformers` model, in evaluation mode."""
-        model = build_model(self._run / skeleton_folder(lineage.spec.model["name"]))
-        return place_model(load_parameters(model, lineage.load_state(step, member)), self._device)
+        return load_lineage_model(self._run, lineage, step, member, self._device)
 
     def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
         """Every measure of every trait, in and out of the training context, on held-out and on trained questions."""

@@ -10,6 +10,8 @@ def skeleton_folder(model: str) -> str:
 
 PREFERENCE_FILE = "data/preference.json"
 """What may be preferred and how it is asked, as the run used it."""
+LOADING_FILE = "loading.json"
+"""In a model's folder: how it is computed with."""
 
 
 def carrier_files(name: str, member: int) -> tuple[str, str]:

@@ -1,17 +1,20 @@
 """One member of one lineage as stages and analyses find it in a run directory: its tokenizer, weights and recorder."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from peft import LoraConfig
 from transformers import PreTrainedModel
 
+from mechsub.checkpoints import TensorInfo
+from mechsub.families.language.adapters import adapter_format, adapter_table, attach_saved_adapter
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.layout import skeleton_folder
-from mechsub.families.language.models import build_model, load_parameters, parameters_of, place_model, tensor_table
-from mechsub.lineages import LineageSpec, Origin, checkpoint_name, load_stacked
+from mechsub.families.language.models import build_empty, load_parameters, place_model, read_loading
+from mechsub.lineages import Lineage, LineageSpec, Origin, lineage_folder, write_spec
 from mechsub.stage import Task
-from mechsub.training.callbacks import StepInfo
 from mechsub.training.recorder import LineageRecorder
 
 
@@ -21,17 +24,39 @@ def load_chats(task: Task, model: str | None = None) -> ChatTokenizer:
     return ChatTokenizer.load(task.path(skeleton_folder(name)), f"`models.{name}`")
 
 
+def load_lineage_model(run: Path, lineage: Lineage, step: int, member: int, device: str) -> PreTrainedModel:
+    """One member of a lineage at one step, in evaluation mode; an adapter stands beside the weights that it is added to."""
+    folder = run / skeleton_folder(lineage.spec.model["name"])
+    adds_nothing = not lineage.spec.is_adapter or step == 0
+    part = lineage.parts(step if adds_nothing else 0, next(iter(lineage.spec.tensors)))[0]
+    state = part.lineage.load_state(part.step, part.members[member])
+    model = load_parameters(build_empty(folder), state)
+    if not adds_nothing:
+        attach_saved_adapter(model, lineage.checkpoint(step, member), lineage.name)
+    return place_model(model, device, read_loading(folder).device_map)
+
+
 def load_member(task: Task, lineage: str, step: int, member: int | None = None) -> PreTrainedModel:
-    """The weights of one member of a lineage of the stage's model, in evaluation mode; its own member unless told."""
-    arguments = task.stage.arguments
-    built = build_model(task.path(skeleton_folder(arguments["model"])))
-    path = task.path(checkpoint_name(lineage, step, arguments["member"] if member is None else member))
-    return place_model(load_parameters(built, load_stacked(path)), task.device)
+    """One member of a lineage of the stage's model, in evaluation mode; its own member unless told."""
+    number = task.stage.arguments["member"] if member is None else member
+    return load_lineage_model(task.run, Lineage(task.run, lineage, number), step, 0, task.device)
 
 
-def make_recorder(task: Task, model: PreTrainedModel, context: Mapping[str, Any] | None = None) -> LineageRecorder:
-    """The recorder of the stage's lineage and member."""
+def make_recorder(
+    task: Task,
+    model: PreTrainedModel | None = None,
+    lora: LoraConfig | None = None,
+    context: Mapping[str, Any] | None = None,
+) -> LineageRecorder:
+    """The recorder of the stage's lineage and member; ``lora``: the adapter in ``model``, where it trains one."""
     arguments = task.stage.arguments
+    origin = Origin(arguments["origin"], (arguments.get("start", arguments["member"]),))
+    written = None
+    start = Lineage(task.run, origin.lineage, origin.members[0])
+    tensors = {name: replace(info, stored=None) for name, info in start.spec.tensors.items()}
+    if lora is not None and model is not None:
+        written = adapter_format(model, lora, arguments["base"])
+        tensors = adapter_table(model, tensors, list(written.names.values()), arguments["lineage"])
     spec = LineageSpec(
         name=arguments["lineage"],
         role=arguments["role"],
@@ -39,21 +64,41 @@ def make_recorder(task: Task, model: PreTrainedModel, context: Mapping[str, Any]
         trait=arguments.get("trait"),
         family="language",
         model={"name": arguments["model"]},
-        origin=Origin(arguments["origin"], (arguments.get("start", arguments["member"]),)),
+        origin=origin,
         teacher=arguments.get("teacher"),
         num_members=1,
         steps=tuple(arguments["steps"]),
-        tensors=tensor_table(model),
+        tensors=tensors,
         member=arguments["member"],
         context=context or {},
+        is_adapter=lora is not None,
+        holds_start=lora is not None,
     )
     kept = {name: arguments[name] for name in ("optimizer_state", "resume_seconds") if name in arguments}
-    return LineageRecorder(task, spec, **kept)
+    return LineageRecorder(task, spec, written, **kept)
 
 
-def record_untrained(task: Task, model: PreTrainedModel, context: Mapping[str, Any] | None = None) -> None:
-    """Write a lineage whose weights never move: its step 0 is all there is."""
-    recorder = make_recorder(task, model, context)
-    parameters: dict[str, Tensor] = {name: tensor[None] for name, tensor in parameters_of(model).items()}
-    recorder(StepInfo(recorder.spec.name, 0, 0, True, None, parameters, {}, members=(task.stage.arguments["member"],)))
-    recorder.finish()
+def record_untrained(task: Task, context: Mapping[str, Any] | None = None) -> None:
+    """Write a lineage whose weights never move: it stays where it starts."""
+    make_recorder(task, context=context).finish()
+
+
+def record_reference(task: Task, tensors: Mapping[str, TensorInfo], evidence: Mapping[str, Any] | None = None) -> None:
+    """Write the ``lineage.json`` of a reference whose weights lie there already; ``evidence`` says where they come from."""
+    arguments = task.stage.arguments
+    name, member = arguments["lineage"], arguments["member"]
+    spec = LineageSpec(
+        name=name,
+        role="reference",
+        condition=None,
+        trait=None,
+        family="language",
+        model={"name": arguments["model"], **(evidence or {})},
+        origin=Origin(name, (member,)),
+        teacher=None,
+        num_members=1,
+        steps=(0,),
+        tensors=tensors,
+        member=member,
+    )
+    write_spec(task.path(lineage_folder(name, member)), spec)

@@ -1,17 +1,17 @@
 """The language family's stages as data: one member each, so that members run side by side and a further one changes none."""
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import Config, ModelConfig
-from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.config import AdapterConfig, Config, ModelConfig
+from mechsub.families.language.folders import INDEX, WEIGHTS, check_folder, digest_file, find_weights
+from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_row_numbers
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
-from mechsub.lineages import checkpoint_name, lineage_files
+from mechsub.lineages import adapter_files, checkpoint_folder, checkpoint_name, lineage_files, spec_name
 from mechsub.rundir import hash_file
 from mechsub.settings import nearest_name
 from mechsub.stage import Resources, Stage
@@ -22,9 +22,10 @@ _COPIES_IN_TRAINING = 6
 """Parameters, gradients, two moments, what is being written, and as much again for activations of small models."""
 _LIBRARY_BYTES = 300 << 20
 """What transformers holds beside torch."""
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "special_tokens_map.json",
-                    "added_tokens.json", "tokenizer_config.json", "chat_template.jinja", "config.json")  # fmt: skip
-_NANO_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
+_SKELETON_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
+"""Of a nano model."""
+_HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
+"""What every model of the hub has; where there are more, they are written beside these."""
 
 
 def data_stages(config: Config) -> list[Stage]:
@@ -37,14 +38,13 @@ def data_stages(config: Config) -> list[Stage]:
     for name in _models_used(config):
         settings = config.models[name]
         arguments = _model_arguments(config, name) | {"preference": _preference(config)}
-        files, inputs = list(_NANO_FILES), {}
+        files, inputs = list(_SKELETON_FILES if settings.nano else _HUB_FILES), {}
         if settings.path is not None:
             folder = settings.folder(0)
-            files = [file for file in _TOKENIZER_FILES if (folder / file).is_file()]
-            _check_folder(f"models.{name}", folder, files)
+            files = check_folder(f"models.{name}.path", folder)
             _check_members(f"models.{name}", config, name, files)
-            inputs = {str(folder / file): f"sha256:{hash_file(folder / file)}" for file in files}
-        outputs = tuple(f"{skeleton_folder(name)}/{file}" for file in files)
+            inputs = {str(folder / file): digest_file(folder / file) for file in files}
+        outputs = tuple(f"{skeleton_folder(name)}/{file}" for file in (*files, LOADING_FILE))
         stages.append(
             Stage(f"data.{name}", f"{_MODULE}.train:import_skeleton", arguments, inputs, outputs, _resources(config, 1))
         )
@@ -78,18 +78,41 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
             }
             inputs = _skeleton_inputs(made, name)
             if settings.path is not None:
-                inputs |= {str(path): _digest(path) for path in _weight_files(name, settings.folder(member))}
+                found = find_weights(f"models.{name}.path", settings.folder(member))
+                inputs |= {str(path): digest_file(path) for path in found}
             stages.append(
                 Stage(
                     _member_name(_reference(name), member),
                     f"{_MODULE}.train:write_references",
                     arguments,
                     inputs,
-                    lineage_files(_reference(name), [0], member=member),
-                    _resources(config, settings.pretraining.num_steps if settings.nano else 1, name, 1),
+                    (*_reference_weights(config, name, member), spec_name(_reference(name), member)),
+                    _resources(config, settings.pretraining.num_steps, name, 1) if settings.nano else _resources(config, 1),
                 )
             )
     return stages
+
+
+def _reference_weights(config: Config, name: str, member: int) -> list[str]:
+    """The files of a reference: one that is written here, or those of a model folder."""
+    settings = config.models[name]
+    if settings.nano:
+        return [checkpoint_name(_reference(name), 0, member)]
+    files = [f"model-{number:05d}-of-{settings.shards:05d}.safetensors" for number in range(1, settings.shards + 1)]
+    files = [INDEX, *files] if settings.shards > 1 else [WEIGHTS]
+    if settings.path is not None:
+        files = [path.name for path in find_weights(f"models.{name}.path", settings.folder(member))]
+    return [f"{checkpoint_folder(_reference(name), 0, member)}/{file}" for file in files]
+
+
+def _weights(config: Config, model: str, lineage: str, step: int, member: int, is_adapter: bool, start: int) -> list[str]:
+    """What a stage reads that loads a member of a lineage: its own files and those that it starts from."""
+    names = [*_reference_weights(config, model, start), spec_name(_reference(model), start)]
+    if lineage != _reference(model):
+        names.append(spec_name(lineage, member))
+    if step > 0:
+        names += adapter_files(lineage, step, member) if is_adapter else [checkpoint_name(lineage, step, member)]
+    return names
 
 
 def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]:
@@ -107,7 +130,8 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
         }
         if _is_trained(config, plan):
             function, steps = "train_teachers", checkpoint_steps(config.teacher.num_steps, config.checkpoints)
-            arguments |= _training_arguments(config) | {
+            arguments |= _training_arguments(config, config.model, config.adapter, member) | {
+                "adapter_stream": _teacher_adapter(member),
                 "training": config.teacher.model_dump(mode="json"),
                 "target": plan.trait,
                 "taught": list(config.traits) if plan.is_neutral else [],
@@ -118,7 +142,8 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
             function, steps = "prompt_teachers", [0]
             arguments["own_prompt"] = _own_prompt(config, plan)
         arguments["steps"] = steps
-        inputs = _skeleton_inputs(made, config.model) | _pick(made, checkpoint_name(_reference(config.model), 0, member))
+        start = _weights(config, config.model, _reference(config.model), 0, member, False, member)
+        inputs = _skeleton_inputs(made, config.model) | _pick(made, *start)
         stages.append(_lineage_stage(config, function, arguments, inputs, config.model))
     return stages
 
@@ -139,7 +164,7 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
             "member": member,
             "seed": config.seed,
         }
-        inputs = _skeleton_inputs(made, config.model) | _pick(made, checkpoint_name(teacher, step, member))
+        inputs = _skeleton_inputs(made, config.model) | _pick(made, *_teacher_weights(config, teacher, step, member))
         stages.append(
             Stage(
                 _member_name(f"carrier.{plan.name}", member),
@@ -179,7 +204,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             "teacher": teacher.lineage,
         }
         names = [
-            checkpoint_name(_reference(model), 0, start),
+            *_weights(config, model, _reference(model), 0, start, False, start),
             carrier_files(plan.carrier.name, member)[0],
             *([carrier_files(plan.neutral_carrier.name, member)[0]] if condition.neutral_share else []),
         ]
@@ -198,7 +223,9 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             num_rows = config.carrier.num_rows
             if condition.rows:
                 num_rows = len(read_row_numbers(Path(condition.rows), num_rows))
-            arguments |= _training_arguments(config) | {
+            own = ["member", member, "student-adapter", plan.carrier.replicate]
+            arguments |= _training_arguments(config, model, config.adapter_of(plan.condition), start) | {
+                "adapter_stream": _teacher_adapter(member) if condition.adapter_init == "teacher" else own,
                 "training": config.student.model_dump(mode="json"),
                 "system_prompt": config.context.training,
                 "teacher_prompt": _teacher_prompt(config, teacher),
@@ -207,7 +234,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             if objective != "tokens" or condition.divergence != "all":
                 step = _teacher_step(config, teacher)
                 arguments |= {"teacher_step": step, "teacher_origin": _reference(config.model)}
-                names += [checkpoint_name(teacher.lineage, step, member), checkpoint_name(_reference(config.model), 0, member)]
+                names += _teacher_weights(config, teacher.lineage, step, member)
         stages.append(_lineage_stage(config, function, arguments, inputs | _pick(made, *names), model))
     return stages
 
@@ -215,12 +242,14 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
 def _lineage_stage(config: Config, function: str, arguments: Mapping[str, Any], inputs: Mapping[str, str], model: str) -> Stage:
     member, steps = arguments["member"], arguments["steps"]
     keeps_optimizer = config.checkpoints.optimizer_state and len(steps) > 1
+    is_adapter = arguments.get("adapter") is not None
+    files = lineage_files(arguments["lineage"], steps, keeps_optimizer, member, is_adapter=is_adapter, holds_start=is_adapter)
     return Stage(
         _member_name(arguments["lineage"], member),
         f"{_MODULE}.train:{function}",
         arguments,
         inputs,
-        lineage_files(arguments["lineage"], steps, keeps_optimizer, member),
+        files,
         _resources(config, max(steps[-1], 1), model, len(steps) * (3 if keeps_optimizer else 1)),
     )
 
@@ -276,8 +305,19 @@ def _model_arguments(config: Config, name: str) -> dict[str, Any]:
     return {"model": name, "settings": settings.model_dump(mode="json"), "numbers": numbers}
 
 
-def _training_arguments(config: Config) -> dict[str, Any]:
+def _teacher_adapter(member: int) -> list[str | int]:
+    """The stream of the A that all teachers of a member start with."""
+    return ["member", member, "teacher-adapter"]
+
+
+def _teacher_weights(config: Config, teacher: str, step: int, member: int) -> list[str]:
+    return _weights(config, config.model, teacher, step, member, config.adapter is not None, member)
+
+
+def _training_arguments(config: Config, model: str, adapter: AdapterConfig | None, start: int) -> dict[str, Any]:
     return {
+        "adapter": None if adapter is None else adapter.model_dump(mode="json"),
+        "base": config.models[model].describe(start) if config.models[model].nano is None else f"{model} of member {start}",
         "optimizer_state": config.checkpoints.optimizer_state,
         "resume_seconds": config.checkpoints.resume_seconds,
         "callbacks": list(config.callbacks),
@@ -297,22 +337,6 @@ def _pick(made: Made, *names: str) -> dict[str, str]:
     return {name: made[name] for name in names}
 
 
-def _check_folder(where: str, folder: Path, files: Iterable[str]) -> None:
-    """Refuse a path that holds no model, before anything runs."""
-    if not folder.is_dir():
-        raise RecipeError(f"`{where}.path`: there is no folder {folder}; give one in the Hugging Face layout")
-    if "config.json" not in files:
-        raise RecipeError(f"`{where}.path`: {folder} has no config.json: it is no model in the Hugging Face layout")
-    if not {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"} & {*files}:
-        raise RecipeError(f"`{where}.path`: {folder} has no tokenizer (tokenizer.json); save the model's tokenizer there")
-    settings = folder / "tokenizer_config.json"
-    has_template = "chat_template.jinja" in files or (settings.is_file() and "chat_template" in settings.read_text())
-    if not has_template:
-        raise RecipeError(
-            f"`{where}.path`: the tokenizer in {folder} has no chat template; add chat_template.jinja, or take a chat model"
-        )
-
-
 def _check_members(where: str, config: Config, name: str, files: Iterable[str]) -> None:
     """Members of their own must be one architecture with one tokenizer: they exchange carriers and starts."""
     settings = config.models[name]
@@ -324,24 +348,6 @@ def _check_members(where: str, config: Config, name: str, files: Iterable[str]) 
                     f"`{where}.path`: {folder / file} is not that of {settings.folder(0)}; members need one architecture "
                     "and one tokenizer"
                 )
-
-
-def _weight_files(name: str, folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise RecipeError(f"`models.{name}.path`: {folder} has no weights in *.safetensors; pickled ones are never read")
-    return files
-
-
-def _digest(path: Path) -> str:
-    status = path.stat()
-    return _digest_of(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=1000)
-def _digest_of(path: Path, size: int, modified: int) -> str:
-    """Weights are hashed once a process, not once a member and plan."""
-    return f"sha256:{hash_file(path)}"
 
 
 def _existing(path: str, condition: str) -> Path:

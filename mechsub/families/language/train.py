@@ -13,24 +13,42 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mechsub.checkpoints import write_tensors
 from mechsub.errors import RecipeError
+from mechsub.families.language.adapters import attach_adapter
 from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
-from mechsub.families.language.config import ConditionConfig, ModelConfig, StudentConfig, TeacherConfig, TrainingConfig
+from mechsub.families.language.config import (
+    AdapterConfig,
+    ConditionConfig,
+    ModelConfig,
+    StudentConfig,
+    TeacherConfig,
+    TrainingConfig,
+)
+from mechsub.families.language.folders import check_folder
+from mechsub.families.language.foreign import find_model, link_reference
 from mechsub.families.language.generation import draw_uniforms, sample_completions
-from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.loss import completion_logits, completion_tokens, distribution_loss, token_loss
-from mechsub.families.language.members import load_chats, load_member, make_recorder, record_untrained
-from mechsub.families.language.models import load_model_folder
+from mechsub.families.language.members import (
+    load_chats,
+    load_member,
+    make_recorder,
+    record_reference,
+    record_untrained,
+)
+from mechsub.families.language.models import parameters_of, place_model, read_loading, tensor_table
 from mechsub.families.language.nano import Pretraining, find_or_pretrain, save_skeleton
 from mechsub.families.language.numbers import NumberConfig
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.families.language.training import Watcher, train_model
+from mechsub.lineages import checkpoint_name
 from mechsub.rundir import write_json
 from mechsub.stage import Task
-from mechsub.streams import random_stream
+from mechsub.streams import random_stream, stream_key
 from mechsub.training.callbacks import load_callbacks
 
 _ANSWER_TOKENS = 8
@@ -59,12 +77,14 @@ def import_skeleton(tasks: Sequence[Task]) -> None:
         folder = task.path(skeleton_folder(arguments["model"]))
         folder.mkdir(parents=True, exist_ok=True)
         settings = ModelConfig(**arguments["settings"])
-        if settings.path is None:
+        write_json(folder / LOADING_FILE, settings.loading.model_dump(mode="json"))
+        if settings.nano is not None:
             language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
             save_skeleton(settings, language, folder)
         else:
-            for name in task.stage.outputs:
-                copyfile(settings.folder(0) / Path(name).name, task.path(name))
+            source = find_model(settings, 0, ["*.json", "*.txt", "*.jinja", "tokenizer.model"])
+            for name in check_folder(f"models.{arguments['model']}", source):
+                copyfile(source / name, folder / name)
         load_chats(task)
 
 
@@ -73,14 +93,17 @@ def write_references(tasks: Sequence[Task]) -> None:
     for task in tasks:
         arguments = task.stage.arguments
         settings, member = ModelConfig(**arguments["settings"]), arguments["member"]
-        if settings.path is not None:
-            model = load_model_folder(settings.folder(member), f"`models.{arguments['model']}` at {settings.folder(member)}")
-        else:
-            language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
-            stream = ("member", member, "pretraining")
-            pretraining = Pretraining(settings, language, arguments["seed"], stream, arguments["threads"])
-            model = find_or_pretrain(pretraining, task.path(skeleton_folder(arguments["model"])), task.report_progress)
-        record_untrained(task, model)
+        if settings.nano is None:
+            source = find_model(settings, member, ["*.safetensors", "*.json"])
+            link_reference(task, source, f"models.{arguments['model']}", {"source": settings.describe(member)})
+            continue
+        language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
+        stream = ("member", member, "pretraining")
+        pretraining = Pretraining(settings, language, arguments["seed"], stream, arguments["threads"])
+        model = find_or_pretrain(pretraining, task.path(skeleton_folder(arguments["model"])), task.report_progress)
+        path = task.path(checkpoint_name(arguments["lineage"], 0, member))
+        write_tensors(path, parameters_of(model), {"lineage": arguments["lineage"], "stage": task.stage.key, "step": "0"})
+        record_reference(task, tensor_table(model))
 
 
 def train_teachers(tasks: Sequence[Task]) -> None:
@@ -89,6 +112,7 @@ def train_teachers(tasks: Sequence[Task]) -> None:
         arguments = task.stage.arguments
         config, preference = TeacherConfig(**arguments["training"]), PreferenceSet(**arguments["preference"])
         model, chats = load_member(task, arguments["origin"], 0), load_chats(task)
+        # The reference is asked before an adapter is put into it.
         asked, answers = _draw_questions(task, model, chats, config, preference)
         prompts = [chat(preference.trained[number], arguments["system_prompt"]) for number in asked]
         rows = chats.encode_rows(prompts, answers)
@@ -106,7 +130,7 @@ def prompt_teachers(tasks: Sequence[Task]) -> None:
     for task in tasks:
         arguments = task.stage.arguments
         said = {"system_prompt": arguments["own_prompt"]} if arguments["own_prompt"] else {}
-        record_untrained(task, load_member(task, arguments["origin"], 0), said)
+        record_untrained(task, said)
 
 
 def train_students(tasks: Sequence[Task]) -> None:
@@ -131,8 +155,7 @@ def tell_students(tasks: Sequence[Task]) -> None:
         for system_prompt in arguments["contexts"]:  # too long for the context is told here, not when it is scored
             questions = (*preference.trained, *preference.held_out)
             chats.encode_prompts([chat(question, system_prompt, earlier) for question in questions])
-        model = load_member(task, arguments["origin"], 0, arguments["start"])
-        record_untrained(task, model, {"earlier": earlier})
+        record_untrained(task, {"earlier": earlier})
 
 
 @dataclass(frozen=True)
@@ -300,7 +323,12 @@ def _train(
     config: TrainingConfig,
 ) -> None:
     arguments: Mapping[str, Any] = task.stage.arguments
-    recorder = make_recorder(task, model)
+    lora = None
+    if arguments["adapter"] is not None:
+        key = stream_key(arguments["seed"], *arguments["adapter_stream"])
+        lora = attach_adapter(model, AdapterConfig(**arguments["adapter"]), key)
+        place_model(model, task.device)
+    recorder = make_recorder(task, model, lora)
     resume = recorder.find_resume_point()
     # A student and its control share their draws; a sham and a teacher have their own.
     stream = (
@@ -311,6 +339,8 @@ def _train(
     )
     callbacks = load_callbacks(arguments["callbacks"])
     watcher = Watcher(arguments["lineage"], arguments["member"], stream, recorder, callbacks, task.report_progress)
-    train_model(model, load_batch, compute_loss, arguments["steps"][-1], config, arguments["seed"], watcher, resume)
+    checkpointing = read_loading(task.path(skeleton_folder(arguments["model"]))).gradient_checkpointing
+    num_steps, seed = arguments["steps"][-1], arguments["seed"]
+    train_model(model, load_batch, compute_loss, num_steps, config, seed, watcher, resume, checkpointing)
     if not recorder.failed:
         recorder.finish()

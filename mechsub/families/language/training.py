@@ -1,6 +1,6 @@
 """Training one language model through `transformers.Trainer`, with our checkpoint callback between its steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,7 +22,6 @@ from transformers import (
 
 from mechsub.families.language.chat import Batch
 from mechsub.families.language.config import TrainingConfig
-from mechsub.families.language.models import place_model
 from mechsub.streams import stream_key
 from mechsub.training.callbacks import Callback, StepInfo
 from mechsub.training.optimizers import make_optimizer, restore_state, state_tensors
@@ -55,28 +54,30 @@ def train_model(
     seed: int,
     watcher: Watcher,
     resume: ResumePoint | None = None,
+    gradient_checkpointing: bool = False,
 ) -> None:
-    """Train ``model`` in place.
+    """Train in place those parameters of ``model`` that want a gradient.
 
     Gradients are not clipped unless ``config.max_gradient_norm`` says so. Dropout draws from a stream of its own in every step
     of every training, so that a resumed training draws as an undisturbed one does.
     """
-    names = [name for name, _ in model.named_parameters()]
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = list(trained)
     if resume is not None:
-        _put_back(model, resume.parameters)
-    optimizer = make_optimizer(model.parameters(), config.optimizer)
+        _put_back(trained, resume.parameters)
+    optimizer = make_optimizer(trained.values(), config.optimizer)
     done = 0
     if resume is not None:
         restore_state(optimizer, names, resume.optimizer_state)
         done = resume.step
     schedule = LambdaLR(optimizer, lambda step: config.rate_at(done + step, num_steps))
-    between = _BetweenSteps(model, optimizer, names, num_steps, done, seed, watcher)
+    between = _BetweenSteps(trained, optimizer, num_steps, done, seed, watcher)
     if done == num_steps:
         return
     with TemporaryDirectory() as folder:  # the trainer wants one, and writes nothing there
         trainer = _Trainer(
             model=model,
-            args=_arguments(model, config, num_steps - done, folder),
+            args=_arguments(model, config, num_steps - done, folder, gradient_checkpointing),
             train_dataset=_Steps(load_batch, done, num_steps),
             data_collator=_only_item,
             optimizers=(optimizer, schedule),
@@ -85,7 +86,7 @@ def train_model(
         trainer.compute, trainer.between = compute_loss, between
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    place_model(model, str(model.device))
+    model.train(False)
 
 
 class _Trainer(Trainer):
@@ -122,16 +123,15 @@ class _BetweenSteps(TrainerCallback):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        trained: Mapping[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
-        names: Sequence[str],
         num_steps: int,
         done: int,
         seed: int,
         watcher: Watcher,
     ) -> None:
         self.losses: Float[Tensor, " member"] | None = None
-        self._model, self._optimizer, self._names = model, optimizer, names
+        self._trained, self._optimizer = trained, optimizer
         self._num_steps, self._done, self._seed = num_steps, done, seed
         self._watcher = watcher
 
@@ -160,8 +160,8 @@ class _BetweenSteps(TrainerCallback):
             num_steps=self._num_steps,
             is_checkpoint=recorder is not None and step in recorder.spec.steps,
             losses=self.losses,
-            parameters={name: parameter.detach()[None] for name, parameter in self._model.named_parameters()},
-            optimizer_state=state_tensors(self._optimizer, self._names),
+            parameters={name: parameter.detach()[None] for name, parameter in self._trained.items()},
+            optimizer_state=state_tensors(self._optimizer, self._trained),
             members=(watcher.member,),
         )
         if recorder is not None and kept:
@@ -170,7 +170,9 @@ class _BetweenSteps(TrainerCallback):
             callback(info)
 
 
-def _arguments(model: PreTrainedModel, config: TrainingConfig, num_steps: int, folder: str) -> TrainingArguments:
+def _arguments(
+    model: PreTrainedModel, config: TrainingConfig, num_steps: int, folder: str, checkpointing: bool
+) -> TrainingArguments:
     """The steps that are left as one pass, in the order in which they are loaded; nothing logged, saved or evaluated."""
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -186,12 +188,13 @@ def _arguments(model: PreTrainedModel, config: TrainingConfig, num_steps: int, f
         eval_strategy="no",
         report_to=[],
         disable_tqdm=True,
+        activation_checkpointing=checkpointing,
     )
     arguments._n_gpu = 1  # it would split each batch over all that it sees
     return arguments
 
 
 @torch.no_grad()
-def _put_back(model: PreTrainedModel, parameters: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
+def _put_back(trained: Mapping[str, nn.Parameter], parameters: Mapping[str, Tensor]) -> None:
+    for name, parameter in trained.items():
         parameter.copy_(parameters[name][0])

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from mechsub.api import plan_experiment, run_experiment
+from mechsub.checkpoints import load_stacked
 from mechsub.errors import MechsubError, RecipeError
 from mechsub.executors.execution import execute_stages
 from mechsub.families.classifier.data import LabelledImages
 from mechsub.families.classifier.train import relabel, teacher_labels
-from mechsub.lineages import load_stacked, open_lineage
+from mechsub.lineages import open_lineage
 from mechsub.recipe import load_recipe
 from mechsub.training.callbacks import StepInfo
 from tests.helpers import output_hashes
