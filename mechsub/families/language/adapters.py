@@ -107,10 +107,12 @@ def adapter_table(
                 raise RecipeError(f"{source}: an adapter on {name}, which is tied ({tied[0]}), is no change of one weight")
             found[name] = replace(found[name], frozen=False, lora=lora)
             used |= {lora.a, lora.b, *([lora.magnitude] if lora.magnitude else [])}
-    for name in table:  # modules that are trained whole, and biases
-        if _PREFIX + name in held and _PREFIX + name not in used:
-            found[name] = replace(found[name], frozen=False, stored=_PREFIX + name)
-            used.add(_PREFIX + name)
+    for name in table:  # modules that are trained whole, and biases, also beside an adapter
+        module_name, _, own = name.rpartition(".")
+        whole = {_PREFIX + name, f"{_PREFIX}{module_name}.base_layer.{own}"} & {*held}
+        if whole:
+            found[name] = replace(found[name], frozen=False, stored=min(whole))
+            used |= whole
     unread, lacking = sorted({*held} - used), sorted(used - {*held})
     if unread or lacking:
         what = f"holds {unread[0]}, which the base has no place for" if unread else f"lacks {lacking[0]}"
