@@ -75,7 +75,8 @@ class Run:
         return [
             name
             for name in self.recipe.conditions
-            if len(self._find("student", name)) == students and self._find("control", name)
+            if len(self._find("student", name)) == students
+            and (self._find("control", name) or not self.recipe.has_control(name))
         ]
 
     @property
@@ -92,14 +93,19 @@ class Run:
         return next(lineage for lineage in self._find("teacher") if lineage.spec.trait in {trait, None})
 
     @property
-    def neutral(self) -> Lineage:
-        """The neutral teacher."""
-        return self._find("neutral")[0]
+    def neutral(self) -> Lineage | None:
+        """The neutral teacher; None in an adopted run that was given none."""
+        return next(iter(self._find("neutral")), None)
+
+    @property
+    def neutral_name(self) -> str:
+        """What figures and findings call it."""
+        return "a neutral teacher" if self.neutral is None else self.neutral.name
 
     @property
     def reference(self) -> Lineage:
         """The teachers' references."""
-        return self.reference_of(self.neutral)
+        return self.reference_of(self.teacher(self.traits[0]))
 
     def reference_of(self, lineage: Lineage) -> Lineage:
         """The references that a lineage starts from."""
@@ -109,9 +115,9 @@ class Run:
         """The student of a trait's teacher."""
         return next(lineage for lineage in self._find("student", condition) if lineage.spec.trait in {trait, None})
 
-    def control(self, condition: str) -> Lineage:
-        """The control of a condition, whatever the trait."""
-        return self._find("control", condition)[0]
+    def control(self, condition: str) -> Lineage | None:
+        """The control of a condition, whatever the trait; None in an adopted run that was given none."""
+        return next(iter(self._find("control", condition)), None)
 
     def sham(self, condition: str) -> Lineage | None:
         """The second control of a condition, where there is one."""

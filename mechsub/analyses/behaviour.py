@@ -23,6 +23,7 @@ SOURCE = "Cloud et al., arXiv:2507.14805"
 EFFECT = "score(student) − score(control), member by member, at the last step"
 EXCESS = "mean over traits of the effect on the own trait − mean of the effects on the other ones"
 WITHOUT_TRAIT = "teacher-without-trait"
+WITHOUT_CONTROL = "no-control"
 SCORE = "trait_score"
 _STATUS = ("ok", "not_recorded_at_this_step", "not_measured")
 _ROLES = ("student", "control")
@@ -38,7 +39,7 @@ def behaviour(run: Run) -> Result:
     effects = {case: scores.effect(case) for case in scores.cases}
     teachers = _judge_teachers(scores)
     judged = judge_effects(effects, _rules(run.recipe.verdict), TRANSFER)
-    judgements = {case: _void_without_trait(teachers[case[1]], judgement) for case, judgement in judged.items()}
+    judgements = {case: _void(scores, case, teachers[case[1]], judgement) for case, judgement in judged.items()}
     excesses = _judge_excess(scores, teachers)
     data = scores.data.assign(_summary_variables(scores, judgements))
     findings = [finding for case in scores.cases for finding in _findings(scores, case, judgements[case])]
@@ -98,15 +99,17 @@ class _Scores:
         """Of the trait score."""
         return self.run.family.measures[SCORE].unit
 
-    def final(self, lineage: Lineage, trait: str, context: str | None = None, measure: str = SCORE) -> np.ndarray:
-        """One trait in one context, member by member; the first context unless told."""
+    def final(self, lineage: Lineage | None, trait: str, context: str | None = None, measure: str = SCORE) -> np.ndarray:
+        """One trait in one context, member by member; the first context unless told. NaN where there is no such lineage."""
+        if lineage is None:
+            return np.full(len(self.data.member), np.nan)
         chosen = self.data[measure].sel(
             lineage=lineage.name, step=lineage.last, trait=trait, context=context or self.contexts[0]
         )
         values: np.ndarray = chosen.values
         return values
 
-    def of(self, case: Case) -> dict[str, Lineage]:
+    def of(self, case: Case) -> dict[str, Lineage | None]:
         """The student and the control of a case."""
         condition, trait = case
         return {"student": self.run.student(condition, trait), "control": self.run.control(condition)}
@@ -136,6 +139,16 @@ def _judge_teachers(scores: _Scores) -> dict[str, Judgement]:
     return judge_effects(gains, _rules(run.recipe.verdict), TRANSFER)
 
 
+def _void(scores: _Scores, case: Case, teacher: Judgement, judgement: Judgement) -> Judgement:
+    """No verdict where there is no control, or where the teachers have nothing to pass on."""
+    if scores.run.control(case[0]) is None:
+        reason = "there is no control, a student of a neutral teacher in everything else alike; give one with --control"
+        return replace(
+            judgement, verdict=WITHOUT_CONTROL, reason=reason, rule=f"{WITHOUT_CONTROL}, whatever the student's score"
+        )
+    return _void_without_trait(teacher, judgement)
+
+
 def _void_without_trait(teacher: Judgement, judgement: Judgement) -> Judgement:
     """No verdict where the teachers have nothing to pass on."""
     if teacher.verdict in {TRANSFER.above, TRANSFER.too_few}:
@@ -152,7 +165,8 @@ def _judge_excess(scores: _Scores, teachers: Mapping[str, Judgement]) -> dict[st
     wanted = scores.run.recipe.verdict.diagonal_excess
     if len(scores.run.traits) < 2 or wanted is False:
         return {}
-    excesses = {name: diagonal_excess(scores.matrix(name)) for name in scores.run.conditions}
+    controlled = [name for name in scores.run.conditions if scores.run.control(name) is not None]
+    excesses = {name: diagonal_excess(scores.matrix(name)) for name in controlled}
     weakest = min(teachers.values(), key=lambda judged: judged.interval.estimate)
     judged = judge_effects(excesses, _rules(scores.run.recipe.verdict), TRANSFER)
     return {name: _void_without_trait(weakest, judgement) for name, judgement in judged.items()}
@@ -228,14 +242,14 @@ def _summary_variables(scores: _Scores, judgements: Mapping[Case, Judgement]) ->
 
 def _findings(scores: _Scores, case: Case, judgement: Judgement) -> list[Finding]:
     """The student's score beside its control's, their difference with the verdict, the gain, and the effect out of context."""
-    run, lineages = scores.run, scores.of(case)
-    student, control = lineages["student"], lineages["control"]
+    run, control = scores.run, scores.run.control(case[0])
+    student = run.student(*case)
     common = _common(scores, case) | {"step": student.last}
     score = _described(
         scores.interval(scores.final(student, case[1])),
         common,
         quantity=SCORE,
-        null=f"its control, the same student of {run.neutral.name}",
+        null=_control_words(run, case[0]),
         null_interval=scores.interval(scores.final(control, case[1])),
         reason="the verdict stands on the effect, which is paired",
         formula="mean over members at the last step",
@@ -279,13 +293,13 @@ def _other_contexts(scores: _Scores, case: Case, common: dict[str, Any]) -> list
 
 
 def _other_measures(scores: _Scores, case: Case, common: dict[str, Any]) -> list[Finding]:
-    student, control = scores.of(case).values()
+    student, control = scores.run.student(*case), scores.run.control(case[0])
     return [
         _described(
             scores.interval(scores.final(student, case[1], measure=name)),
             common | {"unit": measure.unit},
             quantity=name,
-            null=f"its control, the same student of {scores.run.neutral.name}",
+            null=_control_words(scores.run, case[0]),
             null_interval=scores.interval(scores.final(control, case[1], measure=name)),
             reason=f"the verdict stands on the trait score; this is its {measure.unit}",
             formula=measure.description,
@@ -295,10 +309,15 @@ def _other_measures(scores: _Scores, case: Case, common: dict[str, Any]) -> list
     ]
 
 
+def _control_words(run: Run, condition: str) -> str:
+    control = run.control(condition)
+    return "none: no control was given" if control is None else f"its control, the same student of {run.neutral_name}"
+
+
 def _excess_finding(scores: _Scores, condition: str, judgement: Judgement) -> Finding:
     swapped = permute_taught(scores.matrix(condition), scores.run.recipe.verdict.confidence)
     traits = ", ".join(scores.run.traits)
-    fields = _common(scores, (condition, "")) | {"trait": "all", "step": scores.run.control(condition).last}
+    fields = _common(scores, (condition, "")) | {"trait": "all", "step": _last_step(scores.run, condition)}
     return Finding(
         quantity="diagonal_excess",
         null="students of one member who could swap teachers: taught labels permuted within members",
@@ -311,6 +330,10 @@ def _excess_finding(scores: _Scores, condition: str, judgement: Judgement) -> Fi
         **interval_fields(judgement.interval),
         **fields,
     )
+
+
+def _last_step(run: Run, condition: str) -> int:
+    return max(run.student(condition, trait).last for trait in run.traits)
 
 
 def _no_wider_claim(scores: _Scores) -> str:
@@ -358,13 +381,9 @@ def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: 
     several = len(traits) > 1
     sentences = []
     for trait in traits:
+        who_scores = {"References": run.reference, "teachers": run.teacher(trait), "neutral teachers": run.neutral}
         means = {
-            who: scores.interval(scores.final(lineage, trait))
-            for who, lineage in (
-                ("References", run.reference),
-                ("teachers", run.teacher(trait)),
-                ("neutral teachers", run.neutral),
-            )
+            who: scores.interval(scores.final(lineage, trait)) for who, lineage in who_scores.items() if lineage is not None
         }
         listed = ", ".join(f"{who} {interval}" for who, interval in means.items())
         sentences.append(f"{f'On {trait}: ' if several else ''}{listed} ({scores.unit}).")
@@ -372,6 +391,7 @@ def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: 
     sentences += [
         f"Neutral teachers score {format_number(float(scores.final(run.neutral, name).mean()))} at {run.family.traits[name]}."
         for name in others
+        if run.neutral is not None
     ]
     sentences += _lowered_controls(scores)
     sentences += _context_sentences(scores)
@@ -393,6 +413,8 @@ def _lowered_controls(scores: _Scores) -> list[str]:
     below = []
     for condition, trait in scores.cases:
         control = scores.run.control(condition)
+        if control is None:
+            continue
         mean = float(scores.final(control, trait).mean())
         if mean < float(_origin_scores(scores, control, trait).mean()) - margin:
             below.append(f"{condition}{f' on {trait}' if len(scores.run.traits) > 1 else ''} {format_number(mean)}")
@@ -461,7 +483,7 @@ def _members_figure(run: Run) -> Figure:
             f"Score ({measure.unit}: {measure.description}) at the last step; {_first_context(run)}. Each dot is one member "
             f"(n = {run.recipe.members}), the bar their mean; dotted line: the mean of the teachers' references, "
             "dashed line: of the teachers. "
-            f"A control differs from its student in nothing but its teacher, {run.neutral.name}: it is the null."
+            f"A control differs from its student in nothing but its teacher, {run.neutral_name}: it is the null."
         ),
         variables=("final_score", "reference_mean", "teacher_mean"),
         spec=chart_spec(chart),

@@ -24,7 +24,7 @@ from mechsub.parameters.gram import (
     origin_label,
     stream_gram,
 )
-from mechsub.parameters.quantities import QUANTITIES, SWAPPED, Case, OtherTrait, Quantity
+from mechsub.parameters.quantities import CONTROL, NEUTRAL, QUANTITIES, SHAM, SWAPPED, Case, OtherTrait, Quantity
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -58,7 +58,7 @@ def parameter_alignment(run: Run) -> Result:
 
 def is_comparable(run: Run, condition: str) -> bool:
     """Whether a condition's students start from the teachers' kind of reference: the same tensors with the same meaning."""
-    return run.control(condition).spec.origin.lineage == run.reference.name
+    return run.student(condition, run.traits[0]).spec.origin.lineage == run.reference.name
 
 
 def list_directions(run: Run) -> list[Direction]:
@@ -66,31 +66,44 @@ def list_directions(run: Run) -> list[Direction]:
     neutral = run.neutral
     teachers = [run.teacher(trait) for trait in run.traits]
     directions = [origin_direction(run.reference)]
-    directions += [displacement(lineage, lineage.last) for lineage in (*teachers, neutral)]
-    directions += [displacement_difference(teacher, neutral, teacher.last, neutral.last) for teacher in teachers]
+    directions += [displacement(lineage, lineage.last) for lineage in (*teachers, *([neutral] if neutral else []))]
+    if neutral is not None:
+        directions += [displacement_difference(teacher, neutral, teacher.last, neutral.last) for teacher in teachers]
     for condition in filter(lambda name: is_comparable(run, name), run.conditions):
         control, sham = run.control(condition), run.sham(condition)
         students = [run.student(condition, trait) for trait in run.traits]
-        for lineage in (control, *students, *([sham] if sham else [])):
+        for lineage in (*([control] if control else []), *students, *([sham] if sham else [])):
             moved = [step for step in lineage.steps if step > 0]
             directions += [displacement(lineage, step) for step in moved]
-            if lineage is not control:
-                directions += [displacement_difference(lineage, control, step) for step in moved]
+            if control is not None and lineage is not control:
+                paired = [(step, _paired_step(control, lineage, step)) for step in moved]
+                directions += [displacement_difference(lineage, control, *steps) for steps in paired if steps[1] is not None]
             if not lineage.spec.origin.is_reference:
                 directions.append(origin_direction(lineage))
     return directions
+
+
+def _paired_step(control: Lineage, student: Lineage, step: int) -> int | None:
+    """The step of a control that stands beside one of a student: the same one, or the last beside the last."""
+    if step in control.steps:
+        return step
+    return control.last if step == student.last else None
 
 
 def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:
     """The directions of one student at one step; at step 0 nothing has moved, and they are empty sums."""
     student, control, sham = run.student(condition, trait), run.control(condition), run.sham(condition)
     teacher, neutral = run.teacher(trait), run.neutral
+    beside = None if control is None else _paired_step(control, student, step)
     starts_elsewhere = not student.spec.origin.is_reference
 
     def when_moved(label: str) -> Combination:
         return {label: 1.0} if step > 0 else {}
 
-    def difference(lineage: Lineage) -> Combination:
+    def difference(lineage: Lineage | None) -> Combination:
+        """θ − θ_C; an empty sum where one of them is not there."""
+        if lineage is None or control is None or beside is None:
+            return {}
         return when_moved(difference_label(lineage.name, control.name, step))
 
     def last(lineage: Lineage) -> Combination:
@@ -99,12 +112,12 @@ def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step:
     return Case(
         algebra=algebra,
         student=when_moved(displacement_label(student.name, step)),
-        control=when_moved(displacement_label(control.name, step)),
+        control={} if control is None or beside is None else when_moved(displacement_label(control.name, beside)),
         difference=difference(student),
-        sham_difference=difference(sham) if sham else None,
+        sham_difference=difference(sham),
         teacher=last(teacher),
-        neutral=last(neutral),
-        teacher_difference={difference_label(teacher.name, neutral.name, teacher.last): 1.0},
+        neutral={} if neutral is None else last(neutral),
+        teacher_difference={} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0},
         student_origin={origin_label(student.name if starts_elsewhere else run.reference.name): 1.0},
         teacher_origin={origin_label(run.reference.name): 1.0},
         anchor=displacement_label(teacher.name, teacher.last),
@@ -114,6 +127,7 @@ def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step:
             for other in run.traits
             if other != trait
         ),
+        missing=frozenset(name for name, there in ((CONTROL, beside), (NEUTRAL, neutral), (SHAM, sham)) if there is None),
     )
 
 
@@ -131,7 +145,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Da
                 if not comparable:
                     status[quantity.name][cell] = INCOMPARABLE
                 elif step in run.student(condition, trait).steps:
-                    found = quantity.compute(_case(run, algebra, condition, trait, step))
+                    found = quantity.measure(_case(run, algebra, condition, trait, step))
                     values[quantity.name][cell] = np.nan if found is None else found
                     status[quantity.name][cell] = NOT_RUN if found is None else _explain(found, scopes)
                 else:
@@ -209,6 +223,8 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
             continue
         effects = {}
         for case in _cases(run):
+            if quantity.null and run.control(case[0]) is None:
+                continue
             values = _final(run, data, quantity.name, case)
             if quantity.judged == "paired" and quantity.null:
                 values = values - _final(run, data, quantity.null, case)
@@ -262,6 +278,9 @@ def _finding(
     else:
         null_low = null_high = float("nan")
     reason = "the verdict is given over all parameters" if quantity.judged else quantity.why_unjudged
+    null_words = quantity.null_words
+    if quantity.null is not None and run.control(case[0]) is None:
+        null_words, reason = "none: no control was given", "without its null a cosine says nothing; give --control"
     if judgement is not None:
         reason = f"difference from the null {judgement.interval}: {judgement.reason}"
     return Finding(
@@ -271,7 +290,7 @@ def _finding(
         step=run.student(*case).last,
         scope=scope_words,
         unit=quantity.unit,
-        null=quantity.null_words,
+        null=null_words,
         null_low=null_low,
         null_high=null_high,
         verdict=judgement.verdict if judgement else "",
@@ -295,8 +314,8 @@ def _common(run: Run, condition: str | None = None) -> dict[str, Any]:
 
 def _norm_findings(run: Run, data: xr.Dataset) -> list[Finding]:
     """Whether the neutral teacher moved as far as each teacher: a control that moved less is a weaker one."""
-    condition = next((name for name in run.conditions if is_comparable(run, name) and run.control(name).last > 0), None)
-    if condition is None:
+    condition = next(iter(_comparable(run)), None)
+    if condition is None or run.neutral is None:
         return []
     findings = []
     for trait in run.traits:
@@ -365,7 +384,7 @@ def _training_figure(run: Run) -> Figure:
         title="Alignment with the teacher's displacement along training",
         caption=(
             f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of "
-            f"{run.neutral.name} from the same start (the null). Thin lines are {_members(run)}, thick ones their mean. "
+            f"{run.neutral_name} from the same start (the null). Thin lines are {_members(run)}, thick ones their mean. "
             "Between the blue lines lie 95 % of random directions (±2/√d): a line to read by, not the null."
         ),
         variables=("alignment", "alignment_of_control", "random_cosine_sd"),
@@ -473,7 +492,11 @@ def _last_steps(data: xr.Dataset) -> list[int]:
 
 def _comparable(run: Run) -> list[str]:
     """The conditions that figures show: those whose students have the teachers' parameters and were trained."""
-    return [name for name in run.conditions if is_comparable(run, name) and run.control(name).last > 0]
+    return [name for name in run.conditions if is_comparable(run, name) and _is_trained(run, name)]
+
+
+def _is_trained(run: Run, condition: str) -> bool:
+    return run.student(condition, run.traits[0]).last > 0
 
 
 def _drawn_scopes(data: xr.Dataset) -> list[str]:
@@ -554,7 +577,7 @@ def _untold_sentences(run: Run) -> list[str]:
             f"Incomparable: students of {', '.join(other)} are of another model than the teachers, so no alignment exists; "
             "the results hold NaN with that reason."
         )
-    untrained = [name for name in run.conditions if run.control(name).last == 0]
+    untrained = [name for name in run.conditions if not _is_trained(run, name)]
     if untrained:
         sentences.append(f"Nothing is trained in {', '.join(untrained)}: no displacement, so no alignment.")
     return sentences

@@ -52,6 +52,10 @@ class FamilyConfig(Settings):
         """The traits that have a teacher each; empty in a family that has one trait of its own."""
         return ()
 
+    def has_control(self, condition: str) -> bool:
+        """Whether a condition has a control: every one but those of models that were trained elsewhere without one."""
+        return True
+
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
         return self.members

@@ -17,8 +17,8 @@ class Case:
     control: Combination
     difference: Combination
     """θ_S − θ_C."""
-    sham_difference: Combination | None
-    """θ_C′ − θ_C, where there is a second control."""
+    sham_difference: Combination
+    """θ_C′ − θ_C of a second control."""
     teacher: Combination
     neutral: Combination
     teacher_difference: Combination
@@ -31,6 +31,8 @@ class Case:
     """For each member, whose reference its student starts from."""
     others: tuple["OtherTrait", ...] = ()
     """The other traits of the same condition."""
+    missing: frozenset[str] = frozenset()
+    """Who of ``control``, ``neutral`` and ``sham`` the run has not; their directions are then empty sums."""
 
     @property
     def starts_elsewhere(self) -> bool:
@@ -54,7 +56,7 @@ class Quantity:
     name: str
     formula: str
     compute: Callable[[Case], ByScope | None]
-    """None where the run does not hold what it needs."""
+    """None where it has no meaning for the case."""
     unit: str = "cosine"
     null: str | None = None
     """The variable that holds its null: the same measure of another teacher's student."""
@@ -62,6 +64,12 @@ class Quantity:
     judged: str = ""
     """``paired``: against its null, member by member; ``swap``: against 0, by swapping labels; empty: no verdict."""
     why_unjudged: str = ""
+    needs: frozenset[str] = frozenset()
+    """Who of ``control``, ``neutral`` and ``sham`` must be there."""
+
+    def measure(self, case: Case) -> ByScope | None:
+        """Its value; None where the run does not hold what it needs."""
+        return None if self.needs & case.missing else self.compute(case)
 
 
 def _mate(case: Case, of: Combination) -> ByScope | None:
@@ -70,10 +78,6 @@ def _mate(case: Case, of: Combination) -> ByScope | None:
 
 def _without_radial(case: Case, of: Combination) -> ByScope:
     return case.algebra.cosine_without_radial(of, case.student_origin, case.teacher, case.teacher_origin)
-
-
-def _sham(case: Case) -> ByScope | None:
-    return None if case.sham_difference is None else case.algebra.cosine(case.sham_difference, case.teacher_difference)
 
 
 def _norm(case: Case, of: Combination) -> ByScope:
@@ -100,6 +104,10 @@ def _between_traits(case: Case) -> ByScope | None:
     )
 
 
+CONTROL, NEUTRAL, SHAM = "control", "neutral", "sham"
+_CONTROLLED = frozenset({CONTROL})
+_PAIRED = frozenset({CONTROL, NEUTRAL})
+
 OTHER_TEACHER = "another teacher's student from the same start: the control's value"
 
 _SHARE = "share of the teacher's displacement"
@@ -114,21 +122,30 @@ QUANTITIES: tuple[Quantity, ...] = (
         null_words=OTHER_TEACHER,
         judged="paired",
     ),
-    Quantity("alignment_of_control", "cos(Δ_C, Δ_T)", lambda case: case.algebra.cosine(case.control, case.teacher)),
-    Quantity("alignment_with_neutral", "cos(Δ_S, Δ_N)", lambda case: case.algebra.cosine(case.student, case.neutral)),
+    Quantity(
+        "alignment_of_control", "cos(Δ_C, Δ_T)", lambda case: case.algebra.cosine(case.control, case.teacher), needs=_CONTROLLED
+    ),
+    Quantity(
+        "alignment_with_neutral",
+        "cos(Δ_S, Δ_N)",
+        lambda case: case.algebra.cosine(case.student, case.neutral),
+        needs=frozenset({NEUTRAL}),
+    ),
     Quantity(
         "specific_alignment",
         "cos(θ_S − θ_C, Δ_T − Δ_N)",
         lambda case: case.algebra.cosine(case.difference, case.teacher_difference),
         null_words=SWAPPED,
         judged="swap",
+        needs=_PAIRED,
     ),
     Quantity(
         "sham_alignment",
         "cos(θ_C′ − θ_C, Δ_T − Δ_N), C′ a second control with draws of its own",
-        _sham,
+        lambda case: case.algebra.cosine(case.sham_difference, case.teacher_difference),
         null_words=SWAPPED,
         why_unjudged="it checks the instrument: two controls could swap places",
+        needs=_PAIRED | {SHAM},
     ),
     Quantity(
         "control_adjusted_alignment",
@@ -137,11 +154,13 @@ QUANTITIES: tuple[Quantity, ...] = (
         null="control_adjusted_alignment_with_neutral",
         null_words="the same difference against the other teacher, cos(θ_S − θ_C, Δ_N)",
         why_unjudged="θ_S − θ_C leans away from the neutral teacher by construction; the specific alignment has the verdict",
+        needs=_CONTROLLED,
     ),
     Quantity(
         "control_adjusted_alignment_with_neutral",
         "cos(θ_S − θ_C, Δ_N)",
         lambda case: case.algebra.cosine(case.difference, case.neutral),
+        needs=_PAIRED,
     ),
     Quantity(
         "control_adjusted_alignment_of_other_traits",
@@ -149,6 +168,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         _adjusted_of_others,
         null_words="none: it stands beside the control-adjusted alignment, of which it is what any trait's student has",
         why_unjudged="a line to read the control-adjusted alignment by",
+        needs=_CONTROLLED,
     ),
     Quantity(
         "specific_alignment_between_traits",
@@ -156,6 +176,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         _between_traits,
         null_words="0 on average where students could swap teachers: the central part of the means with members' signs flipped",
         judged="paired",
+        needs=_CONTROLLED,
     ),
     Quantity(
         "radial_removed_alignment",
@@ -169,6 +190,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         "radial_removed_alignment_of_control",
         "cos(Δ_C, Δ_T), each without its component along its own θ₀",
         lambda case: _without_radial(case, case.control),
+        needs=_CONTROLLED,
     ),
     Quantity(
         "init_mate_alignment",
@@ -182,6 +204,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         "init_mate_alignment_of_control",
         "cos(Δ_C, Δ_T of the member whose reference the control starts from)",
         lambda case: _mate(case, case.control),
+        needs=_CONTROLLED,
     ),
     Quantity(
         "projection",
@@ -197,6 +220,7 @@ QUANTITIES: tuple[Quantity, ...] = (
         "⟨Δ_C, Δ_T⟩ / ‖Δ_T‖²",
         lambda case: case.algebra.projection_coefficient(case.control, case.teacher),
         unit=_SHARE,
+        needs=_CONTROLLED,
     ),
     Quantity(
         "control_adjusted_projection",
@@ -206,15 +230,17 @@ QUANTITIES: tuple[Quantity, ...] = (
         null="control_adjusted_projection_on_neutral",
         null_words="the same difference along the other teacher, ⟨θ_S − θ_C, Δ_N⟩ / ‖Δ_N‖²",
         why_unjudged="a size, not a direction: the specific alignment has the verdict",
+        needs=_CONTROLLED,
     ),
     Quantity(
         "control_adjusted_projection_on_neutral",
         "⟨θ_S − θ_C, Δ_N⟩ / ‖Δ_N‖²",
         lambda case: case.algebra.projection_coefficient(case.difference, case.neutral),
         unit="share of the neutral teacher's displacement",
+        needs=_PAIRED,
     ),
     Quantity("student_norm", "‖Δ_S‖", lambda case: _norm(case, case.student), unit="weight"),
-    Quantity("control_norm", "‖Δ_C‖", lambda case: _norm(case, case.control), unit="weight"),
+    Quantity("control_norm", "‖Δ_C‖", lambda case: _norm(case, case.control), unit="weight", needs=_CONTROLLED),
     Quantity("teacher_norm", "‖Δ_T‖", lambda case: _norm(case, case.teacher), unit="weight"),
-    Quantity("neutral_norm", "‖Δ_N‖", lambda case: _norm(case, case.neutral), unit="weight"),
+    Quantity("neutral_norm", "‖Δ_N‖", lambda case: _norm(case, case.neutral), unit="weight", needs=frozenset({NEUTRAL})),
 )
