@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
 )
 _state = {"debug": False}
+_MODEL = "A folder (a model, an adapter, checkpoint-N of a Trainer), or org/name@revision."
 
 RunDir = Annotated[Path, typer.Argument(help="A run directory, or the folder of a sweep.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
@@ -79,6 +80,65 @@ def run(
         with _progress(plan.pending) as on_progress:
             perform(plan, device=device, on_progress=on_progress, command=shlex.join(["mechsub", *sys.argv[1:]]))
         typer.echo(f"The {'sweep' if is_sweep else 'run'} is in {plan.out}; `mechsub analyze {plan.out}` measures it.")
+
+
+@app.command()
+def adopt(
+    out: Annotated[Path, typer.Argument(help="The new run directory.", metavar="OUT_DIR", show_default=False)],
+    reference: Annotated[list[str], typer.Option(help=f"What teacher and students started from. {_MODEL}")],
+    teacher: Annotated[list[str], typer.Option(help=f"The model that had the trait. {_MODEL}")],
+    student: Annotated[list[str], typer.Option(help="NAME=MODEL: what learnt from the teacher's data, NAME its condition.")],
+    control: Annotated[list[str] | None, typer.Option(help="NAME=MODEL: the same of a neutral teacher.")] = None,
+    neutral: Annotated[list[str] | None, typer.Option(help=f"The neutral teacher. {_MODEL}")] = None,
+    origin: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL: what a condition starts from, if not the reference.")
+    ] = None,
+    trait: Annotated[
+        str | None, typer.Option(help="The choice that the teacher prefers; without it weights only are compared.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key.path=value of the run's recipe; may be repeated.")
+    ] = None,
+    device: Device = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and stop.")] = False,
+) -> None:
+    """Make a run of models that somebody else trained; their files are linked, not copied. Repeat an option for each seed."""
+    from mechsub import api
+
+    with _errors():
+        plan = api.plan_adoption(
+            out,
+            reference=reference,
+            teacher=teacher,
+            students=_by_condition("--student", student),
+            controls=_by_condition("--control", control or []),
+            neutral=neutral or [],
+            origins=_by_condition("--origin", origin or []),
+            trait=trait,
+            settings=settings or [],
+        )
+        _print_plan(plan)
+        api.resolve_device(device)
+        if dry_run:
+            return
+        with _progress(plan.pending) as on_progress:
+            run = api.run_experiment(
+                plan, device=device, on_progress=on_progress, command=shlex.join(["mechsub", *sys.argv[1:]])
+            )
+        for note in run.family.notes:
+            typer.echo(note, err=True)
+        typer.echo(f"The run is in {out}; `mechsub analyze {out}` measures it.")
+
+
+def _by_condition(option: str, given: list[str]) -> dict[str, list[str]]:
+    """``NAME=MODEL``, repeated."""
+    found: dict[str, list[str]] = {}
+    for text in given:
+        name, equals, model = text.partition("=")
+        if not equals or not name or not model:
+            raise MechsubError(f"{option} {text}: write it as NAME=MODEL, e.g. {option} same-init=/models/student-0")
+        found.setdefault(name, []).append(model)
+    return found
 
 
 @app.command()

@@ -240,7 +240,7 @@ class Lineage:
         What an adapter adds is added in float32 at least; anything else is as it is stored.
         """
         names = [name for name, info in self.spec.tensors.items() if info.tied_to is None]
-        return {name: self._load_tensor(step, name, member) for name in names}
+        return {name: self.load_tensor(step, name, member) for name in names}
 
     def load_rows(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
         """Rows [start, stop) of one tensor at one step, of all members; a vector's entries are its rows. Float32 or wider."""
@@ -266,7 +266,8 @@ class Lineage:
         members = [self._load_change(step, tensor, member, start, stop) for member in range(self.spec.num_members)]
         return torch.stack(members).float()
 
-    def _load_tensor(self, step: int, tensor: str, member: int) -> Tensor:
+    def load_tensor(self, step: int, tensor: str, member: int) -> Tensor:
+        """One member's tensor at one step; see `load_state`."""
         parts = self.parts(step, tensor)
         if len(parts) == 1:
             return parts[0].lineage._load_whole(parts[0].step, tensor, parts[0].members[member])

@@ -73,7 +73,7 @@ def read_recipe(source: str | Path, settings: Sequence[str] = ()) -> tuple[dict[
     if not isinstance(values, dict):
         raise RecipeError(f"{origin} is not a recipe: it holds {type(values).__name__}, not keys with values")
     for setting in settings:
-        _apply_setting(values, setting)
+        apply_setting(values, setting)
     return values, origin
 
 
@@ -113,7 +113,12 @@ def _read_source(source: str) -> tuple[str, str]:
     return packaged.read_text(), f"recipe {source}"
 
 
-def _apply_setting(values: dict[str, Any], setting: str) -> None:
+def apply_setting(values: dict[str, Any], setting: str) -> None:
+    """Put one ``key.path=value`` into a recipe's fields, in place.
+
+    Raises:
+        RecipeError: it is not written so, or the value is not YAML.
+    """
     path, equals, text = setting.partition("=")
     if not equals or not path:
         raise RecipeError(f"`--set {setting}`: write it as key.path=value, e.g. --set student.epochs=3")

@@ -58,7 +58,16 @@ def parameter_alignment(run: Run) -> Result:
 
 def is_comparable(run: Run, condition: str) -> bool:
     """Whether a condition's students start from the teachers' kind of reference: the same tensors with the same meaning."""
-    return run.student(condition, run.traits[0]).spec.origin.lineage == run.reference.name
+    start = run.reference_of(run.student(condition, run.traits[0]))
+    return start.name == run.reference.name or _shapes(start) == _shapes(run.reference)
+
+
+def _shapes(lineage: Lineage) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in lineage.spec.tensors.items()}
+
+
+def _starts_elsewhere(run: Run, lineage: Lineage) -> bool:
+    return not lineage.spec.origin.is_reference or lineage.spec.origin.lineage != run.reference.name
 
 
 def list_directions(run: Run) -> list[Direction]:
@@ -78,7 +87,7 @@ def list_directions(run: Run) -> list[Direction]:
             if control is not None and lineage is not control:
                 paired = [(step, _paired_step(control, lineage, step)) for step in moved]
                 directions += [displacement_difference(lineage, control, *steps) for steps in paired if steps[1] is not None]
-            if not lineage.spec.origin.is_reference:
+            if _starts_elsewhere(run, lineage):
                 directions.append(origin_direction(lineage))
     return directions
 
@@ -95,7 +104,6 @@ def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step:
     student, control, sham = run.student(condition, trait), run.control(condition), run.sham(condition)
     teacher, neutral = run.teacher(trait), run.neutral
     beside = None if control is None else _paired_step(control, student, step)
-    starts_elsewhere = not student.spec.origin.is_reference
 
     def when_moved(label: str) -> Combination:
         return {label: 1.0} if step > 0 else {}
@@ -118,7 +126,7 @@ def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step:
         teacher=last(teacher),
         neutral={} if neutral is None else last(neutral),
         teacher_difference={} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0},
-        student_origin={origin_label(student.name if starts_elsewhere else run.reference.name): 1.0},
+        student_origin={origin_label(student.name if _starts_elsewhere(run, student) else run.reference.name): 1.0},
         teacher_origin={origin_label(run.reference.name): 1.0},
         anchor=displacement_label(teacher.name, teacher.last),
         partners=student.spec.origin.members,

@@ -1,5 +1,6 @@
 """The public functions: each composes the rooms for one command, and is what a notebook calls."""
 
+from mechsub.api.adoption import plan_adoption
 from mechsub.api.runs import (
     Plan,
     analyze_run,
@@ -46,6 +47,7 @@ __all__ = [
     "missing_from_sweep",
     "open_run",
     "open_sweep",
+    "plan_adoption",
     "plan_analyses",
     "plan_experiment",
     "plan_sweep",

@@ -8,7 +8,7 @@ from mechsub.errors import RecipeError
 from mechsub.families.config import FamilyConfig
 from mechsub.settings import nearest_name
 
-FAMILIES = {"classifier": "mechsub.families.classifier", "language": "mechsub.families.language"}
+FAMILIES = {name: f"mechsub.families.{name}" for name in ("adopted", "classifier", "language")}
 
 
 def family_config(name: str) -> type[FamilyConfig]:

@@ -13,10 +13,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from mechsub.checkpoints import LoraInfo, TensorInfo
+from mechsub.checkpoints import LoraInfo, TensorInfo, tensor_shapes
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import AdapterConfig
 from mechsub.families.language.folders import read_json, refuse_pickles
+from mechsub.families.language.models import tensor_table
 from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mechsub.training.recorder import AdapterFormat
 
@@ -117,6 +118,27 @@ def adapter_table(
     if unread or lacking:
         what = f"holds {unread[0]}, which the base has no place for" if unread else f"lacks {lacking[0]}"
         raise RecipeError(f"{source}: the adapter {what}: it belongs to another base")
+    return found
+
+
+def outline_adapter(outline: PreTrainedModel, folder: Path, source: str) -> dict[str, TensorInfo]:
+    """The tensor table of an adapter's folder, from an outline of its base without weights; it is left with the adapter in it.
+
+    Raises:
+        RecipeError: see `read_adapter_config`; the adapter does not fit the base.
+    """
+    table = tensor_table(outline)
+    _inject(read_adapter_config(folder, source), outline, source)
+    shapes = tensor_shapes(folder)
+    found = adapter_table(outline, table, list(shapes), source)
+    for name, info in found.items():
+        if info.lora is not None:
+            rows, columns = reversed(info.shape) if info.lora.flipped else info.shape
+            if (shapes[info.lora.b][0], shapes[info.lora.a][1]) != (rows, columns):
+                raise RecipeError(
+                    f"{source}: its change of {name} is {shapes[info.lora.b][0]} × {shapes[info.lora.a][1]}, the base's weight "
+                    f"is {rows} × {columns}: it belongs to another base"
+                )
     return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 from mechsub.errors import RunDirectoryError
 from mechsub.families.language.carrier import SURPLUS
 from mechsub.families.language.chat import ChatTokenizer
-from mechsub.families.language.config import Config
+from mechsub.families.language.config import ContextConfig, EvaluationConfig
 from mechsub.families.language.layout import PREFERENCE_FILE, skeleton_folder
 from mechsub.families.language.members import load_lineage_model
 from mechsub.families.language.numbers import RULES
@@ -18,15 +19,40 @@ from mechsub.families.language.trait import MEASURES, Context, score_preference
 from mechsub.families.protocol import Scores
 from mechsub.lineages import Lineage
 
+_NOTHING = PreferenceSet(
+    category="nothing", choices=("a", "b"), system_prompt="{target}", neutral_prompt="", trained=("?",), held_out=("??",)
+)
+"""Where no trait is asked for."""
+
+
+class Asked(Protocol):
+    """What of a recipe says which traits are asked for, and how."""
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """Choices of the preference set."""
+
+    @property
+    def context(self) -> ContextConfig:
+        """System prompts."""
+
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        """How they are asked for."""
+
+    @property
+    def seed(self) -> int:
+        """Of sampled answers."""
+
 
 class Family:
     """A `mechsub.families.protocol.Family`."""
 
     measures = MEASURES
 
-    def __init__(self, run: Path, config: Config, device: str) -> None:
+    def __init__(self, run: Path, config: Asked, device: str) -> None:
         self._run, self._config, self._device = run, config, device
-        self._preference = _read_preference(run / PREFERENCE_FILE)
+        self._preference = _read_preference(run / PREFERENCE_FILE) if config.traits else _NOTHING
         category = self._preference.category
         self.traits = {trait: f"prefers {trait} as its {category}" for trait in config.traits}
         inside, outside = config.context.training, config.context.other

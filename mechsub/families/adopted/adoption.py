@@ -1,0 +1,125 @@
+"""The stages that take foreign models into a run: checked against the reference, linked, and described."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+from mechsub.checkpoints import TensorInfo, tensor_types
+from mechsub.errors import RecipeError
+from mechsub.families.adopted.origin import Evidence, find_evidence
+from mechsub.families.adopted.sources import Source, find_source
+from mechsub.families.language.adapters import outline_adapter
+from mechsub.families.language.foreign import link_reference, match_table, outline_model
+from mechsub.families.language.layout import LOADING_FILE, skeleton_folder
+from mechsub.families.language.members import load_chats
+from mechsub.lineages import Lineage, LineageSpec, Origin, checkpoint_folder, lineage_folder, write_spec
+from mechsub.rundir import link_file, write_json
+from mechsub.stage import Task
+
+_BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16}
+"""Of the data types in which weights are stored."""
+
+
+def copy_skeleton(tasks: Sequence[Task]) -> None:
+    """Stage: the reference's configuration and tokenizer into the run."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        for name in task.stage.inputs:
+            path = Path(name)
+            target = task.path(f"{skeleton_folder(arguments['model'])}/{path.name}")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            copyfile(path, target)
+        write_json(task.path(f"{skeleton_folder(arguments['model'])}/{LOADING_FILE}"), arguments["loading"])
+        if arguments["asks"]:
+            load_chats(task)
+
+
+def adopt_reference(tasks: Sequence[Task]) -> None:
+    """Stage: the reference of one member."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        link_reference(task, Path(arguments["folder"]), arguments["source"], {"source": arguments["source"]})
+
+
+def adopt_lineage(tasks: Sequence[Task]) -> None:
+    """Stage: one member of a teacher, a student or a control."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        source = find_source(arguments["source"])
+        reference = Lineage(task.run, arguments["origin"], arguments["member"])
+        evidence = find_evidence(source, reference, arguments["reference"])
+        tables = [_describe_checkpoint(task, source, step, reference) for step in source.folders]
+        if any(table != tables[0] for table in tables):
+            raise RecipeError(f"`{source.name}`: its checkpoints do not hold the same tensors; name one of them")
+        for number, (step, paths) in enumerate(source.files.items()):
+            folder = task.path(checkpoint_folder(arguments["lineage"], step, arguments["member"]))
+            for path in paths:
+                link_file(path, folder / path.name)
+            task.report_progress(number + 1)
+        _write_spec(task, source, evidence, tables[0])
+
+
+def _describe_checkpoint(task: Task, source: Source, step: int, reference: Lineage) -> dict[str, TensorInfo]:
+    folder = source.folders[step]
+    skeleton = task.path(skeleton_folder(task.stage.arguments["model"]))
+    if source.is_adapter:
+        return outline_adapter(outline_model(skeleton), folder, f"`{source.name}`")
+    _check_architecture(source, folder, skeleton)
+    table = match_table(outline_model(skeleton), folder, f"`{source.name}`")
+    _check_types(source, folder, table, reference)
+    return table
+
+
+def _check_architecture(source: Source, folder: Path, skeleton: Path) -> None:
+    """Shapes alone do not tell architectures apart, nor say which setting differs."""
+    theirs, ours = (json.loads((path / "config.json").read_text()) for path in (folder, skeleton))
+    for name in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size"):
+        if theirs.get(name) != ours.get(name):
+            raise RecipeError(
+                f"`{source.name}`: its {name} is {theirs.get(name)!r}, the reference's is {ours.get(name)!r}: its weights are "
+                "of another architecture, and no displacement from this reference; give it a run of its own"
+            )
+
+
+def _check_types(source: Source, folder: Path, table: Mapping[str, TensorInfo], reference: Lineage) -> None:
+    """A narrower type than the reference's would make its rounding the displacement."""
+    theirs, ours = tensor_types(folder), tensor_types(reference.checkpoint(0))
+    for name, info in table.items():
+        if info.tied_to is not None:
+            continue
+        found, start = theirs[info.stored or name], ours[reference.spec.tensors[name].stored or name]
+        if _BITS.get(found, 0) < _BITS.get(start, 0) or (found, start) in {("BF16", "F16"), ("F16", "BF16")}:
+            raise RecipeError(
+                f"`{source.name}`: {name} is stored in {found}, the reference's in {start}: their difference would hold the "
+                f"rounding of every weight; save the model in {start}, or give the reference in the type that was trained"
+            )
+
+
+def _write_spec(task: Task, source: Source, evidence: Evidence, table: Mapping[str, TensorInfo]) -> None:
+    arguments: Mapping[str, Any] = task.stage.arguments
+    member = arguments["member"]
+    spec = LineageSpec(
+        name=arguments["lineage"],
+        role=arguments["role"],
+        condition=arguments["condition"],
+        trait=arguments["trait"],
+        family="adopted",
+        model={
+            "name": arguments["model"],
+            "source": source.name,
+            "proof": evidence.proof,
+            "evidence": evidence.words,
+            "steps_are_known": source.steps_are_known,
+        },
+        origin=Origin(arguments["origin"], (member,)),
+        teacher=arguments["teacher"],
+        num_members=1,
+        steps=tuple(arguments["steps"]),
+        tensors=table,
+        member=member,
+        is_adapter=source.is_adapter,
+        holds_start=False,
+    )
+    write_spec(task.path(lineage_folder(spec.name, member)), spec)

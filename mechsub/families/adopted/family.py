@@ -1,0 +1,41 @@
+"""Adopted models as analyses see them: language models, with what is known of their origins."""
+
+import json
+from pathlib import Path
+
+from mechsub.families.adopted.config import Config
+from mechsub.families.language.family import Family as LanguageFamily
+from mechsub.lineages import SPEC_FILE
+
+
+class Family(LanguageFamily):
+    """A `mechsub.families.protocol.Family`."""
+
+    def __init__(self, run: Path, config: Config, device: str) -> None:
+        super().__init__(run, config, device)
+        if not config.traits:
+            self.traits = {name: "not asked for" for name in config.trait_set}
+
+    @property
+    def notes(self) -> list[str]:
+        """What speaks for the reference being where the models started, and what does not."""
+        specs = [json.loads(path.read_text()) for path in sorted((self._run / "lineages").glob(f"*/*/{SPEC_FILE}"))]
+        adopted = [spec for spec in specs if "proof" in spec["model"]]
+        notes = []
+        for proof, words in _PROOFS.items():
+            found = dict.fromkeys(
+                f"{spec['name']} ({spec['model']['evidence']})" for spec in adopted if spec["model"]["proof"] == proof
+            )
+            if found:
+                notes.append(f"{words}: {'; '.join(found)}.")
+        unknown = dict.fromkeys(spec["name"] for spec in adopted if not spec["model"]["steps_are_known"])
+        if unknown:
+            notes.append(f"How many steps these were trained is not known, step 1 stands for their end: {', '.join(unknown)}.")
+        return notes
+
+
+_PROOFS = {
+    "none": "Not proven to start at the reference, so that an alignment may be that of two references",
+    "recorded base": "They say that they start at the reference",
+    "hash": "Proven to start at the reference",
+}

@@ -1,0 +1,119 @@
+"""What a user names as a model: a folder, a folder of checkpoints, an adapter or a name on the hub."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from mechsub.errors import RecipeError
+from mechsub.families.language.folders import fetch_from_hub, find_weights, read_json, refuse_pickles
+from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPEC_FILE
+
+_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)")
+_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that somebody else made, on this machine."""
+
+    name: str
+    """As the user gave it."""
+    folders: Mapping[int, Path]
+    """Its checkpoints by step; a single model whose step nobody wrote down stands at step 1."""
+    is_adapter: bool
+    steps_are_known: bool
+    recorded_base: str | None
+    """The model that it says it started from."""
+    lineage: Path | None
+    """The ``lineage.json`` that our callback wrote beside its checkpoints."""
+
+    @property
+    def files(self) -> dict[int, list[Path]]:
+        """By step, what is linked into a run."""
+        if self.is_adapter:
+            return {step: [folder / ADAPTER_WEIGHTS, folder / ADAPTER_CONFIG] for step, folder in self.folders.items()}
+        return {step: find_weights(self.name, folder) for step, folder in self.folders.items()}
+
+
+@lru_cache(maxsize=1000)
+def find_source(name: str) -> Source:
+    """Find a model by its folder, or its name on the hub as ``org/name@revision``.
+
+    Raises:
+        RecipeError: there is no such folder, it holds no model, or its checkpoints have no step numbers.
+    """
+    folder = locate_folder(name)
+    found = sorted(
+        path for path in folder.iterdir() if path.is_dir() and (_is_adapter(path) or (path / "config.json").is_file())
+    )
+    numbered = {int(match[1]): path for path in found if (match := _CHECKPOINT.fullmatch(path.name))}
+    numbered.pop(0, None)  # where it starts is the reference
+    if numbered:
+        return _describe(name, folder, dict(sorted(numbered.items())), steps_are_known=True)
+    if found and not _is_adapter(folder) and not (folder / "config.json").is_file():
+        raise RecipeError(
+            f"`{name}`: {folder} holds {found[0].name} but no checkpoint-N: a trajectory needs its step numbers; rename the "
+            "folders, or name one of them"
+        )
+    state = folder / "trainer_state.json"
+    step = read_json(state, f"`{name}`").get("global_step") if state.is_file() else None
+    is_known = isinstance(step, int) and step > 0
+    return _describe(name, folder, {int(step) if is_known and step else 1: folder}, steps_are_known=is_known)
+
+
+def locate_folder(name: str) -> Path:
+    """The folder of a model; one of the hub is fetched.
+
+    Raises:
+        RecipeError: there is none, or a hub name has no revision.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder.absolute()
+    hub = _HUB_NAME.fullmatch(name)
+    if hub is None:
+        raise RecipeError(
+            f"`{name}`: there is no folder {name}; give a model's folder, or its name on the hub as org/name@revision"
+        )
+    if hub["revision"] is None:
+        raise RecipeError(
+            f"`{name}`: there is no folder {name}, and a name on the hub needs its revision, as {name}@COMMIT: without it the "
+            "same command would adopt other weights another day"
+        )
+    return fetch_from_hub(hub["name"], hub["revision"], _PATTERNS)
+
+
+def _describe(name: str, folder: Path, folders: Mapping[int, Path], *, steps_are_known: bool) -> Source:
+    kinds = {step: _is_adapter(path) for step, path in folders.items()}
+    if len({*kinds.values()}) > 1:
+        raise RecipeError(f"`{name}`: {folder} mixes adapters and whole models; name one of them")
+    is_adapter = kinds[max(kinds)]
+    last = folders[max(folders)]
+    for path in folders.values():
+        if is_adapter and not (path / ADAPTER_WEIGHTS).is_file():
+            refuse_pickles(name, path)
+            raise RecipeError(f"`{name}`: {path} has no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained")
+        if not is_adapter:
+            find_weights(name, path)
+    return Source(name, folders, is_adapter, steps_are_known, _recorded_base(last, is_adapter, name), _our_record(folder))
+
+
+def _recorded_base(folder: Path, is_adapter: bool, name: str) -> str | None:
+    content = read_json(folder / (ADAPTER_CONFIG if is_adapter else "config.json"), f"`{name}`")
+    found = content.get("base_model_name_or_path" if is_adapter else "_name_or_path")
+    revision = content.get("revision")
+    if not isinstance(found, str) or not found:
+        return None
+    return f"{found}@{revision}" if isinstance(revision, str) and revision else found
+
+
+def _our_record(folder: Path) -> Path | None:
+    path = folder / SPEC_FILE
+    return path if path.is_file() else None
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / ADAPTER_CONFIG).is_file()

@@ -1,0 +1,161 @@
+"""The adopted family's stages as data: each member of each lineage is checked and linked by a stage of its own."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mechsub.errors import RecipeError
+from mechsub.families.adopted.config import Config, Models
+from mechsub.families.adopted.sources import Source, find_source, locate_folder
+from mechsub.families.language.folders import TOKENIZER_FILES, check_folder, digest_file, find_weights, total_bytes
+from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, skeleton_folder
+from mechsub.families.language.preference import load_preference
+from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
+from mechsub.lineages import checkpoint_folder, member_folder, spec_name
+from mechsub.settings import nearest_name
+from mechsub.stage import Resources, Stage
+
+_MODULE = "mechsub.families.adopted.adoption"
+_REFERENCE = "reference"
+
+
+def data_stages(config: Config) -> list[Stage]:
+    """The reference's configuration and tokenizer, and the preference set where a trait is asked for."""
+    folder = locate_folder(config.reference[0])
+    if config.trait is not None:
+        choices = load_preference(config.preference).choices
+        if config.trait not in choices:
+            raise RecipeError(
+                f"`trait`: {config.trait!r} is no choice of {config.preference}; {nearest_name(config.trait, choices)}"
+            )
+        check_folder("reference", folder)
+    if not (folder / "config.json").is_file():
+        raise RecipeError(f"`reference`: {folder} has no config.json: it is no model in the Hugging Face layout")
+    files = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
+    inputs = {str(folder / name): digest_file(folder / name) for name in files}
+    outputs = tuple(f"{skeleton_folder(config.model)}/{name}" for name in (*files, LOADING_FILE))
+    arguments = {"model": config.model, "loading": config.loading.model_dump(mode="json"), "asks": config.trait is not None}
+    stages = [Stage("data.reference", f"{_MODULE}:copy_skeleton", arguments, inputs, outputs)]
+    if config.trait is None:
+        return stages
+    asked = {
+        "preference": load_preference(config.preference).model_dump(mode="json"),
+        "models": [config.model],
+        "traits": list(config.traits),
+        "contexts": [config.context.training, config.context.other],
+    }
+    made = {name: f"stage:{stages[0].key}" for name in outputs}
+    function = "mechsub.families.language.train:import_preference"
+    return [*stages, Stage("data.preference", function, asked, made, (PREFERENCE_FILE,))]
+
+
+def reference_stages(config: Config, made: Made) -> list[Stage]:
+    """The teachers' references, and those of conditions that have their own."""
+    stages = _references(config, _REFERENCE, config.reference, made)
+    for name, condition in config.conditions.items():
+        if condition.origin:
+            stages += _references(config, f"{_REFERENCE}.{name}", condition.origin, made)
+    return stages
+
+
+def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]:
+    """The teacher, or the neutral one where it was given."""
+    role, models = ("neutral", config.neutral_teacher) if plan.is_neutral else ("teacher", config.teacher)
+    arguments = {"lineage": plan.lineage, "role": role, "condition": None, "trait": plan.trait, "teacher": None}
+    return _adopted(config, models, arguments, config.reference, _REFERENCE, made)
+
+
+def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
+    """None: what the students learnt from stays where it is."""
+    return []
+
+
+def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
+    """The students of one condition, or its controls where they were given."""
+    condition = config.conditions[plan.condition]
+    arguments = {
+        "lineage": plan.lineage,
+        "role": plan.role,
+        "condition": plan.condition,
+        "trait": plan.trait,
+        "teacher": plan.carrier.teacher.lineage,
+    }
+    models = condition.students if plan.role == "student" else condition.controls
+    origin = f"{_REFERENCE}.{plan.condition}" if condition.origin else _REFERENCE
+    return _adopted(config, models, arguments, condition.origin or config.reference, origin, made)
+
+
+def _references(config: Config, lineage: str, models: Models, made: Made) -> list[Stage]:
+    stages = []
+    for member in range(config.members):
+        name = config.model_for(models, member)
+        folder = locate_folder(name)
+        files = find_weights(name, folder)
+        arguments = {"lineage": lineage, "member": member, "model": config.model, "source": name, "folder": str(folder)}
+        inputs = _skeleton(config, made) | {str(path): digest_file(path) for path in files}
+        outputs = tuple(f"{checkpoint_folder(lineage, 0, member)}/{path.name}" for path in files)
+        stages.append(
+            Stage(
+                f"{lineage}{member_folder(member).replace('/', '.')}",
+                f"{_MODULE}:adopt_reference",
+                arguments,
+                inputs,
+                (*outputs, spec_name(lineage, member)),
+                Resources(),
+            )
+        )
+    return stages
+
+
+def _adopted(
+    config: Config, models: Models, fields: Mapping[str, Any], references: Models, origin: str, made: Made
+) -> list[Stage]:
+    sources = [find_source(config.model_for(models, member)) for member in range(config.members if models else 0)]
+    _check_steps(sources, fields["lineage"])
+    stages = []
+    for member, source in enumerate(sources):
+        arguments = {
+            **fields,
+            "member": member,
+            "model": config.model,
+            "origin": origin,
+            "reference": config.model_for(references, member),
+            "source": source.name,
+            "steps": [0, *source.folders],
+        }
+        start = [name for name in made if name.startswith(f"lineages/{origin}{member_folder(member)}/")]
+        inputs = _skeleton(config, made) | {name: made[name] for name in start}
+        files = source.files
+        inputs |= {str(path): digest_file(path) for paths in files.values() for path in paths}
+        if source.lineage is not None:
+            inputs[str(source.lineage)] = digest_file(source.lineage)
+        outputs = [
+            f"{checkpoint_folder(fields['lineage'], step, member)}/{path.name}"
+            for step, paths in files.items()
+            for path in paths
+        ]
+        stages.append(
+            Stage(
+                f"{fields['lineage']}{member_folder(member).replace('/', '.')}",
+                f"{_MODULE}:adopt_lineage",
+                arguments,
+                inputs,
+                (*outputs, spec_name(fields["lineage"], member)),
+                Resources(memory_bytes=max(total_bytes(paths) for paths in files.values()) // 4, num_steps=len(files)),
+            )
+        )
+    return stages
+
+
+def _check_steps(sources: list[Source], lineage: str) -> None:
+    """Members of one lineage must be at the same steps: a mean over members is over one moment of training."""
+    for source in sources[1:]:
+        if list(source.folders) != list(sources[0].folders):
+            raise RecipeError(
+                f"{lineage}: `{source.name}` has checkpoints at steps {list(source.folders)}, `{sources[0].name}` at "
+                f"{list(sources[0].folders)}; members of one lineage need the same steps: name one checkpoint of each"
+            )
+
+
+def _skeleton(config: Config, made: Made) -> dict[str, str]:
+    folder = f"{skeleton_folder(config.model)}/"
+    return {name: digest for name, digest in made.items() if name.startswith(folder)}
