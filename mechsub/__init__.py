@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mechsub.api import (
+        adopt_models,
         analyze_run,
         analyze_sweep,
         list_analyses,
@@ -23,8 +24,11 @@ if TYPE_CHECKING:
         write_report,
         write_sweep_report,
     )
+    from mechsub.families.language.callback import LineageCallback
 
 __all__ = [
+    "LineageCallback",
+    "adopt_models",
     "analyze_run",
     "analyze_sweep",
     "list_analyses",
@@ -46,6 +50,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'mechsub' has no attribute {name!r}")
+    if name == "LineageCallback":  # imports transformers and peft
+        from mechsub.families.language.callback import LineageCallback
+
+        return LineageCallback
     from mechsub import api  # imports torch: only when a function is asked for
 
     return getattr(api, name)

@@ -1,6 +1,6 @@
 """The public functions: each composes the rooms for one command, and is what a notebook calls."""
 
-from mechsub.api.adoption import plan_adoption
+from mechsub.api.adoption import adopt_models, plan_adoption
 from mechsub.api.runs import (
     Plan,
     analyze_run,
@@ -36,6 +36,7 @@ __all__ = [
     "Progress",
     "Run",
     "SweepPlan",
+    "adopt_models",
     "analyze_run",
     "analyze_sweep",
     "describe_installation",

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mechsub.api.runs import Plan, plan_experiment
+from mechsub.api.runs import Plan, plan_experiment, run_experiment
 from mechsub.errors import RecipeError
 from mechsub.recipe import apply_setting, parse_recipe
+from mechsub.run import Run
 
 
 def plan_adoption(
@@ -59,6 +60,20 @@ def plan_adoption(
     for setting in settings:
         apply_setting(recipe, setting)
     return plan_experiment(parse_recipe(recipe, "the adopted run"), out)
+
+
+def adopt_models(
+    out: str | Path,
+    *,
+    reference: Sequence[str],
+    teacher: Sequence[str],
+    students: Mapping[str, Sequence[str]],
+    device: str = "auto",
+    **given: Any,
+) -> Run:
+    """Make a run of models that somebody else trained; see `plan_adoption` for the arguments. Files are linked, not copied."""
+    plan = plan_adoption(out, reference=reference, teacher=teacher, students=students, **given)
+    return run_experiment(plan, device=device)
 
 
 def _absolute(models: Sequence[str]) -> list[str]:

@@ -1,17 +1,13 @@
 """Whether a model started from the reference that it is held against: the difference of two references would fake alignment."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from mechsub.errors import RecipeError
 from mechsub.families.adopted.sources import Source, locate_folder
-from mechsub.families.language.folders import digest_file, find_weights
+from mechsub.families.language.folders import ORIGIN_DIGEST, digest_file, find_weights, read_json
 from mechsub.lineages import Lineage
 from mechsub.parameters.digest import digest_weights
-
-ORIGIN_DIGEST = "origin_digest"
-"""Where our callback writes down what a training started from."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ def find_evidence(source: Source, reference: Lineage, given: str) -> Evidence:
     Raises:
         RecipeError: they say that it is another model.
     """
-    if source.lineage is not None:
+    if source.record is not None:
         return _by_digest(source, reference, given)
     recorded = source.recorded_base
     if recorded is None:
@@ -51,14 +47,14 @@ def find_evidence(source: Source, reference: Lineage, given: str) -> Evidence:
 
 
 def _by_digest(source: Source, reference: Lineage, given: str) -> Evidence:
-    assert source.lineage is not None
-    recorded = json.loads(source.lineage.read_text()).get("model", {}).get(ORIGIN_DIGEST)
+    assert source.record is not None
+    recorded = read_json(source.record, f"`{source.name}`").get(ORIGIN_DIGEST)
     if not isinstance(recorded, str):
-        return Evidence("none", f"{source.lineage} does not hold the hash of its start")
+        return Evidence("none", f"{source.record} does not hold the hash of its start")
     found = digest_weights(reference)
     if found != recorded:
         raise RecipeError(
-            f"`{source.name}` was trained from other weights than the reference {given}: {source.lineage} records "
+            f"`{source.name}` was trained from other weights than the reference {given}: {source.record} records "
             f"{recorded[:16]}…, the reference has {found[:16]}…; give the model that the training started from"
         )
     return Evidence("hash", "its training recorded the hash of the reference's weights")

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.folders import fetch_from_hub, find_weights, read_json, refuse_pickles
-from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPEC_FILE
+from mechsub.families.language.folders import TRAINING_RECORD, fetch_from_hub, find_weights, read_json, refuse_pickles
+from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)")
@@ -27,8 +27,8 @@ class Source:
     steps_are_known: bool
     recorded_base: str | None
     """The model that it says it started from."""
-    lineage: Path | None
-    """The ``lineage.json`` that our callback wrote beside its checkpoints."""
+    record: Path | None
+    """What our callback wrote beside its checkpoints."""
 
     @property
     def files(self) -> dict[int, list[Path]]:
@@ -98,7 +98,10 @@ def _describe(name: str, folder: Path, folders: Mapping[int, Path], *, steps_are
             raise RecipeError(f"`{name}`: {path} has no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained")
         if not is_adapter:
             find_weights(name, path)
-    return Source(name, folders, is_adapter, steps_are_known, _recorded_base(last, is_adapter, name), _our_record(folder))
+    record = folder / TRAINING_RECORD
+    return Source(
+        name, folders, is_adapter, steps_are_known, _recorded_base(last, is_adapter, name), record if record.is_file() else None
+    )
 
 
 def _recorded_base(folder: Path, is_adapter: bool, name: str) -> str | None:
@@ -108,11 +111,6 @@ def _recorded_base(folder: Path, is_adapter: bool, name: str) -> str | None:
     if not isinstance(found, str) or not found:
         return None
     return f"{found}@{revision}" if isinstance(revision, str) and revision else found
-
-
-def _our_record(folder: Path) -> Path | None:
-    path = folder / SPEC_FILE
-    return path if path.is_file() else None
 
 
 def _is_adapter(folder: Path) -> bool:

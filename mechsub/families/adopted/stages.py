@@ -126,8 +126,8 @@ def _adopted(
         inputs = _skeleton(config, made) | {name: made[name] for name in start}
         files = source.files
         inputs |= {str(path): digest_file(path) for paths in files.values() for path in paths}
-        if source.lineage is not None:
-            inputs[str(source.lineage)] = digest_file(source.lineage)
+        if source.record is not None:
+            inputs[str(source.record)] = digest_file(source.record)
         outputs = [
             f"{checkpoint_folder(fields['lineage'], step, member)}/{path.name}"
             for step, paths in files.items()

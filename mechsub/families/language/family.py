@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ _NOTHING = PreferenceSet(
 """Where no trait is asked for."""
 
 
+@runtime_checkable
 class Asked(Protocol):
     """What of a recipe says which traits are asked for, and how."""
 

@@ -13,6 +13,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
                    "added_tokens.json", "tokenizer_config.json", "chat_template.jinja")  # fmt: skip
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+TRAINING_RECORD = "training.json"
+"""What our callback writes beside the checkpoints of somebody's training."""
+ORIGIN_DIGEST = "origin_digest"
+"""In it: the hash of the weights that the training started from."""
 
 
 def check_folder(where: str, folder: Path) -> list[str]:
