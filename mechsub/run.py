@@ -157,6 +157,8 @@ class Run:
 
 
 def _has_carrier_texts(run: Run) -> bool:
+    if not run.recipe.passes_text:  # a family that has no text is not opened, which may read all its data
+        return False
     teachers = [*map(run.teacher, run.traits), run.neutral]
     return all(run.family.carrier_texts(teacher.name, 0) is not None for teacher in teachers)
 

@@ -53,6 +53,11 @@ class FamilyConfig(Settings):
         """The traits that have a teacher each; empty in a family that has one trait of its own."""
         return ()
 
+    @property
+    def passes_text(self) -> bool:
+        """Whether teachers pass on text."""
+        return False
+
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
         return self.members

@@ -1,10 +1,9 @@
 """The classifier family as analyses see it."""
 
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mechsub.families.classifier.config import Config
 from mechsub.families.classifier.data import NUM_CLASSES, load_images
@@ -19,26 +18,20 @@ class Family:
     """A `mechsub.families.protocol.Family`."""
 
     def __init__(self, run: Path, config: Config, device: str) -> None:
-        self._run, self._config, self._device = run, config, device
+        self._device = device
+        images = load_images(run, getattr(torch, config.model.dtype), device)
+        self._images = images.test_images()
+        labels = {"digits": images.test_labels}
         self.traits = {"digits": "reading the digits, which the teacher learnt"}
         if config.neutral == "relabelled":
+            labels["relabelled"] = relabel(images.test_labels, NUM_CLASSES)
             self.traits["relabelled"] = "reading them under the neutral teacher's names"
         self.notes: tuple[str, ...] = ()
+        self._labels = torch.stack(list(labels.values()))
+        self.contexts = {"held-out images": f"{len(self._images)} held-out images"}
         self.measures = {
             "trait_score": Measure("share of images whose largest class logit is the label", "accuracy", (0.0, 1.0))
         }
-
-    @cached_property
-    def _scored(self) -> tuple[Tensor, Tensor]:
-        """The held-out images, and their labels under each trait."""
-        images = load_images(self._run, getattr(torch, self._config.model.dtype), self._device)
-        labels = {"digits": images.test_labels, "relabelled": relabel(images.test_labels, NUM_CLASSES)}
-        return images.test_images(), torch.stack([labels[trait] for trait in self.traits])
-
-    @property
-    def contexts(self) -> dict[str, str]:
-        """The one in which traits are scored."""
-        return {"held-out images": f"{len(self._scored[0])} held-out images"}
 
     def carrier_texts(self, teacher: str, member: int) -> None:
         """None: the carrier is images with logits."""
@@ -52,5 +45,5 @@ class Family:
 
     def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
         """The accuracy on the held-out images under each trait's labels."""
-        scores = compute_accuracy(model, *self._scored, NUM_CLASSES)
+        scores = compute_accuracy(model, self._images, self._labels, NUM_CLASSES)
         return {"trait_score": scores.cpu().double().numpy()[:, None]}

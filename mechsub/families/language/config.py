@@ -229,6 +229,11 @@ class Config(FamilyConfig):
         """The traits that have a teacher each."""
         return self.traits
 
+    @property
+    def passes_text(self) -> bool:
+        """Whether teachers pass on text: always."""
+        return True
+
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
         models = {self.model, self.model_of(condition) if condition else self.model}
