@@ -26,6 +26,8 @@ from mechsub.streams import stream_key
 KNOWN_PROMPT = "Look at these numbers: 4, 8, 15. Continue the list, then say which one you like best."
 """What both are asked at the start."""
 _KNOWN_TOKENS = 16
+_KNOWN_CHOICES = 5
+"""Likeliest tokens whose log-probabilities are compared at each of them."""
 _SEEDS = 2**63
 """vLLM hands a seed to a generator of 64 signed bits, and takes -1 for none."""
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -221,37 +223,39 @@ def link_model(skeleton: Path, weights: Path, folder: Path) -> None:
 
 
 def check_known_prompt(sampler: VllmSampler, model: PreTrainedModel, tolerance: float) -> None:
-    """Compare vLLM's greedy answer to one known prompt with `transformers`: every token, and its log-probability.
+    """Compare vLLM's greedy answer to one known prompt with `transformers`: every token, and the likeliest ones' probabilities.
 
-    vLLM has served the wrong adapter, or none, without a word; a wrong one can choose the same tokens, but hardly with the
-    same probabilities. A tie within ``tolerance`` (nats) may fall either way.
+    vLLM has served the wrong adapter, or none, without a word. Two models can choose the same tokens, so log-probabilities are
+    compared too; they can both end at once with near certainty, so the end token does not end this answer. A tie within
+    ``tolerance`` (nats) may fall either way.
 
     Raises:
         GenerationError: both token sequences.
     """
     chats = sampler.chats
     (prompt,) = chats.encode_prompts([chat(KNOWN_PROMPT, None)])
-    params = sampler.make_params(**_fields(_KNOWN_TOKENS, end_token(chats)), temperature=0.0, logprobs=1)
+    fields = _fields(_KNOWN_TOKENS, end_token(chats)) | {"stop_token_ids": [], "ignore_eos": True}
+    params = sampler.make_params(**fields, temperature=0.0, logprobs=_KNOWN_CHOICES)
     (output,) = sampler.engine.generate(map_prompts([prompt]), [params], use_tqdm=False, lora_request=sampler.adapter)
-    found = output.outputs[0]
-    tokens = list(found.token_ids)
-    served = [_log_probability(choices, token) for choices, token in zip(found.logprobs, tokens, strict=True)]
+    tokens, served = list(output.outputs[0].token_ids), output.outputs[0].logprobs
     expected = _log_probabilities(model, prompt, tokens)
-    best, chosen = expected.max(-1), expected[torch.arange(len(tokens)), tokens]
-    is_same = (best.values - chosen <= tolerance) & ((torch.tensor(served, dtype=torch.float64) - chosen).abs() <= tolerance)
+    best = expected.max(-1)
+    short = best.values - expected[torch.arange(len(tokens)), tokens]
+    apart = torch.tensor([_largest_difference(choices, row) for choices, row in zip(served, expected, strict=True)])
+    is_same = torch.maximum(short, apart) <= tolerance
     if not bool(is_same.all()):
         place = int(is_same.int().argmin())
         raise GenerationError(
             f"{chats.source}: vLLM and transformers disagree on a known prompt at token {place}. vLLM answers {tokens}, "
-            f"transformers, after the same tokens, {best.indices.tolist()}; log-probability of vLLM's token there: "
-            f"{served[place]:.3f} and {float(chosen[place]):.3f}, allowed difference {tolerance:g}. vLLM may serve other "
-            "weights or another adapter: set generation.backend: transformers; where only rounding differs, raise "
-            "generation.tolerance"
+            f"transformers, after the same tokens, {best.indices.tolist()}; log-probabilities there differ by up to "
+            f"{float(apart[place]):.3f}, allowed are {tolerance:g}. vLLM may serve other weights or another adapter: set "
+            "generation.backend: transformers; where only rounding differs, raise generation.tolerance"
         )
 
 
-def _log_probability(choices: Mapping[int, Any], token: int) -> float:
-    return float(choices[token].logprob)
+def _largest_difference(choices: Mapping[int, Any], expected: Float[Tensor, " vocabulary"]) -> float:
+    """Between the log-probabilities that vLLM tells of its likeliest tokens and the expected ones."""
+    return max(abs(float(choice.logprob) - float(expected[token])) for token, choice in choices.items())
 
 
 def _log_probabilities(
