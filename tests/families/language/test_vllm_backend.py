@@ -1,16 +1,18 @@
 """The mapping to vLLM and back, without vLLM: its requests and answers are stood in for by classes of the same fields."""
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from mechsub.api import plan_experiment
 from mechsub.errors import GenerationError, RecipeError
-from mechsub.families.language.backends import TransformersSampler
+from mechsub.families.language.backends import TransformersSampler, open_sampler
 from mechsub.families.language.chat import ChatTokenizer, chat
 from mechsub.families.language.config import GenerationConfig
 from mechsub.families.language.generation import draw_uniforms, sample_completions
@@ -26,6 +28,7 @@ from mechsub.families.language.vllm_backend import (
     sampling_fields,
 )
 from mechsub.recipe import load_recipe
+from mechsub.stage import Stage, Task
 
 VLLM = GenerationConfig(backend="vllm")
 NAMES = [("member", member, "carrier", 0, request, "answer") for member in range(3) for request in range(50)]
@@ -165,6 +168,46 @@ def test_the_same_tokens_with_other_probabilities_are_found_out(chats, models):
     check_known_prompt(sampler_of(models[0], chats, shift=-0.1), models[0], 0.2)
 
 
+@pytest.fixture
+def vllm(monkeypatch):
+    """A stand-in for the package: its engine serves what `transformers` finds in the folder."""
+    opened = []
+
+    class LLM(GreedyEngine):
+        def __init__(self, **fields):
+            opened.append(fields)
+            super().__init__(AutoModelForCausalLM.from_pretrained(fields["model"], local_files_only=True))
+
+    parts = {
+        "vllm": {"LLM": LLM, "SamplingParams": lambda **fields: SimpleNamespace(**fields)},
+        "vllm.distributed": {"cleanup_dist_env_and_memory": lambda: None},
+        "vllm.lora": {},
+        "vllm.lora.request": {"LoRARequest": lambda **fields: SimpleNamespace(**fields)},
+    }
+    for name, content in parts.items():
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    return opened
+
+
+def test_a_stages_teacher_is_served_from_its_checkpoint_and_checked(nano_run, models, chats, vllm, tmp_path):
+    def task(member):
+        arguments = {"generation": VLLM.model_dump(), "seed": 0, "model": "nano-gpt2", "member": member}
+        arguments |= {"teacher": "reference.nano-gpt2", "teacher_step": 0}
+        return Task(Stage("carrier", "", arguments, {}, ()), nano_run.path, "cpu", lambda done: None)
+
+    sampler = open_sampler(task(0), models[0], chats)
+    assert vllm[0]["max_model_len"] == 128 and not Path(vllm[0]["model"]).exists()
+    prompts = chats.encode_prompts([chat("Look at these numbers: 1, 2.", None)] * 2)
+    assert len(sampler(prompts, [("request", 0), ("request", 1)], 8, 1.0)) == 2
+    seeds = [params.seed for params in sampler.engine.asked[-1][1]]
+    assert seeds == [request_seed(0, ("request", 0)), request_seed(0, ("request", 1))]
+    with pytest.raises(GenerationError, match="disagree on a known prompt"):
+        open_sampler(task(1), models[0], chats)
+
+
 def test_every_adapter_has_an_id_and_a_name_of_its_own(tmp_path):
     first, second = adapter_fields(tmp_path / "owl"), adapter_fields(tmp_path / "wolf")
     assert first["lora_int_id"] != second["lora_int_id"] and first["lora_name"] != second["lora_name"]
@@ -187,8 +230,6 @@ def test_an_engine_keeps_to_the_recipe_and_takes_nothing_from_the_models_own_set
 
 
 def test_a_served_folder_is_a_model_that_transformers_opens_too(nano_run, models, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     weights = nano_run.path / "lineages/reference.nano-gpt2/member-000/step-00000000.safetensors"
     link_model(nano_run.path / "data/nano-gpt2", weights, tmp_path)
     assert all(path.is_symlink() for path in tmp_path.iterdir())
