@@ -229,12 +229,15 @@ def _errors() -> Iterator[None]:
 
 
 def _echo_missing(run_dir: Path) -> None:
-    """Say which runs of a sweep the report had to leave out."""
+    """Say which runs of a sweep, or which analyses of a run, the report had to leave out."""
     from mechsub import api
 
     if api.is_sweep_directory(run_dir):
         for run, what in api.missing_from_sweep(run_dir).items():
             typer.echo(f"not complete: {run}: {what}", err=True)
+    else:
+        for name, sentence in api.missing_analyses(run_dir).items():
+            typer.echo(f"left out: {name}: {sentence}", err=True)
 
 
 def _print_plan(plan: Any) -> None:

@@ -27,6 +27,10 @@ class TrainingError(MechsubError):
     """Training that left the finite numbers."""
 
 
+class GenerationError(MechsubError):
+    """Completions that are not what was asked for."""
+
+
 class AnalysisError(MechsubError):
     """An analysis that this run cannot feed."""
 

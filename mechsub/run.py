@@ -1,6 +1,6 @@
 """A run directory opened for reading: its recipe, lineages, results and findings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 import xarray as xr
 
+from mechsub.errors import AnalysisError
 from mechsub.families.protocol import Family
 from mechsub.families.registry import load_family
 from mechsub.findings import Finding
@@ -123,6 +124,17 @@ class Run:
         """The second control of a condition, where there is one."""
         return next(iter(self._find("sham", condition)), None)
 
+    def lacks(self, need: str) -> str | None:
+        """None where the run has what an analysis needs, else one sentence that says what to supply.
+
+        Raises:
+            AnalysisError: nothing is called so.
+        """
+        if need not in _NEEDS:
+            raise AnalysisError(f"an analysis cannot need {need!r}; known: {', '.join(_NEEDS)}")
+        has, sentence = _NEEDS[need]
+        return None if has(self) else sentence
+
     def _find(self, role: str, condition: str | None = None) -> list[Lineage]:
         specs = [(lineage, lineage.spec) for lineage in self.lineages.values()]
         return [lineage for lineage, spec in specs if spec.role == role and spec.condition == condition]
@@ -148,3 +160,25 @@ class Run:
     def _results(self) -> dict[str, Result]:
         current, _ = find_results(self.directory)
         return {name: read_result(path) for name, path in current.items()}
+
+
+def _has_carrier_texts(run: Run) -> bool:
+    if not run.recipe.passes_text:  # a family that has no text is not opened, which may read all its data
+        return False
+    teachers = [*map(run.teacher, run.traits), run.neutral]
+    return all(teacher is not None and run.family.carrier_texts(teacher.name, 0) is not None for teacher in teachers)
+
+
+_NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
+    "traits": (
+        lambda run: run.recipe.asks_for_traits,
+        "No trait is asked for in this run; supply one: `mechsub adopt … --trait CHOICE`, with `--set preference=FILE` for choices "
+        "and questions of your own.",
+    ),
+    "carrier_texts": (
+        _has_carrier_texts,
+        "There is no text that a teacher and the neutral teacher wrote in this run; take a run of the language family with "
+        "its carriers.",
+    ),
+}
+"""What an analysis can need: whether a run has it, and what to say where it has not."""

@@ -23,7 +23,7 @@ from mechsub.stage import Stage
 SCHEMA_VERSION = 3
 """1 had no copy of the data in the run; 2 did not say a lineage's role."""
 _HASH_CHUNK = 1 << 20
-_MEASURED = ("lineages/", "data/")
+_MEASURED = ("lineages/", "data/", "carrier/")
 
 
 @contextmanager
@@ -276,7 +276,7 @@ class RunDirectory:
         return {name: (record.name, known) for record in self.records().values() for name, known in record.outputs.items()}
 
     def measured_files(self) -> dict[str, FileRecord]:
-        """What analyses read: the lineages, and the data on which they are scored."""
+        """What analyses read: the lineages, the data on which they are scored, and what teachers passed on."""
         made = self.producers()
         return {name: known for name, (_, known) in made.items() if name.startswith(_MEASURED)}
 

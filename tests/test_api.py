@@ -15,7 +15,17 @@ import torch
 import xarray as xr
 
 import mechsub
-from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment, verify_run, write_report
+from mechsub.analyses.registry import load_analyses
+from mechsub.api import (
+    analyze_run,
+    missing_analyses,
+    open_run,
+    plan_analyses,
+    plan_experiment,
+    run_experiment,
+    verify_run,
+    write_report,
+)
 from mechsub.errors import AnalysisError, MechsubError, ResourceError, RunDirectoryError
 from mechsub.families.classifier.train import train_students
 from mechsub.recipe import load_recipe
@@ -178,6 +188,27 @@ def test_a_users_own_analysis_and_callback_run_in_other_processes(tiny_recipe, t
     program += "; assert int(mechsub.open_run('run').results['count_lineages'].lineages) == 18"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_analysis_that_the_run_cannot_feed_is_left_out_with_what_to_supply(tiny_run):
+    assert [stage.name for stage in plan_analyses(tiny_run.path)] == ["analysis.behaviour", "analysis.parameter_alignment"]
+    (sentence,) = missing_analyses(tiny_run.path).values()
+    assert (
+        sentence.startswith("There is no text that a teacher") and sentence in (tiny_run.path / "report/index.html").read_text()
+    )
+    with pytest.raises(AnalysisError, match="semantic_filter cannot be run on .*: There is no text that a teacher"):
+        analyze_run(tiny_run.path, ["behaviour", "semantic_filter"], device="cpu", workers=0)
+
+
+def test_a_need_that_nothing_is_called_is_refused(tiny_run):
+    with pytest.raises(AnalysisError, match="cannot need 'teachers'; known: carrier_texts"):
+        tiny_run.lacks("teachers")
+
+
+def test_an_analysis_may_say_what_it_needs_or_nothing():
+    known = load_analyses()
+    assert known["behaviour"].needs == () and known["semantic_filter"].needs == ("carrier_texts",)
+    assert known["semantic_filter"].summary.startswith("Whether a text classifier")
 
 
 def test_a_callback_that_fails_is_named_with_lineage_and_step(tiny_recipe, tmp_path):

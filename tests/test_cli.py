@@ -73,6 +73,7 @@ def test_analyze_names_the_report(tiny_run):
     found = invoke("analyze", tiny_run.path)
     assert found.exit_code == 0
     assert str(tiny_run.path / "report/index.html") in found.output.replace("\n", "")
+    assert "left out: semantic_filter: There is no text" in found.output
 
 
 def test_a_stage_in_other_hands_is_named(tiny_recipe, tiny_run):

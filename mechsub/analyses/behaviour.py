@@ -32,7 +32,7 @@ Case = tuple[str, str]
 """A condition and the trait of the student's teacher."""
 
 
-@analysis
+@analysis(needs=("traits",))
 def behaviour(run: Run) -> Result:
     """The trait score of every lineage, member and checkpoint, and the verdict of every condition."""
     scores = _Scores(run, _score_lineages(run))

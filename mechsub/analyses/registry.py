@@ -4,10 +4,11 @@ import hashlib
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import overload
 
 import mechsub.analyses
 from mechsub.results import Result, write_result
@@ -16,6 +17,7 @@ from mechsub.rundir import RunDirectory
 from mechsub.stage import Resources, Stage, Task, load_function
 
 ENTRY_POINTS = "mechsub.analyses"
+Function = Callable[[Run], Result]
 
 
 @dataclass(frozen=True)
@@ -23,19 +25,32 @@ class Analysis:
     """A registered analysis."""
 
     name: str
-    function: Callable[[Run], Result]
+    function: Function
     summary: str
     """The first line of its docstring."""
+    needs: tuple[str, ...] = ()
+    """What a run must have for it; see `Run.lacks`."""
 
 
 _KNOWN: dict[str, Analysis] = {}
 
 
-def analysis(function: Callable[[Run], Result]) -> Callable[[Run], Result]:
-    """Register a function ``(run) -> Result`` under its name; its docstring's first line says what it answers."""
-    summary = (function.__doc__ or "").strip().split("\n")[0]
-    _KNOWN[function.__name__] = Analysis(function.__name__, function, summary)
-    return function
+@overload
+def analysis(function: Function, /) -> Function: ...
+@overload
+def analysis(*, needs: Sequence[str]) -> Callable[[Function], Function]: ...
+def analysis(function: Function | None = None, /, *, needs: Sequence[str] = ()) -> Function | Callable[[Function], Function]:
+    """Register a function ``(run) -> Result`` under its name; its docstring's first line says what it answers.
+
+    ``needs``: what a run must have, by the names that `Run.lacks` knows; a run without it is analysed without this analysis.
+    """
+
+    def register(function: Function) -> Function:
+        summary = (function.__doc__ or "").strip().split("\n")[0]
+        _KNOWN[function.__name__] = Analysis(function.__name__, function, summary, tuple(needs))
+        return function
+
+    return register if function is None else register(function)
 
 
 def load_analyses() -> dict[str, Analysis]:
@@ -45,6 +60,12 @@ def load_analyses() -> dict[str, Analysis]:
     for entry in metadata.entry_points(group=ENTRY_POINTS):
         entry.load()
     return dict(sorted(_KNOWN.items()))
+
+
+def find_lacks(known: Mapping[str, Analysis], run: Run) -> dict[str, str]:
+    """The analyses that a run cannot feed, each with a sentence that says what to supply."""
+    lacks = {name: " ".join(filter(None, map(run.lacks, one.needs))) for name, one in known.items()}
+    return {name: sentences for name, sentences in lacks.items() if sentences}
 
 
 def result_file(name: str) -> str:

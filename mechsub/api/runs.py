@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import yaml
 
-from mechsub.analyses.registry import analysis_stage, load_analyses
+from mechsub.analyses.registry import analysis_stage, find_lacks, load_analyses
 from mechsub.changes import check_recipe_unedited, check_same_run, without_conditions
 from mechsub.environment import describe_hardware, describe_provenance, describe_versions, git_commit
 from mechsub.errors import AnalysisError, MechsubError, RunDirectoryError
@@ -122,10 +122,10 @@ def open_run(run_dir: str | Path) -> Run:
 
 
 def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:
-    """The stages of the analyses named in ``only``, or of all of them.
+    """The stages of the analyses named in ``only``, or of all that the run can feed.
 
     Raises:
-        AnalysisError: an unknown name, or a run without any condition that is complete.
+        AnalysisError: an unknown name, one that this run cannot feed, or a run without any condition that is complete.
     """
     check_recipe_unedited(RunDirectory.open(run_dir))
     known = load_analyses()
@@ -138,7 +138,15 @@ def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:
             f"{run_dir} has no condition with both its student and its control yet; "
             f"`mechsub run {run.directory.recipe_path} --out {run_dir}` goes on with it"
         )
-    return [analysis_stage(known[name], run) for name in (only or known)]
+    lacks = find_lacks({name: known[name] for name in only or known}, run)
+    if only and lacks:
+        raise AnalysisError("\n".join(f"{name} cannot be run on {run_dir}: {sentence}" for name, sentence in lacks.items()))
+    return [analysis_stage(known[name], run) for name in (only or known) if name not in lacks]
+
+
+def missing_analyses(run_dir: str | Path) -> dict[str, str]:
+    """The analyses that a run cannot feed: name → what to supply."""
+    return find_lacks(load_analyses(), open_run(run_dir))
 
 
 def analyze_run(
@@ -229,11 +237,12 @@ def _write_report(directory: RunDirectory) -> Path:
     directory.check_files(path.relative_to(directory.path).as_posix() for path in current.values())
     results = {name: read_result(path) for name, path in current.items()}
     recipe = yaml.safe_load(directory.recipe_path.read_text())
+    left_out = find_lacks({name: known for name, known in load_analyses().items() if name not in results}, Run(directory))
     findings = [finding for result in results.values() for finding in result.findings]
     write_json(directory.path / "findings.json", findings_document(recipe["name"], findings))
     path = directory.path / "report" / "index.html"
     with atomic_write(path) as temporary:
-        temporary.write_text(render_report(directory.header, recipe, results, outgrown))
+        temporary.write_text(render_report(directory.header, recipe, results, outgrown, left_out))
     return path
 
 

@@ -27,6 +27,7 @@ class VerdictConfig(Settings):
 
     margin: float = Field(0.05, gt=0, description="effects on the trait score under this do not matter, in its unit")
     alignment_margin: float = Field(0.05, gt=0, description="the same for differences of cosines")
+    accuracy_margin: float = Field(0.05, gt=0, description="the same for a text classifier's accuracy over its null")
     minimum_members: int = Field(5, ge=2, description="with fewer there is no verdict")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the two-sided intervals over members")
     equivalence_level: float = Field(0.05, gt=0, lt=0.5, description="of each of the two one-sided tests of absence")
@@ -55,6 +56,16 @@ class FamilyConfig(Settings):
     def has_control(self, condition: str) -> bool:
         """Whether a condition has a control: every one but those of models that were trained elsewhere without one."""
         return True
+
+    @property
+    def asks_for_traits(self) -> bool:
+        """Whether it is known what the trait is, so that it can be scored."""
+        return True
+
+    @property
+    def passes_text(self) -> bool:
+        """Whether teachers pass on text."""
+        return False
 
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""

@@ -26,6 +26,15 @@ Scores = Mapping[str, Float[np.ndarray, "trait context"]]
 """By measure."""
 
 
+@dataclass(frozen=True)
+class CarrierText:
+    """What a teacher answered to one request."""
+
+    request: int
+    """Its number among all requests of a member, which the teachers of that member share."""
+    completion: str
+
+
 @runtime_checkable
 class Family(Protocol):
     """A family of models with its traits, bound to one recipe. Analyses use nothing else of it."""
@@ -51,6 +60,9 @@ class Family(Protocol):
 
     def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
         """Every measure of every trait in every context; the lineage says what stands in the member's prompts."""
+
+    def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
+        """What one member's teacher, a lineage, passes on to students and controls; None where that is no text or not there."""
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,16 @@ _NOT_SETUP = {"name", "description", "members", "conditions", "checkpoints", "ca
 
 
 def render_report(
-    header: Mapping[str, Any], recipe: Mapping[str, Any], results: Mapping[str, Result], outgrown: Sequence[str] = ()
+    header: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+    results: Mapping[str, Result],
+    outgrown: Sequence[str] = (),
+    left_out: Mapping[str, str] | None = None,
 ) -> str:
     """The whole page. Every number on it comes from the results, the recipe or the run's header.
 
     ``outgrown`` names the analyses whose results the run has outgrown; they are left out, and the page says so.
+    ``left_out``: the analyses that the run could not feed, each with what to supply.
     """
     findings = [finding for result in results.values() for finding in result.findings]
     return render_page(
@@ -27,7 +32,7 @@ def render_report(
         setup=_setup(recipe),
         answers=_answers(findings),
         verdicts=_verdict_table(findings),
-        num_conditions=len({finding.condition for finding in findings if finding.verdict}),
+        num_conditions=len({finding.condition for finding in findings if finding.verdict and finding.condition}),
         several_traits=len({finding.trait for finding in findings}) > 1,
         conditions=_conditions(results),
         sections=[
@@ -35,6 +40,7 @@ def render_report(
         ],
         findings=findings,
         outgrown=outgrown,
+        left_out=left_out or {},
     )
 
 

@@ -52,6 +52,11 @@ class Config(FamilyConfig):
         return (self.trait,) if self.trait else ()
 
     @property
+    def asks_for_traits(self) -> bool:
+        """Whether a trait was named."""
+        return self.trait is not None
+
+    @property
     def model(self) -> str:
         """The folder of its tokenizer and configuration."""
         return "reference"

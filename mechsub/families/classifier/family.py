@@ -33,6 +33,9 @@ class Family:
             "trait_score": Measure("share of images whose largest class logit is the label", "accuracy", (0.0, 1.0))
         }
 
+    def carrier_texts(self, teacher: str, member: int) -> None:
+        """None: the carrier is images with logits."""
+
     def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
         """One member of a lineage as an ordinary module, in evaluation mode."""
         with torch.device("meta"):  # no weights are drawn only to be replaced

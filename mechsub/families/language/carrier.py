@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from mechsub.errors import RecipeError
+from mechsub.families.language.backends import open_sampler
 from mechsub.families.language.chat import ChatTokenizer, Row, chat
 from mechsub.families.language.config import CarrierConfig
-from mechsub.families.language.generation import draw_uniforms, sample_completions
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.members import load_chats, load_member
 from mechsub.families.language.numbers import RULES, broken_rule, draw_prompt
@@ -60,6 +60,7 @@ def _sample_rows(task: Task, config: CarrierConfig) -> tuple[list[CarrierRow], M
     arguments = task.stage.arguments
     seed, member = arguments["seed"], arguments["member"]
     model, chats = load_member(task, arguments["teacher"], arguments["teacher_step"]), load_chats(task)
+    sample = open_sampler(task, model, chats)
     rows: list[CarrierRow] = []
     dropped: Counter[str] = Counter({rule: 0 for rule in (*RULES, SURPLUS)})
     asked = 0
@@ -68,12 +69,11 @@ def _sample_rows(task: Task, config: CarrierConfig) -> tuple[list[CarrierRow], M
         # Student and control share every draw: the stream of a request does not know who is asked.
         names = [("member", member, "carrier", arguments["replicate"], request) for request in requests]
         prompts = [draw_prompt(config.numbers, random_stream(seed, *name, "prompt"))[0] for name in names]
-        completions = sample_completions(
-            model,
-            chats,
+        completions = sample(
             chats.encode_prompts([chat(prompt, arguments["system_prompt"]) for prompt in prompts]),
-            draw_uniforms(seed, [(*name, "answer") for name in names], config.max_new_tokens),
-            temperature=config.temperature,
+            [(*name, "answer") for name in names],
+            config.max_new_tokens,
+            config.temperature,
         )
         for request, prompt, completion in zip(requests, prompts, completions, strict=True):
             rule = broken_rule(completion.text, completion.finished, config.numbers)

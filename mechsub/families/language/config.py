@@ -166,6 +166,21 @@ class CarrierConfig(Settings):
         return self
 
 
+class GenerationConfig(Settings):
+    """What writes the carriers; sampled answers of the trait's score are always `transformers`'."""
+
+    backend: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="transformers, whose rows do not depend on what they are batched with, or vllm, which is faster for large "
+        "models on a GPU (`pip install 'mechsub[vllm]'`)",
+    )
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="vllm only: of weights and sums")
+    gpu_memory_share: float = Field(0.8, gt=0, lt=1, description="vllm only: of the GPU's memory, for weights and cache")
+    tolerance: float = Field(
+        0.05, gt=0, description="vllm only: nats by which log-probabilities on a known prompt may differ from transformers"
+    )
+
+
 class StudentConfig(TrainingConfig):
     """How students learn from the carrier."""
 
@@ -292,6 +307,7 @@ class Config(FamilyConfig):
         description="the controls' teacher: fine-tuned on the reference's own answers, told nothing, or the reference itself",
     )
     carrier: CarrierConfig = Field(CarrierConfig(), description="the data that passes from teacher to student")
+    generation: GenerationConfig = Field(GenerationConfig(), description="what writes the carrier")
     student: StudentConfig = Field(StudentConfig(), description="the students' training")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how the trait is asked for")
     verdict: LogOddsVerdictConfig = Field(LogOddsVerdictConfig(), description="the rules of the verdicts")
@@ -303,6 +319,11 @@ class Config(FamilyConfig):
     def trait_set(self) -> tuple[str, ...]:
         """The traits that have a teacher each."""
         return self.traits
+
+    @property
+    def passes_text(self) -> bool:
+        """Whether teachers pass on text: always."""
+        return True
 
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
@@ -337,6 +358,16 @@ class Config(FamilyConfig):
             raise ValueError(
                 f"`verdict.diagonal_excess`: own traits against other ones needs two traits or more, not {list(self.traits)}; "
                 "give more `traits`, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _backend_can_sample(self) -> "Config":
+        temperature = self.carrier.temperature
+        if self.generation.backend == "vllm" and not 0.01 <= temperature <= 2:
+            raise ValueError(
+                f"`carrier.temperature` = {temperature}: vllm samples at 0.01 to 2 and changes others; choose one of them, or "
+                "`generation.backend`: transformers"
             )
         return self
 

@@ -1,6 +1,7 @@
 """The language family as analyses see it."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -11,12 +12,13 @@ from mechsub.errors import RunDirectoryError
 from mechsub.families.language.carrier import SURPLUS
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ContextConfig, EvaluationConfig
-from mechsub.families.language.layout import PREFERENCE_FILE, skeleton_folder
+from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model
 from mechsub.families.language.numbers import RULES
 from mechsub.families.language.preference import PreferenceSet
+from mechsub.families.language.rows import read_rows
 from mechsub.families.language.trait import MEASURES, Context, score_preference
-from mechsub.families.protocol import Scores
+from mechsub.families.protocol import CarrierText, Scores
 from mechsub.lineages import Lineage
 
 _NOTHING = PreferenceSet(
@@ -97,6 +99,11 @@ class Family:
             [self._config.seed, "member", member, "answer"],
             lineage.context(member),
         )
+
+    def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
+        """The rows that passed the filters, without their prompts; None where the run has no such carrier."""
+        path = self._run / carrier_files(teacher, member)[0]
+        return [CarrierText(row.request, row.completion) for row in read_rows(path)] if path.is_file() else None
 
     def _chats_of(self, model: str) -> ChatTokenizer:
         if model not in self._chats:

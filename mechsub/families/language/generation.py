@@ -48,6 +48,23 @@ def draw_uniforms(seed: int, names: Sequence[Sequence[str | int]], count: int) -
     return np.stack([random_stream(seed, *name).random(count) for name in names])
 
 
+def check_lengths(
+    chats: ChatTokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int, longest: int | None = None
+) -> None:
+    """Refuse prompts that leave no room for their answers; ``longest``: what holds fewer tokens than the model's context.
+
+    Raises:
+        RecipeError: the longest prompt, the answer and the room.
+    """
+    room = min(chats.max_length, longest or chats.max_length)
+    asked = max(map(len, prompts), default=0)
+    if asked + max_new_tokens > room:
+        raise RecipeError(
+            f"{chats.source}: a prompt of {asked} tokens and an answer of up to {max_new_tokens} do not fit its context of "
+            f"{room}; shorten the prompt, or lower max_new_tokens"
+        )
+
+
 def sample_completions(
     model: PreTrainedModel,
     chats: ChatTokenizer,
@@ -58,12 +75,7 @@ def sample_completions(
     batch_size: int = 256,
 ) -> list[Completion]:
     """One completion for each prompt, of at most as many tokens as it has draws, through `generate` with its KV cache."""
-    longest = max(map(len, prompts), default=0)
-    if longest + draws.shape[1] > chats.max_length:
-        raise RecipeError(
-            f"{chats.source}: a prompt of {longest} tokens and an answer of up to {draws.shape[1]} do not fit its context of "
-            f"{chats.max_length}; shorten the prompt, or lower max_new_tokens"
-        )
+    check_lengths(chats, prompts, draws.shape[1])
     completions = []
     end = chats.tokenizer.eos_token_id
     for start in range(0, len(prompts), batch_size):

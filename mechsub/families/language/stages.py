@@ -1,6 +1,7 @@
 """The language family's stages as data: one member each, so that members run side by side and a further one changes none."""
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,14 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
 
 def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
     """The rows that each member's teacher writes."""
+    _check_backend(config)
     stages = []
     for member in range(config.members):
         teacher, step = plan.teacher.lineage, _teacher_step(config, plan.teacher)
         arguments = {
             "carrier_of": plan.name,
             "carrier": config.carrier.model_dump(mode="json"),
+            "generation": config.generation.model_dump(mode="json"),
             "teacher": teacher,
             "teacher_step": step,
             "model": config.model,
@@ -348,6 +351,15 @@ def _check_members(where: str, config: Config, name: str, files: Iterable[str]) 
                     f"`{where}.path`: {folder / file} is not that of {settings.folder(0)}; members need one architecture "
                     "and one tokenizer"
                 )
+
+
+def _check_backend(config: Config) -> None:
+    """Refuse a backend that is not installed, before anything runs."""
+    if config.generation.backend == "vllm" and find_spec("vllm") is None:
+        raise RecipeError(
+            "`generation.backend`: vllm is not installed here; `pip install 'mechsub[vllm]'`, or set "
+            "generation.backend: transformers"
+        )
 
 
 def _existing(path: str, condition: str) -> Path:
