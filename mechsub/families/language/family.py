@@ -7,13 +7,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mechsub.errors import RunDirectoryError
-from mechsub.families.language.carrier import SURPLUS
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import Config
 from mechsub.families.language.layout import PREFERENCE_FILE, skeleton_folder
 from mechsub.families.language.models import build_model, load_parameters, place_model
-from mechsub.families.language.numbers import RULES
 from mechsub.families.language.preference import PreferenceSet
+from mechsub.families.language.rows import SURPLUS
 from mechsub.families.language.trait import MEASURES, Context, score_preference
 from mechsub.families.protocol import Scores
 from mechsub.lineages import Lineage
@@ -47,8 +46,9 @@ class Family:
         for folder in folders:
             found = [json.loads(path.read_text()) for path in sorted(folder.glob("member-*/filters.json"))]
             asked = sum(filters["requests"] - filters["dropped"][SURPLUS] for filters in found)
-            rules = {rule: sum(filters["dropped"][rule] for filters in found) for rule in RULES}
             if asked:
+                names = [rule for rule in found[0]["dropped"] if rule != SURPLUS]
+                rules = {rule: sum(filters["dropped"][rule] for filters in found) for rule in names}
                 dropped = ", ".join(f"{rule} {100 * count / asked:.1f} %" for rule, count in rules.items() if count)
                 notes.append(f"Filters dropped of the completions of {folder.name}: {dropped or 'none'}.")
         return notes

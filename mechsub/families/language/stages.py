@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import Config, ModelConfig
+from mechsub.families.language.config import CarrierConfig, Config, ModelConfig
+from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.own_rows import choose_rows
 from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_row_numbers
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
@@ -124,13 +126,15 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
 
 
 def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
-    """The rows that each member's teacher writes."""
+    """The rows that each member's teacher writes, or that are copied from the user's file."""
+    if config.carrier.kind == "file":
+        return [_copied_carrier(config, plan, member) for member in range(config.members)]
     stages = []
     for member in range(config.members):
         teacher, step = plan.teacher.lineage, _teacher_step(config, plan.teacher)
         arguments = {
             "carrier_of": plan.name,
-            "carrier": config.carrier.model_dump(mode="json"),
+            "carrier": config.carrier.settings_of_kind(config.traits),
             "teacher": teacher,
             "teacher_step": step,
             "model": config.model,
@@ -140,6 +144,9 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
             "seed": config.seed,
         }
         inputs = _skeleton_inputs(made, config.model) | _pick(made, checkpoint_name(teacher, step, member))
+        if config.carrier.prompts:
+            carrier_kind(config.carrier)  # its requests are read: what is wrong with them is told before anything runs
+            inputs |= {config.carrier.prompts: _digest(Path(config.carrier.prompts))}
         stages.append(
             Stage(
                 _member_name(f"carrier.{plan.name}", member),
@@ -151,6 +158,25 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
             )
         )
     return stages
+
+
+def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
+    """One member's carrier from the user's file, whose rows are checked before anything runs."""
+    places = {"teacher": plan.teacher.trait or "neutral", "member": member, "replicate": plan.replicate}
+    file = str(config.carrier.file)
+    for name, value in places.items():
+        file = file.replace(f"{{{name}}}", str(value))
+    settings = config.carrier.settings_of_kind(config.traits)
+    choose_rows(CarrierConfig(**settings), Path(file))
+    arguments = {"carrier_of": plan.name, "carrier": settings, "file": file, "member": member}
+    return Stage(
+        _member_name(f"carrier.{plan.name}", member),
+        f"{_MODULE}.own_rows:copy_carrier",
+        arguments,
+        {file: _digest(Path(file))},
+        carrier_files(plan.name, member),
+        _resources(config, config.carrier.num_rows),
+    )
 
 
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
@@ -270,10 +296,12 @@ def _member_name(lineage: str, member: int) -> str:
 
 
 def _model_arguments(config: Config, name: str) -> dict[str, Any]:
-    """What a model is made of; a nano model's language depends on the numbers that it is to write."""
-    settings = config.models[name]
-    numbers = config.carrier.numbers.model_dump(mode="json", exclude={"banned"}) if settings.nano else {}
-    return {"model": name, "settings": settings.model_dump(mode="json"), "numbers": numbers}
+    """What a model is made of; a nano model's language depends on what it is to write."""
+    arguments = {"model": name, "settings": config.models[name].model_dump(mode="json")}
+    if not config.models[name].nano:
+        return arguments | {"numbers": {}}
+    field = {"code": "code", "chain-of-thought": "chain_of_thought"}.get(config.carrier.kind, "numbers")
+    return arguments | {field: getattr(config.carrier, field).model_dump(mode="json", exclude={"banned"})}
 
 
 def _training_arguments(config: Config) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from mechsub.families.language.loss import completion_logits, completion_tokens,
 from mechsub.families.language.members import load_chats, load_member, make_recorder, record_untrained
 from mechsub.families.language.models import load_model_folder
 from mechsub.families.language.nano import Pretraining, find_or_pretrain, save_skeleton
-from mechsub.families.language.numbers import NumberConfig
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows
 from mechsub.families.language.synthetic import SyntheticLanguage
@@ -60,7 +59,7 @@ def import_skeleton(tasks: Sequence[Task]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         settings = ModelConfig(**arguments["settings"])
         if settings.path is None:
-            language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
+            language = SyntheticLanguage.from_arguments(arguments)
             save_skeleton(settings, language, folder)
         else:
             for name in task.stage.outputs:
@@ -76,7 +75,7 @@ def write_references(tasks: Sequence[Task]) -> None:
         if settings.path is not None:
             model = load_model_folder(settings.folder(member), f"`models.{arguments['model']}` at {settings.folder(member)}")
         else:
-            language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
+            language = SyntheticLanguage.from_arguments(arguments)
             stream = ("member", member, "pretraining")
             pretraining = Pretraining(settings, language, arguments["seed"], stream, arguments["threads"])
             model = find_or_pretrain(pretraining, task.path(skeleton_folder(arguments["model"])), task.report_progress)

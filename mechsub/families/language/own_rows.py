@@ -1,0 +1,94 @@
+"""A user's own requests, and a user's own carrier: rows that someone else's teacher wrote, copied into the run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+
+from mechsub.errors import RecipeError
+from mechsub.families.language.config import CarrierConfig
+from mechsub.families.language.jsonl import JsonLine, read_jsonl
+from mechsub.families.language.layout import carrier_files
+from mechsub.families.language.requests import Request
+from mechsub.families.language.rows import SURPLUS, CarrierRow
+from mechsub.families.language.words import BANNED, holds_word
+from mechsub.rundir import atomic_write, write_json
+from mechsub.stage import Task
+
+_FILE, _PROMPTS = "carrier.file", "carrier.prompts"
+_ROW = '{"prompt": …, "completion": …}, or {"messages": […]} with one user and one assistant message'
+_REQUEST = '{"prompt": …, "answer": …}'
+
+
+def copy_carrier(tasks: Sequence[Task]) -> None:
+    """Stage: the first rows of a user's file that hold no banned word, as one member's carrier."""
+    for task in tasks:
+        arguments = task.stage.arguments
+        rows, dropped = choose_rows(CarrierConfig(**arguments["carrier"]), Path(arguments["file"]))
+        rows_file, filters_file = carrier_files(arguments["carrier_of"], arguments["member"])
+        with atomic_write(task.path(rows_file)) as temporary:
+            temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        requests = len(rows) + sum(dropped.values())
+        write_json(task.path(filters_file), {"requests": requests, "kept": len(rows), "dropped": dropped})
+
+
+def choose_rows(config: CarrierConfig, path: Path) -> tuple[list[CarrierRow], Mapping[str, int]]:
+    """The rows of a file that are taken, by their number in it, and how many are not.
+
+    Raises:
+        RecipeError: a line is no row, or there are too few rows.
+    """
+    num_found = len(read_jsonl(path, _FILE))
+    fit = _fit_rows(path, config.banned or (), path.stat().st_size, path.stat().st_mtime_ns)
+    if len(fit) < config.num_rows:
+        raise RecipeError(
+            f"`{_FILE}`: {path} has {num_found} rows, of which {num_found - len(fit)} hold a banned word "
+            f"({', '.join(config.banned or ('none is banned',))}): {len(fit)} are left, carrier.num_rows = {config.num_rows}; "
+            "lower it, add rows, or say which words carrier.banned holds"
+        )
+    dropped = {BANNED: num_found - len(fit), SURPLUS: len(fit) - config.num_rows}
+    return list(fit[: config.num_rows]), dropped
+
+
+@lru_cache(maxsize=16)
+def _fit_rows(path: Path, banned: tuple[str, ...], size: int, modified: int) -> tuple[CarrierRow, ...]:
+    """The rows that hold no banned word, found once for each content: a plan asks for them once a member."""
+    rows = (CarrierRow(number, *_read_row(line)) for number, line in enumerate(read_jsonl(path, _FILE)))
+    return tuple(row for row in rows if not holds_word(row.completion, banned))
+
+
+def read_requests(path: Path, *, needs_answer: bool) -> list[Request]:
+    """A user's requests to a teacher.
+
+    Raises:
+        RecipeError: a line is no request, or lacks the answer that its solutions are held to.
+    """
+    return [_read_request(line, needs_answer) for line in read_jsonl(path, _PROMPTS)]
+
+
+def _read_request(line: JsonLine, needs_answer: bool) -> Request:
+    prompt, answer = line.text("prompt", _REQUEST), line.values.get("answer")
+    if isinstance(answer, int | float) and not isinstance(answer, bool):
+        return Request(prompt, str(answer))
+    if needs_answer or answer is not None:
+        return Request(prompt, line.text("answer", _REQUEST))
+    return Request(prompt)
+
+
+def _read_row(line: JsonLine) -> tuple[str, str]:
+    messages = line.values.get("messages")
+    if messages is None:
+        return line.text("prompt", _ROW), line.text("completion", _ROW)
+    if "prompt" in line.values or "completion" in line.values:
+        raise RecipeError(f"{line.place}: it has `messages` and also a prompt or a completion; a line is {_ROW}")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise RecipeError(f"{line.place}: `messages` is no list of objects with role and content; a line is {_ROW}")
+    roles = [message.get("role") for message in messages]
+    if roles != ["user", "assistant"]:
+        raise RecipeError(
+            f"{line.place}: the roles of its messages are {roles}; a line is {_ROW}. A system prompt is a recipe field, "
+            "context.training"
+        )
+    asked, answered = (JsonLine(f"{line.place}, {message['role']}", message).text("content", _ROW) for message in messages)
+    return asked, answered
