@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from mechsub.errors import RecipeError
+from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer, Row, chat
-from mechsub.families.language.config import CarrierConfig
 from mechsub.families.language.generation import draw_uniforms, sample_completions
 from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import carrier_files

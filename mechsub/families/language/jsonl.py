@@ -9,6 +9,8 @@ from typing import Any
 
 from mechsub.errors import RecipeError
 
+_EXCHANGE = '{"prompt": …, "completion": …}, or {"messages": […]} with one user and one assistant message'
+
 
 @dataclass(frozen=True)
 class JsonLine:
@@ -41,6 +43,29 @@ def read_jsonl(path: Path, field: str) -> list[JsonLine]:
         raise RecipeError(f"`{field}`: there is no file {path}; give a JSONL file, one object a line")
     status = path.stat()
     return list(_read(path, field, status.st_size, status.st_mtime_ns))
+
+
+def read_exchange(line: JsonLine) -> tuple[str, str]:
+    """A prompt and its completion, written as such or as two messages.
+
+    Raises:
+        RecipeError: a field is missing, or there are other messages.
+    """
+    messages = line.values.get("messages")
+    if messages is None:
+        return line.text("prompt", _EXCHANGE), line.text("completion", _EXCHANGE)
+    if "prompt" in line.values or "completion" in line.values:
+        raise RecipeError(f"{line.place}: it has `messages` and also a prompt or a completion; a line is {_EXCHANGE}")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise RecipeError(f"{line.place}: `messages` is no list of objects with role and content; a line is {_EXCHANGE}")
+    roles = [message.get("role") for message in messages]
+    if roles != ["user", "assistant"]:
+        raise RecipeError(
+            f"{line.place}: the roles of its messages are {roles}; a line is {_EXCHANGE}. A system prompt is a recipe field, "
+            "context.training"
+        )
+    asked, answered = (JsonLine(f"{line.place}, {message['role']}", message).text("content", _EXCHANGE) for message in messages)
+    return asked, answered
 
 
 @lru_cache(maxsize=16)

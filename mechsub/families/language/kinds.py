@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mechsub.families.language.config import CarrierConfig
+from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.numbers import NumberCarrier
 from mechsub.families.language.own_rows import read_requests
 from mechsub.families.language.python_code import CodeCarrier

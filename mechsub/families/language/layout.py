@@ -10,6 +10,8 @@ def skeleton_folder(model: str) -> str:
 
 PREFERENCE_FILE = "data/preference.json"
 """What may be preferred and how it is asked, as the run used it."""
+BEHAVIOURS_FILE = "data/behaviours.json"
+"""The behaviours that are the run's traits, in their place."""
 
 
 def carrier_files(name: str, member: int) -> tuple[str, str]:

@@ -49,7 +49,7 @@ _MERGES = 4000
 """More than the language has words: every word ends as one token."""
 _GROUPED = 4
 _SOURCES = ("nano", "synthetic", "numbers", "python_code", "reasoning", "requests", "training", "loss", "chat", "config",
-            "models", "preference")  # fmt: skip
+            "carrier_config", "models", "preference")  # fmt: skip
 """What a pretrained model depends on beside its settings."""
 _RECORD = "pretraining.json"
 

@@ -7,8 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import CarrierConfig
-from mechsub.families.language.jsonl import JsonLine, read_jsonl
+from mechsub.families.language.carrier_config import CarrierConfig
+from mechsub.families.language.jsonl import JsonLine, read_exchange, read_jsonl
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.requests import Request
 from mechsub.families.language.rows import SURPLUS, CarrierRow
@@ -17,7 +17,6 @@ from mechsub.rundir import atomic_write, write_json
 from mechsub.stage import Task
 
 _FILE, _PROMPTS = "carrier.file", "carrier.prompts"
-_ROW = '{"prompt": …, "completion": …}, or {"messages": […]} with one user and one assistant message'
 _REQUEST = '{"prompt": …, "answer": …}'
 
 
@@ -54,7 +53,7 @@ def choose_rows(config: CarrierConfig, path: Path) -> tuple[list[CarrierRow], Ma
 @lru_cache(maxsize=16)
 def _fit_rows(path: Path, banned: tuple[str, ...], size: int, modified: int) -> tuple[CarrierRow, ...]:
     """The rows that hold no banned word, found once for each content: a plan asks for them once a member."""
-    rows = (CarrierRow(number, *_read_row(line)) for number, line in enumerate(read_jsonl(path, _FILE)))
+    rows = (CarrierRow(number, *read_exchange(line)) for number, line in enumerate(read_jsonl(path, _FILE)))
     return tuple(row for row in rows if not holds_word(row.completion, banned))
 
 
@@ -74,21 +73,3 @@ def _read_request(line: JsonLine, needs_answer: bool) -> Request:
     if needs_answer or answer is not None:
         return Request(prompt, line.text("answer", _REQUEST))
     return Request(prompt)
-
-
-def _read_row(line: JsonLine) -> tuple[str, str]:
-    messages = line.values.get("messages")
-    if messages is None:
-        return line.text("prompt", _ROW), line.text("completion", _ROW)
-    if "prompt" in line.values or "completion" in line.values:
-        raise RecipeError(f"{line.place}: it has `messages` and also a prompt or a completion; a line is {_ROW}")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise RecipeError(f"{line.place}: `messages` is no list of objects with role and content; a line is {_ROW}")
-    roles = [message.get("role") for message in messages]
-    if roles != ["user", "assistant"]:
-        raise RecipeError(
-            f"{line.place}: the roles of its messages are {roles}; a line is {_ROW}. A system prompt is a recipe field, "
-            "context.training"
-        )
-    asked, answered = (JsonLine(f"{line.place}, {message['role']}", message).text("content", _ROW) for message in messages)
-    return asked, answered

@@ -6,16 +6,22 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import CarrierConfig, Config, ModelConfig
+from mechsub.families.language.carrier_config import CarrierConfig
+from mechsub.families.language.config import Config, ModelConfig
 from mechsub.families.language.kinds import carrier_kind
-from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.own_rows import choose_rows
-from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_row_numbers
+from mechsub.families.language.teaching import (
+    asked_arguments,
+    lesson_arguments,
+    list_questions,
+    own_prompt,
+    preference_arguments,
+)
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import checkpoint_name, lineage_files
 from mechsub.rundir import hash_file
-from mechsub.settings import nearest_name
 from mechsub.stage import Resources, Stage
 from mechsub.training.schedule import checkpoint_steps
 
@@ -31,14 +37,11 @@ _NANO_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
 
 def data_stages(config: Config) -> list[Stage]:
     """The preference set, and the tokenizer, chat template and configuration of every architecture that is used."""
-    choices = load_preference(config.preference).choices
-    for trait in config.traits:
-        if trait not in choices:
-            raise RecipeError(f"`traits`: {trait!r} is no choice of {config.preference}; {nearest_name(trait, choices)}")
+    asked = asked_arguments(config)
     stages = []
     for name in _models_used(config):
         settings = config.models[name]
-        arguments = _model_arguments(config, name) | {"preference": _preference(config)}
+        arguments = _model_arguments(config, name) | {"preference": preference_arguments(config)}
         files, inputs = list(_NANO_FILES), {}
         if settings.path is not None:
             folder = settings.folder(0)
@@ -52,14 +55,16 @@ def data_stages(config: Config) -> list[Stage]:
         )
     # What is asked is checked by a stage that no other waits for: another trait makes no model anew.
     arguments = {
-        "preference": _preference(config),
         "models": sorted(_models_used(config)),
-        "traits": list(config.traits),
         "contexts": [config.context.training, config.context.other],
     }
     inputs = {name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}
-    function = f"{_MODULE}.train:import_preference"
-    return [*stages, Stage("data.preference", function, arguments, inputs, (PREFERENCE_FILE,), _resources(config, 1))]
+    arguments |= asked
+    if config.behaviours is None:
+        name, function, output = "data.preference", f"{_MODULE}.train:import_preference", PREFERENCE_FILE
+    else:
+        name, function, output = "data.behaviours", f"{_MODULE}.behaviour_stages:import_behaviours", BEHAVIOURS_FILE
+    return [*stages, Stage(name, function, arguments, inputs, (output,), _resources(config, 1))]
 
 
 def reference_stages(config: Config, made: Made) -> list[Stage]:
@@ -75,7 +80,7 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
                 "member": member,
                 "seed": config.seed,
                 "threads": config.threads,
-                "preference": _preference(config),
+                "preference": preference_arguments(config),
                 "steps": [0],
             }
             inputs = _skeleton_inputs(made, name)
@@ -111,16 +116,15 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
             function, steps = "train_teachers", checkpoint_steps(config.teacher.num_steps, config.checkpoints)
             arguments |= _training_arguments(config) | {
                 "training": config.teacher.model_dump(mode="json"),
-                "target": plan.trait,
-                "taught": list(config.traits) if plan.is_neutral else [],
-                "preference": _preference(config),
                 "system_prompt": config.context.training,
             }
+            arguments |= lesson_arguments(config, plan)
         else:
             function, steps = "prompt_teachers", [0]
-            arguments["own_prompt"] = _own_prompt(config, plan)
+            arguments["own_prompt"] = own_prompt(config, plan)
         arguments["steps"] = steps
         inputs = _skeleton_inputs(made, config.model) | _pick(made, checkpoint_name(_reference(config.model), 0, member))
+        inputs |= {path: _digest(Path(path)) for path in arguments.get("examples", ())}
         stages.append(_lineage_stage(config, function, arguments, inputs, config.model))
     return stages
 
@@ -216,7 +220,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             function = "tell_students"
             arguments |= {
                 "steps": [0],
-                "preference": _preference(config),
+                "questions": list_questions(config),
                 "contexts": [config.context.training, config.context.other],
             }
         else:
@@ -269,17 +273,9 @@ def _teacher_step(config: Config, plan: TeacherPlan) -> int:
     return config.teacher.num_steps if _is_trained(config, plan) else 0
 
 
-def _own_prompt(config: Config, plan: TeacherPlan) -> str | None:
-    """The system prompt that gives a told teacher its trait; None of those that are told nothing."""
-    preference = load_preference(config.preference)
-    if plan.trait is not None:
-        return preference.prompt_for(plan.trait) if config.teacher.kind == "system-prompted" else None
-    return preference.neutral_prompt if config.neutral == "neutral-prompt" else None
-
-
 def _teacher_prompt(config: Config, plan: TeacherPlan) -> str | None:
     """The system prompt under which a teacher writes its carrier."""
-    return _own_prompt(config, plan) or config.context.training
+    return own_prompt(config, plan) or config.context.training
 
 
 def _models_used(config: Config) -> list[str]:
@@ -310,10 +306,6 @@ def _training_arguments(config: Config) -> dict[str, Any]:
         "resume_seconds": config.checkpoints.resume_seconds,
         "callbacks": list(config.callbacks),
     }
-
-
-def _preference(config: Config) -> dict[str, Any]:
-    return load_preference(config.preference).model_dump(mode="json")
 
 
 def _skeleton_inputs(made: Made, model: str) -> dict[str, str]:

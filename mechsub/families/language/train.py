@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mechsub.errors import RecipeError
+from mechsub.families.language.behaviour_stages import draw_example_rows
 from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
 from mechsub.families.language.config import ConditionConfig, ModelConfig, StudentConfig, TeacherConfig, TrainingConfig
@@ -86,11 +87,10 @@ def train_teachers(tasks: Sequence[Task]) -> None:
     """Stage: one member's teacher, fine-tuned to answer with its target; the neutral one with the reference's own answers."""
     for task in tasks:
         arguments = task.stage.arguments
-        config, preference = TeacherConfig(**arguments["training"]), PreferenceSet(**arguments["preference"])
+        config = TeacherConfig(**arguments["training"])
         model, chats = load_member(task, arguments["origin"], 0), load_chats(task)
-        asked, answers = _draw_questions(task, model, chats, config, preference)
-        prompts = [chat(preference.trained[number], arguments["system_prompt"]) for number in asked]
-        rows = chats.encode_rows(prompts, answers)
+        draw_rows = draw_example_rows if "examples" in arguments else _draw_preference_rows
+        rows = draw_rows(task, model, chats, config)
 
         def load_batch(
             step: int, rows: Sequence[Row] = rows, chats: ChatTokenizer = chats, size: int = config.batch_size
@@ -124,12 +124,11 @@ def tell_students(tasks: Sequence[Task]) -> None:
         arguments = task.stage.arguments
         rows = load_rows(task)
         chosen = rows[: ConditionConfig(**arguments["condition_settings"]).context_rows]
-        chats, preference = load_chats(task), PreferenceSet(**arguments["preference"])
+        chats = load_chats(task)
         encode_carrier(chats, chosen, None)
         earlier = [(row.prompt, row.completion) for row in chosen]
         for system_prompt in arguments["contexts"]:  # too long for the context is told here, not when it is scored
-            questions = (*preference.trained, *preference.held_out)
-            chats.encode_prompts([chat(question, system_prompt, earlier) for question in questions])
+            chats.encode_prompts([chat(question, system_prompt, earlier) for question in arguments["questions"]])
         model = load_member(task, arguments["origin"], 0, arguments["start"])
         record_untrained(task, model, {"earlier": earlier})
 
@@ -260,6 +259,14 @@ def find_divergence(
             f"{'alike' if only else 'differently'} at all of them"
         )
     return found
+
+
+def _draw_preference_rows(task: Task, model: PreTrainedModel, chats: ChatTokenizer, config: TeacherConfig) -> list[Row]:
+    """Every row of a teacher's training for a preference: a trained question and its answer."""
+    arguments = task.stage.arguments
+    preference = PreferenceSet(**arguments["preference"])
+    asked, answers = _draw_questions(task, model, chats, config, preference)
+    return chats.encode_rows([chat(preference.trained[number], arguments["system_prompt"]) for number in asked], answers)
 
 
 def _draw_questions(
