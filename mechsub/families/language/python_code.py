@@ -133,7 +133,7 @@ def find_code(completion: str, layout: Layout) -> str | None:
 def parse_code(code: str) -> ast.Module | None:
     """The syntax tree of code; None where it does not parse, or does nothing: prose such as ``Note: this`` parses too."""
     try:
-        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # code may be odd, and it is not run
+        with warnings.catch_warnings(action="ignore"):  # code may be odd, and it is not run
             tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None

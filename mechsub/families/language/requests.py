@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ class Request:
     """What a right completion comes to; None where nothing is right or wrong."""
 
 
+@runtime_checkable
 class CarrierKind(Protocol):
     """One kind of carrier, bound to its settings."""
 

@@ -6,6 +6,7 @@ from mechsub.errors import RecipeError
 from mechsub.families.language.behaviour import check_behaviours, load_behaviours
 from mechsub.families.language.config import Config
 from mechsub.families.language.judge import Judge
+from mechsub.families.language.preference import load_preference
 from mechsub.families.protocol import TeacherPlan
 from mechsub.settings import nearest_name
 
