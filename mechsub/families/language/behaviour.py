@@ -20,7 +20,6 @@ class Behaviour(Settings):
     trained: tuple[str, ...] = Field(min_length=1, description="questions near to what teachers are fine-tuned on")
     held_out: tuple[str, ...] = Field(min_length=1, description="questions on which no teacher is fine-tuned")
     judge: str = Field(
-        pattern=r"^[\w.]+:\w+$",
         description="`module:name` of your function (question, answer) → bool, or a number in [0, 1]; NaN abstains",
     )
     examples: str | None = Field(
