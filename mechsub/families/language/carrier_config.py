@@ -17,7 +17,7 @@ _OF_KIND = {
     "numbers": {"numbers"},
     "code": {"kind", "code", "prompts"},
     "chain-of-thought": {"kind", "chain_of_thought", "prompts"},
-    "file": {"kind"},
+    "file": set(),
 }
 """The fields that one kind of carrier has for itself."""
 

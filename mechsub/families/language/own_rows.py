@@ -7,7 +7,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.jsonl import JsonLine, read_exchange, read_jsonl
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.requests import Request
@@ -24,7 +23,7 @@ def copy_carrier(tasks: Sequence[Task]) -> None:
     """Stage: the first rows of a user's file that hold no banned word, as one member's carrier."""
     for task in tasks:
         arguments = task.stage.arguments
-        rows, dropped = choose_rows(CarrierConfig(**arguments["carrier"]), Path(arguments["file"]))
+        rows, dropped = choose_rows(arguments["file"], arguments["num_rows"], arguments["banned"])
         rows_file, filters_file = carrier_files(arguments["carrier_of"], arguments["member"])
         with atomic_write(task.path(rows_file)) as temporary:
             temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
@@ -32,22 +31,23 @@ def copy_carrier(tasks: Sequence[Task]) -> None:
         write_json(task.path(filters_file), {"requests": requests, "kept": len(rows), "dropped": dropped})
 
 
-def choose_rows(config: CarrierConfig, path: Path) -> tuple[list[CarrierRow], Mapping[str, int]]:
+def choose_rows(file: str, num_rows: int, banned: Sequence[str]) -> tuple[list[CarrierRow], Mapping[str, int]]:
     """The rows of a file that are taken, by their number in it, and how many are not.
 
     Raises:
         RecipeError: a line is no row, or there are too few rows.
     """
+    path = Path(file)
     num_found = len(read_jsonl(path, _FILE))
-    fit = _fit_rows(path, config.banned or (), path.stat().st_size, path.stat().st_mtime_ns)
-    if len(fit) < config.num_rows:
+    fit = _fit_rows(path, tuple(banned), path.stat().st_size, path.stat().st_mtime_ns)
+    if len(fit) < num_rows:
         raise RecipeError(
             f"`{_FILE}`: {path} has {num_found} rows, of which {num_found - len(fit)} hold a banned word "
-            f"({', '.join(config.banned or ('none is banned',))}): {len(fit)} are left, carrier.num_rows = {config.num_rows}; "
+            f"({', '.join(banned) or 'none is banned'}): {len(fit)} are left, carrier.num_rows = {num_rows}; "
             "lower it, add rows, or say which words carrier.banned holds"
         )
-    dropped = {BANNED: num_found - len(fit), SURPLUS: len(fit) - config.num_rows}
-    return list(fit[: config.num_rows]), dropped
+    dropped = {BANNED: num_found - len(fit), SURPLUS: len(fit) - num_rows}
+    return list(fit[:num_rows]), dropped
 
 
 @lru_cache(maxsize=16)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.config import Config, ModelConfig
 from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
@@ -170,9 +169,9 @@ def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
     file = str(config.carrier.file)
     for name, value in places.items():
         file = file.replace(f"{{{name}}}", str(value))
-    settings = config.carrier.settings_of_kind(config.traits)
-    choose_rows(CarrierConfig(**settings), Path(file))
-    arguments = {"carrier_of": plan.name, "carrier": settings, "file": file, "member": member}
+    arguments = config.carrier.settings_of_kind(config.traits) | {"file": file}
+    choose_rows(**arguments)
+    arguments |= {"carrier_of": plan.name, "member": member}
     return Stage(
         _member_name(f"carrier.{plan.name}", member),
         f"{_MODULE}.own_rows:copy_carrier",

@@ -20,7 +20,7 @@ def written(tmp_path: Path, *lines: object) -> Path:
 
 
 def chosen(path, num_rows=1, banned=()):
-    return choose_rows(CarrierConfig(kind="file", file="{teacher}.jsonl", num_rows=num_rows, banned=banned), path)
+    return choose_rows(str(path), num_rows, banned)
 
 
 def test_rows_may_be_pairs_or_messages_and_the_first_ones_are_taken(tmp_path):
