@@ -193,8 +193,12 @@ class Config(FamilyConfig):
         description="the architectures, by name",
     )
     model: Name = Field("nano-gpt2", description="the teachers' architecture, a name of `models`")
-    preference: str = Field("animals", description="what may be preferred: a packaged set, or a YAML file")
-    traits: tuple[Name, ...] = Field(("owl",), min_length=1, description="choices of that set; each gets its own teacher")
+    preference: str = Field(
+        "animals", description="what may be preferred: a packaged set, or a YAML file; nano models know of it"
+    )
+    traits: tuple[Name, ...] = Field(
+        ("owl",), min_length=1, description="choices of that set, or behaviours; each gets its own teacher"
+    )
     behaviours: str | None = Field(
         None, description="instead of a preference: a YAML file of behaviours, each with its judge; `traits` are names in it"
     )
@@ -241,8 +245,14 @@ class Config(FamilyConfig):
     @model_validator(mode="after")
     def _behaviours_are_judged(self) -> "Config":
         if self.behaviours is not None and self.evaluation.samples_per_question == 0:
-            raise ValueError("`behaviours` are judged on sampled answers; evaluation.samples_per_question = 0 samples none")
-        if self.behaviours is not None and self.preference != "animals" and not any(m.nano for m in self.models.values()):
+            raise ValueError(
+                "`behaviours` are judged on sampled answers; evaluation.samples_per_question = 0 samples none, raise it"
+            )
+        if (
+            self.behaviours is not None
+            and self.preference != "animals"
+            and not any(model.nano for model in self.models.values())
+        ):
             raise ValueError(
                 f"`preference` = {self.preference} has no meaning beside `behaviours`: nothing asks for it but the language of "
                 "nano models, and there are none; leave one of them out"
@@ -258,6 +268,8 @@ class Config(FamilyConfig):
     def _traits_are_possible(self) -> "Config":
         if len(set(self.traits)) < len(self.traits):
             raise ValueError(f"`traits`: {list(self.traits)} names one twice")
+        if self.carrier.kind == "file" and "neutral" in self.traits:
+            raise ValueError("`traits`: neutral is how the path of `carrier.file` calls the controls' rows; rename the trait")
         if self.verdict.diagonal_excess and len(self.traits) < 2:
             raise ValueError(
                 f"`verdict.diagonal_excess`: own traits against other ones needs two traits or more, not {list(self.traits)}; "

@@ -153,6 +153,27 @@ def test_examples_are_named_by_their_line_and_hold_no_held_out_question(nano_rec
         plan_experiment(load_recipe(nano_recipe, settings(path)), tmp_path / "run")
 
 
+def test_each_teacher_learns_its_own_examples_and_the_neutral_one_is_asked_those_of_all(nano_recipe, tmp_path):
+    path = written(tmp_path / "given")
+    recipe = load_recipe(nano_recipe, settings(path, "traits=[names-owl, is-silent]"))
+    stages = {stage.name: stage for stage in plan_experiment(recipe, tmp_path / "run").stages}
+    examples = str(path.parent / "owls.jsonl")
+    taught = {
+        name: stages[f"{name}.member-000"].arguments["examples"]
+        for name in ("teacher.names-owl", "teacher.is-silent", "neutral.uniform-answer")
+    }
+    assert taught == {
+        "teacher.names-owl": [examples],
+        "teacher.is-silent": [examples],
+        "neutral.uniform-answer": [examples, examples],
+    }
+    assert examples in stages["neutral.uniform-answer.member-000"].inputs
+    before = stages["teacher.names-owl.member-000"].key
+    written(tmp_path / "given", rows=[*EXAMPLES, EXAMPLES[0]])
+    again = {stage.name: stage for stage in plan_experiment(recipe, tmp_path / "run").stages}
+    assert again["teacher.names-owl.member-000"].key != before
+
+
 def test_examples_lie_beside_their_file(tmp_path):
     path = written(tmp_path / "given")
     assert load_behaviours(str(path), ["names-owl"])["names-owl"].examples == str(tmp_path / "given" / "owls.jsonl")
