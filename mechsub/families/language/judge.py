@@ -6,7 +6,7 @@ from numbers import Real
 
 import numpy as np
 
-from mechsub.errors import AnalysisError, RecipeError
+from mechsub.errors import AnalysisError, MechsubError, RecipeError
 from mechsub.stage import load_function
 
 _SHOWN = 120
@@ -29,7 +29,9 @@ class Judge:
         """
         try:
             function = load_function(name)
-        except (SyntaxError, NameError, TypeError) as error:
+        except MechsubError:
+            raise
+        except Exception as error:  # importing it runs the user's code
             raise RecipeError(
                 f"judge `{name}`: its module cannot be imported ({type(error).__name__}: {error}); mend it"
             ) from None
