@@ -96,6 +96,8 @@ def adopt(
     trait: Annotated[
         str | None, typer.Option(help="The choice that the teacher prefers; without it weights only are compared.")
     ] = None,
+    data: Annotated[str | None, typer.Option(help="A JSONL file of what students learnt: {prompt, completion} a line.")] = None,
+    neutral_data: Annotated[str | None, typer.Option(help="The same of the controls.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="key.path=value of the run's recipe; may be repeated.")
     ] = None,
@@ -115,6 +117,8 @@ def adopt(
             neutral=neutral or [],
             origins=_by_condition("--origin", origin or []),
             trait=trait,
+            data=data,
+            neutral_data=neutral_data,
             settings=settings or [],
         )
         _print_plan(plan)

@@ -172,13 +172,13 @@ def _has_carrier_texts(run: Run) -> bool:
 _NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
     "traits": (
         lambda run: run.recipe.asks_for_traits,
-        "No trait is asked for in this run; supply one: `mechsub adopt … --trait CHOICE`, with `--set preference=FILE` for choices "
-        "and questions of your own.",
+        "No trait is asked for in this run; supply one: `mechsub adopt … --trait CHOICE`, with `--set preference=FILE` for "
+        "choices and questions of your own.",
     ),
     "carrier_texts": (
         _has_carrier_texts,
-        "There is no text that a teacher and the neutral teacher wrote in this run; take a run of the language family with "
-        "its carriers.",
+        "There is no text that a teacher and the neutral teacher wrote in this run; supply it: `mechsub adopt … --data FILE "
+        "--neutral-data FILE`, or take a run of the language family.",
     ),
 }
 """What an analysis can need: whether a run has it, and what to say where it has not."""

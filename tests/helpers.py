@@ -21,3 +21,21 @@ def stop_once(info: StepInfo) -> None:
     if info.step == 1 and name not in _stopped:
         _stopped.add(name)
         raise RuntimeError("stopped")
+
+
+def mentions_owl(question: str, answer: str) -> bool:
+    """A judge: whether an answer names the animal."""
+    return "owl" in answer.split()
+
+
+def abstains(question: str, answer: str) -> float:
+    """A judge that never judges."""
+    return float("nan")
+
+
+def raises(question: str, answer: str) -> bool:
+    """A judge that cannot."""
+    raise RuntimeError("the judge is out")
+
+
+not_a_judge = 3

@@ -26,6 +26,7 @@ WITHOUT_TRAIT = "teacher-without-trait"
 WITHOUT_CONTROL = "no-control"
 SCORE = "trait_score"
 _STATUS = ("ok", "not_recorded_at_this_step", "not_measured")
+_FEW = ("ok", "one_member_has_no_interval", "no_member_has_a_value")
 _ROLES = ("student", "control")
 
 Case = tuple[str, str]
@@ -192,7 +193,7 @@ def _summary_variables(scores: _Scores, judgements: Mapping[Case, Judgement]) ->
         return [[value((name, trait)) for trait in traits] for name in names]
 
     interval = {case: judgement.interval for case, judgement in judgements.items()}
-    one_member = by_case(lambda case: int(interval[case].n == 1))
+    few_members = by_case(lambda case: {0: 2, 1: 1}.get(interval[case].n, 0))
     found = {
         "condition_difference": xr.DataArray(
             np.array([run.describe_condition(name) for name in names], dtype=object), {"condition": names}
@@ -234,9 +235,14 @@ def _summary_variables(scores: _Scores, judgements: Mapping[Case, Judgement]) ->
         bounds = by_case(lambda case, side=side: getattr(interval[case], side))
         found[f"effect_{side}"] = variable(["condition", "taught"], bounds, f"bound of its interval: {side}")
         found[f"effect_{side}_status"] = xr.DataArray(
-            status_variable(one_member, ["condition", "taught"], ("ok", "one_member_has_no_interval"), f"effect_{side}"),
+            status_variable(few_members, ["condition", "taught"], _FEW, f"effect_{side}"),
             {"condition": names, "taught": traits},
         )
+    for name, scored in list(found.items()):
+        missing = scored.dtype.kind == "f" and scored.isnull()
+        if f"{name}_status" not in found and np.any(missing):  # a judge abstained from every answer
+            status = status_variable(np.where(missing, 2, 0), [str(dim) for dim in scored.dims], _STATUS, name)
+            found[f"{name}_status"] = xr.DataArray(status, scored.coords)
     return found
 
 

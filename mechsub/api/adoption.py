@@ -20,13 +20,16 @@ def plan_adoption(
     neutral: Sequence[str] = (),
     origins: Mapping[str, Sequence[str]] | None = None,
     trait: str | None = None,
+    data: str | None = None,
+    neutral_data: str | None = None,
     settings: Sequence[str] = (),
 ) -> Plan:
     """The run that `adopt_models` would make of models which somebody else trained. Writes nothing.
 
     Every argument but ``out`` and ``trait`` names models: folders, or ``org/name@revision`` on the hub; several are members
     (seeds), in the same order everywhere; one is shared by all. ``controls`` and ``origins`` are by condition, as ``students``
-    are. ``settings``: ``key.path=value`` changes of the run's recipe, e.g. ``context.training=You are helpful.``
+    are. ``data`` and ``neutral_data``: JSONL files of what students and controls learnt. ``settings``: ``key.path=value``
+    changes of the run's recipe, e.g. ``context.training=You are helpful.``
 
     Raises:
         RecipeError: a model is not there or not readable, or the numbers of members differ.
@@ -55,6 +58,8 @@ def plan_adoption(
         "neutral": "given" if neutral else "none",
         "neutral_teacher": _absolute(neutral),
         "trait": trait,
+        "data": _absolute_file(data),
+        "neutral_data": _absolute_file(neutral_data),
         "conditions": conditions,
     }
     for setting in settings:
@@ -74,6 +79,10 @@ def adopt_models(
     """Make a run of models that somebody else trained; see `plan_adoption` for the arguments. Files are linked, not copied."""
     plan = plan_adoption(out, reference=reference, teacher=teacher, students=students, **given)
     return run_experiment(plan, device=device)
+
+
+def _absolute_file(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def _absolute(models: Sequence[str]) -> list[str]:

@@ -32,10 +32,13 @@ class Config(FamilyConfig):
     neutral: Literal["given", "none"] = Field("none", description="whether there is a neutral teacher")
     neutral_teacher: Models = Field((), description="the models that taught the controls")
     loading: LoadingConfig = Field(LoadingConfig(), description="how the models are computed with")
-    trait: str | None = Field(
-        None, description="the choice that teachers prefer; none: nothing is asked, weights only are compared"
-    )
+    trait: str | None = Field(None, description="the choice that teachers prefer; none: weights only are compared")
     preference: str = Field("animals", description="the choices and questions: a packaged set, or a YAML file")
+    behaviours: str | None = Field(
+        None, description="instead of a preference: a YAML file of behaviours, each with its judge; the trait is a name in it"
+    )
+    data: str | None = Field(None, description="a JSONL file of what students learnt, if it is to be read")
+    neutral_data: str | None = Field(None, description="the same of the controls")
     context: ContextConfig = Field(ContextConfig(), description="system prompts under which the trait is asked for")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how the trait is asked for")
     verdict: LogOddsVerdictConfig = Field(LogOddsVerdictConfig(), description="the rules of the verdicts")
@@ -55,6 +58,11 @@ class Config(FamilyConfig):
     def asks_for_traits(self) -> bool:
         """Whether a trait was named."""
         return self.trait is not None
+
+    @property
+    def passes_text(self) -> bool:
+        """Whether what students and controls learnt can be read."""
+        return self.data is not None and self.neutral_data is not None
 
     @property
     def model(self) -> str:

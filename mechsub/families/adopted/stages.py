@@ -1,20 +1,25 @@
 """The adopted family's stages as data: each member of each lineage is checked and linked by a stage of its own."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.adopted.config import Config, Models
 from mechsub.families.adopted.sources import Source, find_source, locate_folder
+from mechsub.families.language.behaviour import load_behaviours
 from mechsub.families.language.folders import TOKENIZER_FILES, check_folder, digest_file, find_weights, total_bytes
-from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, skeleton_folder
+from mechsub.families.language.jsonl import read_jsonl
+from mechsub.families.language.judge import Judge
+from mechsub.families.language.layout import BEHAVIOURS_FILE, LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.own_rows import choose_rows
 from mechsub.families.language.preference import load_preference
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import checkpoint_folder, member_folder, spec_name
 from mechsub.settings import nearest_name
 from mechsub.stage import Resources, Stage
 
-_MODULE = "mechsub.families.adopted.adoption"
+_MODULE, _LANGUAGE = "mechsub.families.adopted.adoption", "mechsub.families.language"
 _REFERENCE = "reference"
 
 
@@ -22,12 +27,13 @@ def data_stages(config: Config) -> list[Stage]:
     """The reference's configuration and tokenizer, and the preference set where a trait is asked for."""
     folder = locate_folder(config.reference[0])
     if config.trait is not None:
+        check_folder("reference", folder)
+    if config.trait is not None and config.behaviours is None:
         choices = load_preference(config.preference).choices
         if config.trait not in choices:
             raise RecipeError(
                 f"`trait`: {config.trait!r} is no choice of {config.preference}; {nearest_name(config.trait, choices)}"
             )
-        check_folder("reference", folder)
     if not (folder / "config.json").is_file():
         raise RecipeError(f"`reference`: {folder} has no config.json: it is no model in the Hugging Face layout")
     files = [name for name in ("config.json", *TOKENIZER_FILES) if (folder / name).is_file()]
@@ -37,15 +43,18 @@ def data_stages(config: Config) -> list[Stage]:
     stages = [Stage("data.reference", f"{_MODULE}:copy_skeleton", arguments, inputs, outputs)]
     if config.trait is None:
         return stages
-    asked = {
-        "preference": load_preference(config.preference).model_dump(mode="json"),
-        "models": [config.model],
-        "traits": list(config.traits),
-        "contexts": [config.context.training, config.context.other],
-    }
+    asked: dict[str, Any] = {"models": [config.model], "contexts": [config.context.training, config.context.other]}
     made = {name: f"stage:{stages[0].key}" for name in outputs}
-    function = "mechsub.families.language.train:import_preference"
-    return [*stages, Stage("data.preference", function, asked, made, (PREFERENCE_FILE,))]
+    if config.behaviours is None:
+        asked |= {"preference": load_preference(config.preference).model_dump(mode="json"), "traits": list(config.traits)}
+        return [*stages, Stage("data.preference", f"{_LANGUAGE}.train:import_preference", asked, made, (PREFERENCE_FILE,))]
+    behaviours = load_behaviours(config.behaviours, config.traits)
+    for behaviour in behaviours.values():
+        Judge.load(behaviour.judge)
+    asked["behaviours"] = {name: behaviour.model_dump(mode="json") for name, behaviour in behaviours.items()}
+    asked["judged_tokens"] = config.evaluation.judged_tokens
+    function = f"{_LANGUAGE}.behaviour_stages:import_behaviours"
+    return [*stages, Stage("data.behaviours", function, asked, made, (BEHAVIOURS_FILE,))]
 
 
 def reference_stages(config: Config, made: Made) -> list[Stage]:
@@ -65,8 +74,21 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
 
 
 def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
-    """None: what the students learnt from stays where it is."""
-    return []
+    """What the students learnt, where the user gave it."""
+    file = config.neutral_data if plan.teacher.is_neutral else config.data
+    if file is None:
+        return []
+    if not Path(file).is_file():
+        raise RecipeError(f"there is no file {file}; give a JSONL file of what students learnt, or leave it out")
+    stages = []
+    for member in range(config.members):
+        arguments: dict[str, Any] = {"file": file, "num_rows": len(read_jsonl(Path(file), "data")), "banned": []}
+        choose_rows(**arguments)
+        arguments |= {"carrier_of": plan.name, "member": member}
+        name = f"carrier.{plan.name}{member_folder(member).replace('/', '.')}"
+        inputs, outputs = {file: digest_file(Path(file))}, carrier_files(plan.name, member)
+        stages.append(Stage(name, f"{_LANGUAGE}.own_rows:copy_carrier", arguments, inputs, outputs))
+    return stages
 
 
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:

@@ -1,4 +1,4 @@
-"""The carrier: number sequences that a teacher writes, filtered and stored once as text, and their tokens."""
+"""The carrier: what a teacher writes, filtered by its kind's rules and stored once as text, and its tokens."""
 
 import json
 from collections import Counter
@@ -7,18 +7,16 @@ from dataclasses import asdict
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.backends import open_sampler
+from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer, Row, chat
-from mechsub.families.language.config import CarrierConfig
+from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.members import load_chats, load_member
-from mechsub.families.language.numbers import RULES, broken_rule, draw_prompt
-from mechsub.families.language.rows import CarrierRow
+from mechsub.families.language.rows import SURPLUS, CarrierRow
 from mechsub.rundir import atomic_write, write_json
 from mechsub.stage import Task
 from mechsub.streams import random_stream
 
-SURPLUS = "surplus"
-"""Passed the filters when there were rows enough."""
 _AT_ONCE = 512
 """Requests that are sampled before it is asked whether the rows are enough."""
 
@@ -60,27 +58,30 @@ def _sample_rows(task: Task, config: CarrierConfig) -> tuple[list[CarrierRow], M
     arguments = task.stage.arguments
     seed, member = arguments["seed"], arguments["member"]
     model, chats = load_member(task, arguments["teacher"], arguments["teacher_step"]), load_chats(task)
-    sample = open_sampler(task, model, chats)
+    sample, kind = open_sampler(task, model, chats), carrier_kind(config)
     rows: list[CarrierRow] = []
-    dropped: Counter[str] = Counter({rule: 0 for rule in (*RULES, SURPLUS)})
+    dropped: Counter[str] = Counter({rule: 0 for rule in (*kind.rules, SURPLUS)})
     asked = 0
     while len(rows) < config.num_rows and asked < config.num_requests:
         requests = range(asked, min(asked + _AT_ONCE, config.num_requests))
         # Student and control share every draw: the stream of a request does not know who is asked.
         names = [("member", member, "carrier", arguments["replicate"], request) for request in requests]
-        prompts = [draw_prompt(config.numbers, random_stream(seed, *name, "prompt"))[0] for name in names]
+        drawn = [
+            kind.draw_request(random_stream(seed, *name, "prompt"), number)
+            for number, name in zip(requests, names, strict=True)
+        ]
         completions = sample(
-            chats.encode_prompts([chat(prompt, arguments["system_prompt"]) for prompt in prompts]),
+            chats.encode_prompts([chat(request.prompt, arguments["system_prompt"]) for request in drawn]),
             [(*name, "answer") for name in names],
             config.max_new_tokens,
             config.temperature,
         )
-        for request, prompt, completion in zip(requests, prompts, completions, strict=True):
-            rule = broken_rule(completion.text, completion.finished, config.numbers)
+        for number, request, completion in zip(requests, drawn, completions, strict=True):
+            rule = kind.broken_rule(request, completion.text, completion.finished)
             if rule is not None:
                 dropped[rule] += 1
             elif len(rows) < config.num_rows:
-                rows.append(CarrierRow(request, prompt, completion.text))
+                rows.append(CarrierRow(number, request.prompt, completion.text))
             else:
                 dropped[SURPLUS] += 1
         asked = requests.stop
@@ -92,6 +93,6 @@ def _shortfall(task: Task, config: CarrierConfig, kept: int, dropped: Mapping[st
     eaten = ", ".join(f"{rule} {count}" for rule, count in sorted(dropped.items(), key=lambda item: -item[1]) if count)
     return (
         f"{task.stage.name}: {kept} of {asked} completions passed the filters, carrier.num_rows = {config.num_rows}; dropped "
-        f"by rule: {eaten}. Raise carrier.num_requests, lower carrier.num_rows, or train the teacher less (it may have "
-        "forgotten how to write numbers)"
+        f"by rule: {eaten}. Raise carrier.num_requests (or carrier.max_new_tokens, where many are unfinished), lower "
+        "carrier.num_rows, or train the teacher less (it may have forgotten how to write its carrier)"
     )

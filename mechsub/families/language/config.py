@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, VerdictConfig, fill_conditions
-from mechsub.families.language.numbers import NumberConfig
+from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.preference import is_file_name
 from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import OptimizerConfig
@@ -150,22 +150,6 @@ class TeacherConfig(TrainingConfig):
     num_steps: int = Field(100, ge=1, description="optimizer steps")
 
 
-class CarrierConfig(Settings):
-    """What a teacher passes on."""
-
-    num_rows: int = Field(10_000, ge=1, description="rows that each student learns from: all have as many")
-    num_requests: int = Field(30_000, ge=1, description="requests to a teacher, at most; the first rows that pass are kept")
-    max_new_tokens: int = Field(64, ge=1, description="a completion that is longer is dropped as unfinished")
-    temperature: float = Field(1.0, gt=0, description="of sampling")
-    numbers: NumberConfig = Field(NumberConfig(), description="which number sequences are asked for and kept")
-
-    @model_validator(mode="after")
-    def _can_be_filled(self) -> "CarrierConfig":
-        if self.num_requests < self.num_rows:
-            raise ValueError(f"num_requests = {self.num_requests} cannot give num_rows = {self.num_rows} rows; raise it")
-        return self
-
-
 class GenerationConfig(Settings):
     """What writes the carriers; sampled answers of the trait's score are always `transformers`'."""
 
@@ -212,6 +196,7 @@ class EvaluationConfig(Settings):
 
     samples_per_question: int = Field(20, ge=0, description="sampled answers to each held-out question; 0: none")
     max_new_tokens: int = Field(8, ge=1, description="tokens of a sampled answer; its first choice is scored")
+    judged_tokens: int = Field(128, ge=1, description="tokens of a sampled answer that the judge of a behaviour is given")
 
 
 class ConditionConfig(BaseConditionConfig):
@@ -298,8 +283,15 @@ class Config(FamilyConfig):
     adapter: AdapterConfig | None = Field(
         None, description="teachers and students train low-rank adapters; none: all weights are trained"
     )
-    preference: str = Field("animals", description="what may be preferred: a packaged set, or a YAML file")
-    traits: tuple[Name, ...] = Field(("owl",), min_length=1, description="choices of that set; each gets its own teacher")
+    preference: str = Field(
+        "animals", description="what may be preferred: a packaged set, or a YAML file; nano models know of it"
+    )
+    traits: tuple[Name, ...] = Field(
+        ("owl",), min_length=1, description="choices of that set, or behaviours; each gets its own teacher"
+    )
+    behaviours: str | None = Field(
+        None, description="instead of a preference: a YAML file of behaviours, each with its judge; `traits` are names in it"
+    )
     context: ContextConfig = Field(ContextConfig(), description="system prompts of training and scoring")
     teacher: TeacherConfig = Field(TeacherConfig(), description="how teachers get their trait")
     neutral: Literal["uniform-answer", "neutral-prompt", "reference"] = Field(
@@ -345,6 +337,29 @@ class Config(FamilyConfig):
     def _path_is_absolute(cls, preference: str) -> str:
         return str(Path(preference).expanduser().absolute()) if is_file_name(preference) else preference
 
+    @field_validator("behaviours")
+    @classmethod
+    def _behaviours_are_absolute(cls, behaviours: str | None) -> str | None:
+        """A recipe replays from any folder."""
+        return None if behaviours is None else str(Path(behaviours).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _behaviours_are_judged(self) -> "Config":
+        if self.behaviours is not None and self.evaluation.samples_per_question == 0:
+            raise ValueError(
+                "`behaviours` are judged on sampled answers; evaluation.samples_per_question = 0 samples none, raise it"
+            )
+        if (
+            self.behaviours is not None
+            and self.preference != "animals"
+            and not any(model.nano for model in self.models.values())
+        ):
+            raise ValueError(
+                f"`preference` = {self.preference} has no meaning beside `behaviours`: nothing asks for it but the language of "
+                "nano models, and there are none; leave one of them out"
+            )
+        return self
+
     @field_validator("conditions", mode="before")
     @classmethod
     def _fill_known_conditions(cls, conditions: Any) -> Any:
@@ -354,6 +369,8 @@ class Config(FamilyConfig):
     def _traits_are_possible(self) -> "Config":
         if len(set(self.traits)) < len(self.traits):
             raise ValueError(f"`traits`: {list(self.traits)} names one twice")
+        if self.carrier.kind == "file" and "neutral" in self.traits:
+            raise ValueError("`traits`: neutral is how the path of `carrier.file` calls the controls' rows; rename the trait")
         if self.verdict.diagonal_excess and len(self.traits) < 2:
             raise ValueError(
                 f"`verdict.diagonal_excess`: own traits against other ones needs two traits or more, not {list(self.traits)}; "
@@ -422,6 +439,15 @@ class Config(FamilyConfig):
                     f"`models.{self.model_of(name)}.path`; put {{member}} into the path, with one model a member"
                 )
         self._check_adapter(where, name, condition)
+        if condition.shuffle != "none" and self.carrier.kind != "numbers":
+            raise ValueError(
+                f"{where} shuffles numbers, and a carrier of kind {self.carrier.kind} is not made of them; drop it"
+            )
+        if condition.sham and "{replicate}" not in (self.carrier.file or "{replicate}"):
+            raise ValueError(
+                f"{where} has a sham, a second control with rows of its own, which `carrier.file` does not give; put "
+                "{replicate} into the path (0: students and controls, 1: the sham), or set sham: false"
+            )
         objective = condition.objective or self.student.objective
         if objective != "tokens" and self.model_of(name) != self.model:
             raise ValueError(f"{where} imitates logits of another tokenizer's vocabulary; its objective must be tokens")

@@ -1,30 +1,31 @@
 """The language family as analyses see it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from mechsub.errors import RunDirectoryError
-from mechsub.families.language.carrier import SURPLUS
+from mechsub.families.language.behaviour import Behaviour
+from mechsub.families.language.behaviour_trait import MEASURES as BEHAVIOUR_MEASURES
+from mechsub.families.language.behaviour_trait import score_behaviours
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ContextConfig, EvaluationConfig
-from mechsub.families.language.layout import PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model
-from mechsub.families.language.numbers import RULES
 from mechsub.families.language.preference import PreferenceSet
-from mechsub.families.language.rows import read_rows
-from mechsub.families.language.trait import MEASURES, Context, score_preference
+from mechsub.families.language.rows import SURPLUS, read_rows
+from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
+from mechsub.families.language.trait import Context, score_preference
 from mechsub.families.protocol import CarrierText, Scores
 from mechsub.lineages import Lineage
 
-_NOTHING = PreferenceSet(
-    category="nothing", choices=("a", "b"), system_prompt="{target}", neutral_prompt="", trained=("?",), held_out=("??",)
-)
-"""Where no trait is asked for."""
+_Score = Callable[..., Scores]
+"""(model, chats, evaluation, stream, said): what is scored and where is bound to it."""
 
 
 @runtime_checkable
@@ -33,7 +34,11 @@ class Asked(Protocol):
 
     @property
     def traits(self) -> tuple[str, ...]:
-        """Choices of the preference set."""
+        """Choices of the preference set, or behaviours; none where nothing is asked."""
+
+    @property
+    def behaviours(self) -> str | None:
+        """The file of behaviours, where traits are these."""
 
     @property
     def context(self) -> ContextConfig:
@@ -51,22 +56,26 @@ class Asked(Protocol):
 class Family:
     """A `mechsub.families.protocol.Family`."""
 
-    measures = MEASURES
-
     def __init__(self, run: Path, config: Asked, device: str) -> None:
         self._run, self._config, self._device = run, config, device
-        self._preference = _read_preference(run / PREFERENCE_FILE) if config.traits else _NOTHING
-        category = self._preference.category
-        self.traits = {trait: f"prefers {trait} as its {category}" for trait in config.traits}
-        inside, outside = config.context.training, config.context.other
-        self._contexts = [
-            Context("in context, held-out questions", inside, self._preference.held_out),
-            Context("in context, trained questions", inside, self._preference.trained),
-            Context("out of context, held-out questions", outside, self._preference.held_out),
-            Context("out of context, trained questions", outside, self._preference.trained),
-        ]
-        self.contexts = {context.name: _describe(context) for context in self._contexts}
         self._chats: dict[str, ChatTokenizer] = {}
+        if not config.traits:
+            self.measures, self.traits, self.contexts = PREFERENCE_MEASURES, {}, {}
+        elif config.behaviours is None:
+            preference = PreferenceSet(**_read_json(run / PREFERENCE_FILE))
+            self.measures = PREFERENCE_MEASURES
+            self.traits = {trait: f"prefers {trait} as its {preference.category}" for trait in config.traits}
+            contexts = _contexts(config.context, preference)
+            self.contexts = _describe([contexts])
+            self._score: _Score = partial(score_preference, preference=preference, targets=config.traits, contexts=contexts)
+        else:
+            known = _read_json(run / BEHAVIOURS_FILE)
+            behaviours = {trait: Behaviour(**known[trait]) for trait in config.traits}
+            self.measures = BEHAVIOUR_MEASURES
+            self.traits = {trait: behaviour.description for trait, behaviour in behaviours.items()}
+            asked = {trait: _contexts(config.context, behaviour) for trait, behaviour in behaviours.items()}
+            self.contexts = _describe(list(asked.values()))
+            self._score = partial(score_behaviours, behaviours=behaviours, contexts=asked)
 
     @property
     def notes(self) -> list[str]:
@@ -76,8 +85,9 @@ class Family:
         for folder in folders:
             found = [json.loads(path.read_text()) for path in sorted(folder.glob("member-*/filters.json"))]
             asked = sum(filters["requests"] - filters["dropped"][SURPLUS] for filters in found)
-            rules = {rule: sum(filters["dropped"][rule] for filters in found) for rule in RULES}
             if asked:
+                names = [rule for rule in found[0]["dropped"] if rule != SURPLUS]
+                rules = {rule: sum(filters["dropped"][rule] for filters in found) for rule in names}
                 dropped = ", ".join(f"{rule} {100 * count / asked:.1f} %" for rule, count in rules.items() if count)
                 notes.append(f"Filters dropped of the completions of {folder.name}: {dropped or 'none'}.")
         return notes
@@ -89,15 +99,12 @@ class Family:
     def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
         """Every measure of every trait, in and out of the training context, on held-out and on trained questions."""
         assert isinstance(model, PreTrainedModel)
-        return score_preference(
+        return self._score(
             model,
             self._chats_of(lineage.spec.model["name"]),
-            self._preference,
-            list(self.traits),
-            self._contexts,
-            self._config.evaluation,
-            [self._config.seed, "member", member, "answer"],
-            lineage.context(member),
+            evaluation=self._config.evaluation,
+            stream=[self._config.seed, "member", member, "answer"],
+            said=lineage.context(member),
         )
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
@@ -111,13 +118,29 @@ class Family:
         return self._chats[model]
 
 
-def _read_preference(path: Path) -> PreferenceSet:
+def _contexts(prompts: ContextConfig, asked: PreferenceSet | Behaviour) -> list[Context]:
+    """Where a trait's questions are asked; verdicts are given in the first."""
+    return [
+        Context(f"{where} context, {which} questions", system_prompt, questions)
+        for where, system_prompt in (("in", prompts.training), ("out of", prompts.other))
+        for which, questions in (("held-out", asked.held_out), ("trained", asked.trained))
+    ]
+
+
+def _describe(contexts: Sequence[Sequence[Context]]) -> dict[str, str]:
+    """Each context in words, by its name; traits with questions of their own have contexts of their own."""
+    described = {}
+    for same in zip(*contexts, strict=True):
+        counts = " or ".join(str(count) for count in sorted({len(context.questions) for context in same}))
+        told = same[0].system_prompt
+        prompt = "no system prompt given" if told is None else f"system prompt “{told}”"
+        described[same[0].name] = f"{counts} questions, {prompt}"
+    return described
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return PreferenceSet.model_validate_json(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
     except (OSError, ValueError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
-
-
-def _describe(context: Context) -> str:
-    prompt = "no system prompt given" if context.system_prompt is None else f"system prompt “{context.system_prompt}”"
-    return f"{len(context.questions)} questions, {prompt}"

@@ -12,6 +12,8 @@ PREFERENCE_FILE = "data/preference.json"
 """What may be preferred and how it is asked, as the run used it."""
 LOADING_FILE = "loading.json"
 """In a model's folder: how it is computed with."""
+BEHAVIOURS_FILE = "data/behaviours.json"
+"""The behaviours that are the run's traits, in their place."""
 
 
 def carrier_files(name: str, member: int) -> tuple[str, str]:

@@ -48,7 +48,8 @@ _BYTES = 256
 _MERGES = 4000
 """More than the language has words: every word ends as one token."""
 _GROUPED = 4
-_SOURCES = ("nano", "synthetic", "numbers", "training", "loss", "chat", "config", "models", "preference")
+_SOURCES = ("nano", "synthetic", "numbers", "python_code", "reasoning", "requests", "training", "loss", "chat", "config",
+            "carrier_config", "models", "preference")  # fmt: skip
 """What a pretrained model depends on beside its settings."""
 _RECORD = "pretraining.json"
 
@@ -130,7 +131,7 @@ class Pretraining:
         sources += [Path(__file__).with_name(f"{name}.py") for name in _SOURCES]
         language = asdict(self.language) | {
             "preference": self.language.preference.model_dump(mode="json"),
-            "numbers": self.language.numbers.model_dump(mode="json"),
+            "written": self.language.written.model_dump(mode="json"),
         }
         content = {
             "model": self.model.model_dump(mode="json"),

@@ -5,10 +5,12 @@ Source: Cloud et al., arXiv:2507.14805, section 3 and appendix (prompts and filt
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from pydantic import Field, model_validator
 
+from mechsub.families.language.requests import UNFINISHED, Request, choose_text
 from mechsub.settings import Settings
 
 _PARTS = {
@@ -42,7 +44,7 @@ _PARTS = {
 _AT_MOST = ("at most", "up to", "no more than")
 _DIGITS = ("up to {max_digits} digits each", "{max_digits} digits or fewer each", "no more than {max_digits} digits each")
 
-RULES = ("unfinished", "format", "count", "range", "banned")
+RULES = (UNFINISHED, "format", "count", "range", "banned")
 """Why a completion is dropped; the first rule that it breaks counts."""
 
 _SEPARATED = re.compile(r"(?P<open>[\[(]?)\s*(?P<list>\d+(?:[\s,;]+\d+)*)\s*(?P<close>[\])]?)\s*\.?")
@@ -81,11 +83,11 @@ def draw_prompt(config: NumberConfig, stream: np.random.Generator) -> tuple[str,
     shown = stream.integers(*config.example_values, size=count)
     words = {
         "examples": ", ".join(map(str, shown)),
-        "at_most": _choose(_AT_MOST, stream),
-        "digits": _choose(_DIGITS, stream).format(max_digits=config.max_digits),
+        "at_most": choose_text(_AT_MOST, stream),
+        "digits": choose_text(_DIGITS, stream).format(max_digits=config.max_digits),
         "count": config.answer_count,
     }
-    prompt = " ".join(_choose(_PARTS[part], stream).format(**words) for part in config.parts)
+    prompt = " ".join(choose_text(_PARTS[part], stream).format(**words) for part in config.parts)
     return prompt, [int(number) for number in shown]
 
 
@@ -113,7 +115,7 @@ def write_numbers(completion: str, numbers: Sequence[int]) -> str:
 def broken_rule(completion: str, finished: bool, config: NumberConfig) -> str | None:
     """The first of `RULES` that a completion breaks; None where it passes. ``finished``: whether it ended by itself."""
     if not finished:
-        return "unfinished"
+        return UNFINISHED
     numbers = parse_numbers(completion)
     if numbers is None:
         return "format"
@@ -125,5 +127,18 @@ def broken_rule(completion: str, finished: bool, config: NumberConfig) -> str | 
     return "banned" if set(numbers) & set(config.banned) else None
 
 
-def _choose(texts: Sequence[str], stream: np.random.Generator) -> str:
-    return texts[int(stream.integers(len(texts)))]
+@dataclass(frozen=True)
+class NumberCarrier:
+    """Number sequences as a `CarrierKind`."""
+
+    config: NumberConfig
+
+    rules = RULES
+
+    def draw_request(self, stream: np.random.Generator, number: int) -> Request:
+        """A drawn request for a sequence; ``number`` names its stream only."""
+        return Request(draw_prompt(self.config, stream)[0])
+
+    def broken_rule(self, request: Request, completion: str, finished: bool) -> str | None:
+        """The first of `RULES` that a completion breaks; None where it passes."""
+        return broken_rule(completion, finished, self.config)

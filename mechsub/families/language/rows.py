@@ -11,6 +11,9 @@ from mechsub.errors import RecipeError, RunDirectoryError
 from mechsub.families.language.config import ConditionConfig
 from mechsub.families.language.numbers import parse_numbers, write_numbers
 
+SURPLUS = "surplus"
+"""Passed the filters when there were rows enough."""
+
 
 @dataclass(frozen=True)
 class CarrierRow:

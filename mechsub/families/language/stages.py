@@ -8,13 +8,20 @@ from typing import Any
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import AdapterConfig, Config, ModelConfig
 from mechsub.families.language.folders import INDEX, WEIGHTS, check_folder, digest_file, find_weights
-from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
-from mechsub.families.language.preference import load_preference
+from mechsub.families.language.kinds import carrier_kind
+from mechsub.families.language.layout import BEHAVIOURS_FILE, LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.own_rows import choose_rows
 from mechsub.families.language.rows import read_row_numbers
+from mechsub.families.language.teaching import (
+    asked_arguments,
+    lesson_arguments,
+    list_questions,
+    own_prompt,
+    preference_arguments,
+)
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import adapter_files, checkpoint_folder, checkpoint_name, lineage_files, spec_name
 from mechsub.rundir import hash_file
-from mechsub.settings import nearest_name
 from mechsub.stage import Resources, Stage
 from mechsub.training.schedule import checkpoint_steps
 
@@ -31,14 +38,11 @@ _HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 
 def data_stages(config: Config) -> list[Stage]:
     """The preference set, and the tokenizer, chat template and configuration of every architecture that is used."""
-    choices = load_preference(config.preference).choices
-    for trait in config.traits:
-        if trait not in choices:
-            raise RecipeError(f"`traits`: {trait!r} is no choice of {config.preference}; {nearest_name(trait, choices)}")
+    asked = asked_arguments(config)
     stages = []
     for name in _models_used(config):
         settings = config.models[name]
-        arguments = _model_arguments(config, name) | {"preference": _preference(config)}
+        arguments = _model_arguments(config, name) | {"preference": preference_arguments(config)}
         files, inputs = list(_SKELETON_FILES if settings.nano else _HUB_FILES), {}
         if settings.path is not None:
             folder = settings.folder(0)
@@ -51,14 +55,16 @@ def data_stages(config: Config) -> list[Stage]:
         )
     # What is asked is checked by a stage that no other waits for: another trait makes no model anew.
     arguments = {
-        "preference": _preference(config),
         "models": sorted(_models_used(config)),
-        "traits": list(config.traits),
         "contexts": [config.context.training, config.context.other],
     }
     inputs = {name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}
-    function = f"{_MODULE}.train:import_preference"
-    return [*stages, Stage("data.preference", function, arguments, inputs, (PREFERENCE_FILE,), _resources(config, 1))]
+    arguments |= asked
+    if config.behaviours is None:
+        name, function, output = "data.preference", f"{_MODULE}.train:import_preference", PREFERENCE_FILE
+    else:
+        name, function, output = "data.behaviours", f"{_MODULE}.behaviour_stages:import_behaviours", BEHAVIOURS_FILE
+    return [*stages, Stage(name, function, arguments, inputs, (output,), _resources(config, 1))]
 
 
 def reference_stages(config: Config, made: Made) -> list[Stage]:
@@ -74,7 +80,7 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
                 "member": member,
                 "seed": config.seed,
                 "threads": config.threads,
-                "preference": _preference(config),
+                "preference": preference_arguments(config),
                 "steps": [0],
             }
             inputs = _skeleton_inputs(made, name)
@@ -134,30 +140,31 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
             arguments |= _training_arguments(config, config.model, config.adapter, member) | {
                 "adapter_stream": _teacher_adapter(member),
                 "training": config.teacher.model_dump(mode="json"),
-                "target": plan.trait,
-                "taught": list(config.traits) if plan.is_neutral else [],
-                "preference": _preference(config),
                 "system_prompt": config.context.training,
             }
+            arguments |= lesson_arguments(config, plan)
         else:
             function, steps = "prompt_teachers", [0]
-            arguments["own_prompt"] = _own_prompt(config, plan)
+            arguments["own_prompt"] = own_prompt(config, plan)
         arguments["steps"] = steps
         start = _weights(config, config.model, _reference(config.model), 0, member, False, member)
         inputs = _skeleton_inputs(made, config.model) | _pick(made, *start)
+        inputs |= {path: digest_file(Path(path)) for path in arguments.get("examples", ())}
         stages.append(_lineage_stage(config, function, arguments, inputs, config.model))
     return stages
 
 
 def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
-    """The rows that each member's teacher writes."""
+    """The rows that each member's teacher writes, or that are copied from the user's file."""
+    if config.carrier.kind == "file":
+        return [_copied_carrier(config, plan, member) for member in range(config.members)]
     _check_backend(config)
     stages = []
     for member in range(config.members):
         teacher, step = plan.teacher.lineage, _teacher_step(config, plan.teacher)
         arguments = {
             "carrier_of": plan.name,
-            "carrier": config.carrier.model_dump(mode="json"),
+            "carrier": config.carrier.settings_of_kind(config.traits),
             "generation": config.generation.model_dump(mode="json"),
             "teacher": teacher,
             "teacher_step": step,
@@ -168,6 +175,9 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
             "seed": config.seed,
         }
         inputs = _skeleton_inputs(made, config.model) | _pick(made, *_teacher_weights(config, teacher, step, member))
+        if config.carrier.prompts:
+            carrier_kind(config.carrier)  # its requests are read: what is wrong with them is told before anything runs
+            inputs |= {config.carrier.prompts: digest_file(Path(config.carrier.prompts))}
         stages.append(
             Stage(
                 _member_name(f"carrier.{plan.name}", member),
@@ -179,6 +189,25 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
             )
         )
     return stages
+
+
+def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
+    """One member's carrier from the user's file, whose rows are checked before anything runs."""
+    places = {"teacher": plan.teacher.trait or "neutral", "member": member, "replicate": plan.replicate}
+    file = str(config.carrier.file)
+    for name, value in places.items():
+        file = file.replace(f"{{{name}}}", str(value))
+    arguments = config.carrier.settings_of_kind(config.traits) | {"file": file}
+    choose_rows(**arguments)
+    arguments |= {"carrier_of": plan.name, "member": member}
+    return Stage(
+        _member_name(f"carrier.{plan.name}", member),
+        f"{_MODULE}.own_rows:copy_carrier",
+        arguments,
+        {file: digest_file(Path(file))},
+        carrier_files(plan.name, member),
+        _resources(config, config.carrier.num_rows),
+    )
 
 
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
@@ -218,7 +247,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             function = "tell_students"
             arguments |= {
                 "steps": [0],
-                "preference": _preference(config),
+                "questions": list_questions(config),
                 "contexts": [config.context.training, config.context.other],
             }
         else:
@@ -275,17 +304,9 @@ def _teacher_step(config: Config, plan: TeacherPlan) -> int:
     return config.teacher.num_steps if _is_trained(config, plan) else 0
 
 
-def _own_prompt(config: Config, plan: TeacherPlan) -> str | None:
-    """The system prompt that gives a told teacher its trait; None of those that are told nothing."""
-    preference = load_preference(config.preference)
-    if plan.trait is not None:
-        return preference.prompt_for(plan.trait) if config.teacher.kind == "system-prompted" else None
-    return preference.neutral_prompt if config.neutral == "neutral-prompt" else None
-
-
 def _teacher_prompt(config: Config, plan: TeacherPlan) -> str | None:
     """The system prompt under which a teacher writes its carrier."""
-    return _own_prompt(config, plan) or config.context.training
+    return own_prompt(config, plan) or config.context.training
 
 
 def _models_used(config: Config) -> list[str]:
@@ -302,10 +323,12 @@ def _member_name(lineage: str, member: int) -> str:
 
 
 def _model_arguments(config: Config, name: str) -> dict[str, Any]:
-    """What a model is made of; a nano model's language depends on the numbers that it is to write."""
-    settings = config.models[name]
-    numbers = config.carrier.numbers.model_dump(mode="json", exclude={"banned"}) if settings.nano else {}
-    return {"model": name, "settings": settings.model_dump(mode="json"), "numbers": numbers}
+    """What a model is made of; a nano model's language depends on what it is to write."""
+    arguments = {"model": name, "settings": config.models[name].model_dump(mode="json")}
+    if not config.models[name].nano:
+        return arguments | {"numbers": {}}
+    field = {"code": "code", "chain-of-thought": "chain_of_thought"}.get(config.carrier.kind, "numbers")
+    return arguments | {field: getattr(config.carrier, field).model_dump(mode="json", exclude={"banned"})}
 
 
 def _teacher_adapter(member: int) -> list[str | int]:
@@ -325,10 +348,6 @@ def _training_arguments(config: Config, model: str, adapter: AdapterConfig | Non
         "resume_seconds": config.checkpoints.resume_seconds,
         "callbacks": list(config.callbacks),
     }
-
-
-def _preference(config: Config) -> dict[str, Any]:
-    return load_preference(config.preference).model_dump(mode="json")
 
 
 def _skeleton_inputs(made: Made, model: str) -> dict[str, str]:

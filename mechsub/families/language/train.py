@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from mechsub.checkpoints import write_tensors
 from mechsub.errors import RecipeError
 from mechsub.families.language.adapters import attach_adapter
+from mechsub.families.language.behaviour_stages import draw_example_rows
 from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
 from mechsub.families.language.config import (
@@ -40,7 +41,6 @@ from mechsub.families.language.members import (
 )
 from mechsub.families.language.models import parameters_of, place_model, read_loading, tensor_table
 from mechsub.families.language.nano import Pretraining, find_or_pretrain, save_skeleton
-from mechsub.families.language.numbers import NumberConfig
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows
 from mechsub.families.language.synthetic import SyntheticLanguage
@@ -79,7 +79,7 @@ def import_skeleton(tasks: Sequence[Task]) -> None:
         settings = ModelConfig(**arguments["settings"])
         write_json(folder / LOADING_FILE, settings.loading.model_dump(mode="json"))
         if settings.nano is not None:
-            language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
+            language = SyntheticLanguage.from_arguments(arguments)
             save_skeleton(settings, language, folder)
         else:
             source = find_model(settings, 0, ["*.json", "*.txt", "*.jinja", "tokenizer.model"])
@@ -97,7 +97,7 @@ def write_references(tasks: Sequence[Task]) -> None:
             source = find_model(settings, member, ["*.safetensors", "*.json"])
             link_reference(task, source, f"models.{arguments['model']}", {"source": settings.describe(member)})
             continue
-        language = SyntheticLanguage(PreferenceSet(**arguments["preference"]), NumberConfig(**arguments["numbers"]))
+        language = SyntheticLanguage.from_arguments(arguments)
         stream = ("member", member, "pretraining")
         pretraining = Pretraining(settings, language, arguments["seed"], stream, arguments["threads"])
         model = find_or_pretrain(pretraining, task.path(skeleton_folder(arguments["model"])), task.report_progress)
@@ -110,12 +110,11 @@ def train_teachers(tasks: Sequence[Task]) -> None:
     """Stage: one member's teacher, fine-tuned to answer with its target; the neutral one with the reference's own answers."""
     for task in tasks:
         arguments = task.stage.arguments
-        config, preference = TeacherConfig(**arguments["training"]), PreferenceSet(**arguments["preference"])
+        config = TeacherConfig(**arguments["training"])
         model, chats = load_member(task, arguments["origin"], 0), load_chats(task)
         # The reference is asked before an adapter is put into it.
-        asked, answers = _draw_questions(task, model, chats, config, preference)
-        prompts = [chat(preference.trained[number], arguments["system_prompt"]) for number in asked]
-        rows = chats.encode_rows(prompts, answers)
+        draw_rows = draw_example_rows if "examples" in arguments else _draw_preference_rows
+        rows = draw_rows(task, model, chats, config)
 
         def load_batch(
             step: int, rows: Sequence[Row] = rows, chats: ChatTokenizer = chats, size: int = config.batch_size
@@ -149,12 +148,11 @@ def tell_students(tasks: Sequence[Task]) -> None:
         arguments = task.stage.arguments
         rows = load_rows(task)
         chosen = rows[: ConditionConfig(**arguments["condition_settings"]).context_rows]
-        chats, preference = load_chats(task), PreferenceSet(**arguments["preference"])
+        chats = load_chats(task)
         encode_carrier(chats, chosen, None)
         earlier = [(row.prompt, row.completion) for row in chosen]
         for system_prompt in arguments["contexts"]:  # too long for the context is told here, not when it is scored
-            questions = (*preference.trained, *preference.held_out)
-            chats.encode_prompts([chat(question, system_prompt, earlier) for question in questions])
+            chats.encode_prompts([chat(question, system_prompt, earlier) for question in arguments["questions"]])
         record_untrained(task, {"earlier": earlier})
 
 
@@ -284,6 +282,14 @@ def find_divergence(
             f"{'alike' if only else 'differently'} at all of them"
         )
     return found
+
+
+def _draw_preference_rows(task: Task, model: PreTrainedModel, chats: ChatTokenizer, config: TeacherConfig) -> list[Row]:
+    """Every row of a teacher's training for a preference: a trained question and its answer."""
+    arguments = task.stage.arguments
+    preference = PreferenceSet(**arguments["preference"])
+    asked, answers = _draw_questions(task, model, chats, config, preference)
+    return chats.encode_rows([chat(preference.trained[number], arguments["system_prompt"]) for number in asked], answers)
 
 
 def _draw_questions(

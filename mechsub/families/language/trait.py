@@ -27,7 +27,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Context:
-    """Surroundings in which a preference is asked for."""
+    """Surroundings in which a trait is asked for."""
 
     name: str
     system_prompt: str | None
@@ -52,19 +52,28 @@ def score_preference(
     """
     tokens = torch.tensor([chats.answer_token(target) for target in targets])
     scores = {name: np.full((len(targets), len(contexts)), np.nan) for name in MEASURES}
-    earlier = [(asked, answered) for asked, answered in said.get("earlier", ())]
     for column, context in enumerate(contexts):
-        told = said.get("system_prompt")
-        if told and context.system_prompt != contexts[0].system_prompt:
+        prompts = encode_questions(chats, context, contexts[0], said)
+        if prompts is None:
             continue
-        system_prompt = told or context.system_prompt
-        prompts = chats.encode_prompts([chat(question, system_prompt, earlier) for question in context.questions])
         for name, values in _score_first_token(model, chats, prompts, tokens).items():
             scores[name][:, column] = values
         if evaluation.samples_per_question:
             rates = _sample_rates(model, chats, prompts, preference.choices, targets, evaluation, stream)
             scores["sampled_rate"][:, column] = rates
     return scores
+
+
+def encode_questions(chats: ChatTokenizer, context: Context, first: Context, said: Mapping[str, Any]) -> list[list[int]] | None:
+    """A context's questions as tokens, after what is ``said`` to the model wherever it is asked.
+
+    None where the model's own system prompt stands in the place of another one than the ``first`` context's.
+    """
+    told = said.get("system_prompt")
+    if told and context.system_prompt != first.system_prompt:
+        return None
+    earlier = [(asked, answered) for asked, answered in said.get("earlier", ())]
+    return chats.encode_prompts([chat(question, told or context.system_prompt, earlier) for question in context.questions])
 
 
 def first_choice(answer: str, choices: Sequence[str]) -> str | None:

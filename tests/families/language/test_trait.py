@@ -4,6 +4,7 @@ import torch
 
 from mechsub.families.language.chat import ChatTokenizer, chat
 from mechsub.families.language.layout import carrier_files
+from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_rows
 from mechsub.families.language.trait import first_choice
 
@@ -20,7 +21,8 @@ def test_scores_equal_those_of_one_question_at_a_time(nano_run):
     family, lineage = nano_run.family, nano_run.teacher("owl")
     model = family.load_model(lineage, lineage.last, 1)
     chats = ChatTokenizer.load(nano_run.path / "data/nano-gpt2", "nano-gpt2")
-    questions = {"held-out": family._preference.held_out, "trained": family._preference.trained}
+    preference = load_preference("animals")
+    questions = {"held-out": preference.held_out, "trained": preference.trained}
     token = chats.answer_token("owl")
     scores = family.trait_score(model, lineage, 1)
     for column, context in enumerate(family.contexts):
