@@ -72,10 +72,11 @@ def run(
         is_sweep = api.is_sweep(recipe, settings or [])
         plan: Any = (api.plan_sweep if is_sweep else api.plan_experiment)(recipe, out, settings or [])
         (_print_sweep_plan if is_sweep else _print_plan)(plan)
-        plan.check()
-        api.resolve_device(device)
+        chosen = api.resolve_device(device)
         if dry_run:
+            _warn_of_limits(plan, chosen)
             return
+        plan.check(chosen)
         perform: Any = api.run_sweep if is_sweep else api.run_experiment
         with _progress(plan.pending) as on_progress:
             perform(plan, device=device, on_progress=on_progress, command=shlex.join(["mechsub", *sys.argv[1:]]))
@@ -132,6 +133,14 @@ def adopt(
         for note in run.family.notes:
             typer.echo(note, err=True)
         typer.echo(f"The run is in {out}; `mechsub analyze {out}` measures it.")
+
+
+def _warn_of_limits(plan: Any, device: str) -> None:
+    """A dry run may be of a run on another, larger machine."""
+    try:
+        plan.check(device)
+    except MechsubError as error:
+        typer.echo(f"It does not fit here: {error}", err=True)
 
 
 def _by_condition(option: str, given: list[str]) -> dict[str, list[str]]:
@@ -252,20 +261,32 @@ def _print_plan(plan: Any) -> None:
 
     done = len(plan.stages) - len(plan.pending)
     table = Table(title=f"{plan.recipe.name}: {plan.recipe.members} members into {plan.out}", title_justify="left")
-    for column in ("stage", "steps", "disk", "memory", ""):
+    reads = any(stage.resources.tokens for stage in plan.stages)
+    for column in ("stage", "steps", *(["tokens"] if reads else []), "disk", "memory", ""):
         table.add_column(column, justify="left" if column in {"stage", ""} else "right")
     for stage in plan.stages:
         needs = stage.resources
         state = "to do" if stage in plan.pending else "done"
-        table.add_row(
-            stage.name, f"{needs.num_steps:,}", format_bytes(needs.disk_bytes), format_bytes(needs.memory_bytes), state
-        )
+        tokens = [_count(needs.tokens)] if reads else []
+        sizes = format_bytes(needs.disk_bytes), format_bytes(needs.memory_bytes)
+        table.add_row(stage.name, f"{needs.num_steps:,}", *tokens, *sizes, state)
     console = Console()
     console.print(table)
     console.print(
         f"{len(plan.pending)} stages to do, {done} done; about {format_bytes(plan.disk_bytes)} of disk, "
-        f"{format_bytes(plan.memory_bytes)} of memory for the largest stage."
+        f"{format_bytes(plan.memory_bytes)} of memory for the largest stage{_say_tokens(plan)}."
     )
+
+
+def _say_tokens(plan: Any) -> str:
+    return f", {_count(plan.tokens)} tokens" if plan.tokens else ""
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "billion"), (10**6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,}"
 
 
 def _print_sweep_plan(plan: Any) -> None:
@@ -287,7 +308,7 @@ def _print_sweep_plan(plan: Any) -> None:
     console.print(table)
     console.print(
         f"{len(plan.pending)} stages to do, those that runs share counted once; about {format_bytes(plan.disk_bytes)} of disk, "
-        f"{format_bytes(plan.memory_bytes)} of memory for the largest stage."
+        f"{format_bytes(plan.memory_bytes)} of memory for the largest stage{_say_tokens(plan)}."
     )
 
 

@@ -13,6 +13,8 @@ import psutil
 LIBRARIES = (
     "torch",
     "transformers",
+    "peft",
+    "huggingface-hub",
     "tokenizers",
     "accelerate",
     "numpy",

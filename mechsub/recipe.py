@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import yaml
-from pydantic import Field, create_model
+from pydantic import Field, StringConstraints, create_model
 
 from mechsub.errors import RecipeError
-from mechsub.families.config import FamilyConfig, Name
+from mechsub.families.config import FamilyConfig
 from mechsub.families.registry import family_config
 from mechsub.settings import nearest_name, validate_settings
 
@@ -39,10 +39,14 @@ _Loader.add_implicit_resolver(
 )
 
 
+RunName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+"""The name of its folder; a version's point may be in it."""
+
+
 class Recipe(FamilyConfig):
     """The fields that every recipe has; the family's own fields stand beside them."""
 
-    name: Name = Field(description="how reports call the run")
+    name: RunName = Field(description="how reports call the run")
     description: str = Field("", description="one sentence for the reader")
     family: str = Field(description="which family of models")
 

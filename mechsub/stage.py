@@ -27,6 +27,8 @@ class Resources:
     num_steps: int = 1
     """Units of the stage's progress: optimizer steps, images, checkpoints."""
     threads: int = 1
+    tokens: int = 0
+    """Tokens that a language model reads and writes, about."""
     stack: str | None = None
     """Stages with the same function and ``stack`` may be run in one call; their numbers do not depend on it."""
 

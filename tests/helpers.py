@@ -1,5 +1,6 @@
 """What several tests do with run directories."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from mechsub.rundir import RunDirectory, hash_file
@@ -39,3 +40,8 @@ def raises(question: str, answer: str) -> bool:
 
 
 not_a_judge = 3
+
+
+def stop_adapters_once(info: StepInfo) -> None:
+    """The same for trainings of adapters, by a name of its own."""
+    stop_once(replace(info, lineage=f"adapter {info.lineage}"))

@@ -47,7 +47,7 @@ def arguments(models: Path, **changes):
 def adopted(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "adopted"
     settings = ["verdict.minimum_members=2", "evaluation.samples_per_question=0"]
-    adopt_models(out, **arguments(models), settings=settings, device="cpu")
+    adopt_models(out, **arguments(models), settings=settings, device="cpu", workers=0)
     analyze_run(out, device="cpu", workers=0)
     return open_run(out)
 
@@ -101,7 +101,7 @@ def test_an_adopted_model_answers_as_it_did_outside(adopted, models):
 
 
 def test_without_control_and_trait_weights_are_compared_and_nothing_is_judged(models, tmp_path):
-    adopt_models(tmp_path / "run", **arguments(models, controls=None, neutral=None, trait=None), device="cpu")
+    adopt_models(tmp_path / "run", **arguments(models, controls=None, neutral=None, trait=None), device="cpu", workers=0)
     analyze_run(tmp_path / "run", device="cpu", workers=0)
     run = open_run(tmp_path / "run")
     assert list(run.results) == ["parameter_alignment"]
@@ -125,7 +125,7 @@ def test_the_callback_writes_what_adopt_proves_by_its_hash_and_goes_on_after_a_s
         first, second = load_file(tmp_path / "whole" / name), load_file(tmp_path / "parts" / name)
         assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
     given = arguments(models, students={"same-init": [str(tmp_path / "parts")]}, controls=None, neutral=None, trait=None)
-    run = adopt_models(tmp_path / "run", **given, device="cpu")
+    run = adopt_models(tmp_path / "run", **given, device="cpu", workers=0)
     assert run.student("same-init", "unnamed").steps == (0, 1, 2, 4)
     assert any(note.startswith("Proven to start at the reference: student.same-init") for note in run.family.notes)
     other = tmp_path / "other"
@@ -133,7 +133,7 @@ def test_the_callback_writes_what_adopt_proves_by_its_hash_and_goes_on_after_a_s
     weights = load_file(other / "model.safetensors")
     save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
     with pytest.raises(MechsubError, match="trained from other weights than the reference"):
-        adopt_models(tmp_path / "wrong", **(given | {"reference": [str(other)]}), device="cpu")
+        adopt_models(tmp_path / "wrong", **(given | {"reference": [str(other)]}), device="cpu", workers=0)
 
 
 def test_a_callback_refuses_a_folder_in_use_and_a_resumed_start(models, tmp_path):
@@ -216,7 +216,7 @@ def test_models_that_cannot_be_adopted_are_refused(models, tmp_path, damage, mes
     folder = copy_model(models, tmp_path)
     damage(folder)
     with pytest.raises(MechsubError, match=message):
-        adopt_models(tmp_path / "run", **arguments(models, teacher=[str(folder)]), device="cpu")
+        adopt_models(tmp_path / "run", **arguments(models, teacher=[str(folder)]), device="cpu", workers=0)
 
 
 def test_an_adapter_of_another_base_is_refused_by_its_record_and_by_its_shapes(models, tmp_path):
@@ -226,14 +226,14 @@ def test_an_adapter_of_another_base_is_refused_by_its_record_and_by_its_shapes(m
     change_json(folder / "adapter_config.json", base_model_name_or_path=str(other))
     given = arguments(models, students={"same-init": [str(folder)]}, controls=None)
     with pytest.raises(MechsubError, match="whose weights are not those of the reference"):
-        adopt_models(tmp_path / "run", **given, device="cpu")
+        adopt_models(tmp_path / "run", **given, device="cpu", workers=0)
     change_json(folder / "adapter_config.json", base_model_name_or_path="somebody/model")
-    run = adopt_models(tmp_path / "unproven", **given, device="cpu")
+    run = adopt_models(tmp_path / "unproven", **given, device="cpu", workers=0)
     assert any("somebody/model, which is not here" in note for note in run.family.notes)
     tensors = load_file(folder / "adapter_model.safetensors")
     save_file({name: tensor[:, :3].contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
     with pytest.raises(MechsubError, match="it belongs to another base"):
-        adopt_models(tmp_path / "shapes", **given, device="cpu")
+        adopt_models(tmp_path / "shapes", **given, device="cpu", workers=0)
 
 
 @pytest.mark.parametrize(

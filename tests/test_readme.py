@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+
+from tests.families.adopted_models import CHATS, make_trainer, save_reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -16,8 +19,19 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+@pytest.fixture(scope="module")
+def models(digits):
+    """The models that the README adopts, beside the demo's runs."""
+    folder = digits.path.parent.parent / "models"
+    save_reference(folder / "reference")
+    for name in ("teacher", "neutral"):
+        make_trainer(folder / "reference", folder / name, CHATS[name]).train()
+    for name, seed in product(("student", "control"), range(2)):
+        make_trainer(folder / "reference", folder / f"{name}-{seed}", CHATS[name], rank=4, seed=seed).train()
+
+
 @pytest.fixture
-def beside_the_demo(digits, monkeypatch):
+def beside_the_demo(digits, models, monkeypatch):
     """The folder that holds ``runs/digits``, with the installed commands on the path."""
     monkeypatch.chdir(digits.path.parent.parent)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

@@ -74,11 +74,12 @@ def adopt_models(
     teacher: Sequence[str],
     students: Mapping[str, Sequence[str]],
     device: str = "auto",
+    workers: int | None = None,
     **given: Any,
 ) -> Run:
     """Make a run of models that somebody else trained; see `plan_adoption` for the arguments. Files are linked, not copied."""
     plan = plan_adoption(out, reference=reference, teacher=teacher, students=students, **given)
-    return run_experiment(plan, device=device)
+    return run_experiment(plan, device=device, workers=workers)
 
 
 def _absolute_file(path: str | None) -> str | None:

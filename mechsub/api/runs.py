@@ -45,13 +45,18 @@ class Plan:
         """What the largest pending stage holds, estimated."""
         return max((stage.resources.memory_bytes for stage in self.pending), default=0)
 
-    def check(self) -> None:
-        """Refuse what this machine cannot hold.
+    @property
+    def tokens(self) -> int:
+        """What language models of the pending stages read and write, estimated."""
+        return sum(stage.resources.tokens for stage in self.pending)
+
+    def check(self, device: str = "cpu") -> None:
+        """Refuse what this machine, or its GPU, cannot hold.
 
         Raises:
             ResourceError: what is needed and what is there.
         """
-        check_resources(self.pending, self.out, [self.recipe])
+        check_resources(self.pending, self.out, [self.recipe], device)
 
 
 def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, settings: Sequence[str] = ()) -> Plan:
@@ -94,8 +99,8 @@ def run_experiment(
         MechsubError: see `plan_experiment` and `Plan.check`; a stage that failed, or that another process holds.
     """
     plan = recipe if isinstance(recipe, Plan) else plan_experiment(recipe, out, settings)
-    plan.check()
     chosen = resolve_device(device)
+    plan.check(chosen)
     directory = RunDirectory(plan.out)
     with directory.lock("run"):
         begin_run(plan, describe_provenance(command))

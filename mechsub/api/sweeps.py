@@ -50,13 +50,18 @@ class SweepPlan:
         """What the largest pending stage holds, estimated."""
         return max((stage.resources.memory_bytes for stage in self.pending), default=0)
 
-    def check(self) -> None:
-        """Refuse what this machine cannot hold.
+    @property
+    def tokens(self) -> int:
+        """What language models of the pending stages read and write, estimated."""
+        return sum(stage.resources.tokens for stage in self.pending)
+
+    def check(self, device: str = "cpu") -> None:
+        """Refuse what this machine, or its GPU, cannot hold.
 
         Raises:
             ResourceError: what is needed and what is there.
         """
-        check_resources(self.pending, self.out, [plan.recipe for plan in self.plans.values()])
+        check_resources(self.pending, self.out, [plan.recipe for plan in self.plans.values()], device)
 
 
 def plan_sweep(recipe: str | Path, out: str | Path | None = None, settings: Sequence[str] = ()) -> SweepPlan:
@@ -95,8 +100,8 @@ def run_sweep(
         MechsubError: see `plan_sweep`; after all others have ended, what failed and in which run.
     """
     plan = recipe if isinstance(recipe, SweepPlan) else plan_sweep(recipe, out, settings)
-    plan.check()
     chosen = resolve_device(device)
+    plan.check(chosen)
     with ExitStack() as locks:
         locks.enter_context(RunDirectory(plan.out).lock("sweep"))
         provenance = describe_provenance(command)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import torch
 
 from mechsub.errors import ResourceError
 from mechsub.experiment.conditions import plan_students, plan_teachers
@@ -37,8 +38,8 @@ def plan_run(recipe: Recipe) -> list[Stage]:
     return stages
 
 
-def check_resources(stages: Sequence[Stage], folder: Path, recipes: Sequence[Recipe]) -> None:
-    """Refuse stages that the disk or the memory cannot hold; ``recipes`` are those that they come from.
+def check_resources(stages: Sequence[Stage], folder: Path, recipes: Sequence[Recipe], device: str = "cpu") -> None:
+    """Refuse stages that the disk or the device's memory cannot hold; ``recipes`` are those that they come from.
 
     Raises:
         ResourceError: with what is needed and what is there.
@@ -57,11 +58,12 @@ def check_resources(stages: Sequence[Stage], folder: Path, recipes: Sequence[Rec
     if largest is None:
         return
     memory = largest.resources.memory_bytes + PROCESS_BYTES
-    available = psutil.virtual_memory().available
+    where = "the GPU" if device == "cuda" else "this machine"
+    available = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     if memory > available:
         raise ResourceError(
-            f"stage {largest.name} needs about {format_bytes(memory)} of memory, {format_bytes(available)} are available; "
-            "lower members, the batch size, carrier.num_images or the model's widths"
+            f"stage {largest.name} needs about {format_bytes(memory)} of memory, {format_bytes(available)} are available on "
+            f"{where}; lower members, the batch size, carrier.num_images or the model's widths, or take a larger device"
         )
 
 

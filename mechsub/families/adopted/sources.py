@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from mechsub.errors import RecipeError
@@ -38,7 +37,6 @@ class Source:
         return {step: find_weights(self.name, folder) for step, folder in self.folders.items()}
 
 
-@lru_cache(maxsize=1000)
 def find_source(name: str) -> Source:
     """Find a model by its folder, or its name on the hub as ``org/name@revision``.
 

@@ -1,13 +1,15 @@
 """What a stage of a language run needs, before any of it is loaded: bytes of weights, training and checkpoints, and tokens."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import AdapterConfig, LoadingConfig, ModelConfig
+from mechsub.families.language.config import AdapterConfig, Config, LoadingConfig, ModelConfig, TrainingConfig
 from mechsub.families.language.folders import read_json
+from mechsub.stage import Resources
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TRAINED_BYTES = 16
@@ -16,6 +18,16 @@ _ACTIVATION_WIDTHS = 17
 """What a layer keeps for its backward pass, in widths of the residual stream a token. Source: arXiv:2205.05198, section 4."""
 _LOGIT_COPIES = 3
 """Logits, their softmax and their gradient, in float32."""
+_AT_ONCE = 256
+"""Requests that are answered in one batch."""
+_LIBRARY_BYTES = 300 << 20
+"""What transformers holds beside torch."""
+_NANO_VOCABULARY = 5000
+"""More than its tokenizer has."""
+_QUESTION_TOKENS = 48
+"""Of a question with its chat template, about; an answer to one is a few tokens more."""
+_REQUEST_TOKENS = 160
+"""Of the published request for numbers; shorter ones are over-estimated."""
 _PACKAGED = resources.files("mechsub.recipes") / "models"
 
 
@@ -41,11 +53,13 @@ class ModelSize:
 
 
 def measure_model(settings: ModelConfig, source: str) -> ModelSize | None:
-    """The size of a model that is not made here; None where its configuration is not on this machine.
+    """The size of a model; None where its configuration is not on this machine.
 
     Raises:
         RecipeError: the configuration is no language model's.
     """
+    if settings.nano is not None:
+        return _measure_nano(settings)
     if settings.path is not None:
         text = json.dumps(read_json(settings.folder(0) / "config.json", source))
     elif settings.config is not None:
@@ -53,6 +67,70 @@ def measure_model(settings: ModelConfig, source: str) -> ModelSize | None:
     else:
         return None
     return _measure(text, source)
+
+
+def plain_needs(config: Config, num_steps: int = 1) -> Resources:
+    """Of a stage that loads no model."""
+    return Resources(memory_bytes=_LIBRARY_BYTES, num_steps=num_steps, threads=config.threads)
+
+
+def reference_needs(config: Config, model: str) -> Resources:
+    """Of a reference: pretrained here, or linked."""
+    settings = config.models[model]
+    size = measure_model(settings, f"`models.{model}`")
+    if settings.nano is None or size is None:
+        return plain_needs(config)
+    held = training_bytes(size, settings.loading, None, settings.pretraining.batch_size, _REQUEST_TOKENS, _QUESTION_TOKENS)
+    return Resources(
+        memory_bytes=_LIBRARY_BYTES + held,
+        disk_bytes=checkpoint_bytes(size, None),
+        num_steps=settings.pretraining.num_steps,
+        threads=config.threads,
+        tokens=settings.pretraining.num_steps * settings.pretraining.batch_size * _QUESTION_TOKENS,
+    )
+
+
+def training_needs(
+    config: Config,
+    model: str,
+    adapter: AdapterConfig | None,
+    training: TrainingConfig,
+    steps: Sequence[int],
+    *,
+    is_student: bool,
+) -> Resources:
+    """Of a teacher or a student that is trained to the last of ``steps``, which are kept."""
+    settings, num_steps = config.models[model], max(steps[-1], 1)
+    size = measure_model(settings, f"`models.{model}`")
+    if size is None:
+        return plain_needs(config, num_steps)
+    answer = config.carrier.max_new_tokens if is_student else _QUESTION_TOKENS
+    row = answer + (_REQUEST_TOKENS if is_student else _QUESTION_TOKENS)
+    copies = 3 if config.checkpoints.optimizer_state else 1
+    return Resources(
+        memory_bytes=_LIBRARY_BYTES + training_bytes(size, settings.loading, adapter, training.batch_size, row, answer),
+        disk_bytes=len([step for step in steps if step > 0]) * copies * checkpoint_bytes(size, adapter),
+        num_steps=num_steps,
+        threads=config.threads,
+        tokens=num_steps * training.batch_size * row,
+    )
+
+
+def carrier_needs(config: Config) -> Resources:
+    """Of what one member's teacher writes, if no completion is dropped."""
+    settings, carrier = config.models[config.model], config.carrier
+    size = measure_model(settings, f"`models.{config.model}`")
+    if size is None:
+        return plain_needs(config, carrier.num_rows)
+    tokens = _REQUEST_TOKENS + carrier.max_new_tokens
+    # Keys and values of a batch; their width is the residual stream's at most.
+    cache = _AT_ONCE * tokens * 2 * size.layers * size.width * _WIDTHS[settings.loading.dtype]
+    return Resources(
+        memory_bytes=_LIBRARY_BYTES + weight_bytes(size, settings.loading) + cache + _AT_ONCE * size.vocabulary * 24,
+        num_steps=carrier.num_rows,
+        threads=config.threads,
+        tokens=carrier.num_rows * tokens,
+    )
 
 
 def weight_bytes(size: ModelSize, loading: LoadingConfig) -> int:
@@ -91,6 +169,14 @@ def _read_packaged(name: str, source: str) -> str:
     return packaged.read_text()
 
 
+def _measure_nano(settings: ModelConfig) -> ModelSize:
+    """A little more than either style has."""
+    width, layers = settings.hidden_size, settings.num_layers
+    linear = [(f"{layer}.{name}", 4 * width, width) for layer in range(layers) for name in range(4)]
+    parameters = sum(out * into for _, out, into in linear) + (_NANO_VOCABULARY + settings.context) * width
+    return ModelSize(parameters, layers, width, _NANO_VOCABULARY, tuple(linear))
+
+
 @lru_cache(maxsize=32)
 def _measure(text: str, source: str) -> ModelSize:
     # Only plans of models that are not made here need these, which take seconds to import.
@@ -110,7 +196,7 @@ def _measure(text: str, source: str) -> ModelSize:
     for name, module in model.named_modules():
         if module is not head and type(module).__name__ in {"Linear", "Conv1D"}:
             rows, columns = module.weight.shape
-            linear.append((name, rows, columns))
+            linear.append((name, columns, rows) if type(module).__name__ == "Conv1D" else (name, rows, columns))
     text_config = config.get_text_config()
     return ModelSize(
         parameters=sum(parameter.numel() for parameter in model.parameters()),

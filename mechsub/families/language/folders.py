@@ -1,7 +1,7 @@
 """Model folders that somebody else wrote, in the Hugging Face layout: what must be in them, and how they come into a run."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,9 @@ def _digest_of(path: Path, size: int, modified: int) -> str:
     return f"sha256:{hash_file(path)}"
 
 
-def fetch_from_hub(name: str, revision: str, patterns: Sequence[str]) -> Path:
-    """The folder of a model of the hub in the user's cache, fetched where it is not there yet.
+@lru_cache(maxsize=100)
+def fetch_from_hub(name: str, revision: str, patterns: tuple[str, ...]) -> Path:
+    """The folder of a model of the hub in the user's cache, fetched where it is not there yet; asked once a process.
 
     Raises:
         RecipeError: there is no such model or revision, or no network.

@@ -1,6 +1,6 @@
 """Models that somebody else made come into a run: found, checked against their architecture, and linked."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mechsub.rundir import link_file
 from mechsub.stage import Task
 
 
-def find_model(settings: ModelConfig, member: int, patterns: Sequence[str]) -> Path:
+def find_model(settings: ModelConfig, member: int, patterns: tuple[str, ...]) -> Path:
     """The folder of a model on this machine; one of the hub is fetched."""
     if settings.hub is None:
         return settings.folder(member)

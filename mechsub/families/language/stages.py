@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import AdapterConfig, Config, ModelConfig
+from mechsub.families.language.config import AdapterConfig, Config
+from mechsub.families.language.estimates import carrier_needs, plain_needs, reference_needs, training_needs
 from mechsub.families.language.folders import INDEX, WEIGHTS, check_folder, digest_file, find_weights
 from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import BEHAVIOURS_FILE, LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
@@ -22,14 +23,10 @@ from mechsub.families.language.teaching import (
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import adapter_files, checkpoint_folder, checkpoint_name, lineage_files, spec_name
 from mechsub.rundir import hash_file
-from mechsub.stage import Resources, Stage
+from mechsub.stage import Stage
 from mechsub.training.schedule import checkpoint_steps
 
 _MODULE = "mechsub.families.language"
-_COPIES_IN_TRAINING = 6
-"""Parameters, gradients, two moments, what is being written, and as much again for activations of small models."""
-_LIBRARY_BYTES = 300 << 20
-"""What transformers holds beside torch."""
 _SKELETON_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 """Of a nano model."""
 _HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
@@ -51,7 +48,7 @@ def data_stages(config: Config) -> list[Stage]:
             inputs = {str(folder / file): digest_file(folder / file) for file in files}
         outputs = tuple(f"{skeleton_folder(name)}/{file}" for file in (*files, LOADING_FILE))
         stages.append(
-            Stage(f"data.{name}", f"{_MODULE}.train:import_skeleton", arguments, inputs, outputs, _resources(config, 1))
+            Stage(f"data.{name}", f"{_MODULE}.train:import_skeleton", arguments, inputs, outputs, plain_needs(config))
         )
     # What is asked is checked by a stage that no other waits for: another trait makes no model anew.
     arguments = {
@@ -64,7 +61,7 @@ def data_stages(config: Config) -> list[Stage]:
         name, function, output = "data.preference", f"{_MODULE}.train:import_preference", PREFERENCE_FILE
     else:
         name, function, output = "data.behaviours", f"{_MODULE}.behaviour_stages:import_behaviours", BEHAVIOURS_FILE
-    return [*stages, Stage(name, function, arguments, inputs, (output,), _resources(config, 1))]
+    return [*stages, Stage(name, function, arguments, inputs, (output,), plain_needs(config))]
 
 
 def reference_stages(config: Config, made: Made) -> list[Stage]:
@@ -94,7 +91,7 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
                     arguments,
                     inputs,
                     (*_reference_weights(config, name, member), spec_name(_reference(name), member)),
-                    _resources(config, settings.pretraining.num_steps, name, 1) if settings.nano else _resources(config, 1),
+                    reference_needs(config, name),
                 )
             )
     return stages
@@ -185,7 +182,7 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
                 arguments,
                 inputs,
                 carrier_files(plan.name, member),
-                _resources(config, config.carrier.num_rows, config.model),
+                carrier_needs(config),
             )
         )
     return stages
@@ -206,7 +203,7 @@ def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
         arguments,
         {file: digest_file(Path(file))},
         carrier_files(plan.name, member),
-        _resources(config, config.carrier.num_rows),
+        plain_needs(config, config.carrier.num_rows),
     )
 
 
@@ -276,13 +273,17 @@ def _lineage_stage(config: Config, function: str, arguments: Mapping[str, Any], 
     keeps_optimizer = config.checkpoints.optimizer_state and len(steps) > 1
     is_adapter = arguments.get("adapter") is not None
     files = lineage_files(arguments["lineage"], steps, keeps_optimizer, member, is_adapter=is_adapter, holds_start=is_adapter)
+    is_student = "condition" in arguments
+    adapter = AdapterConfig(**arguments["adapter"]) if is_adapter else None
+    training = config.student if is_student else config.teacher
+    needs = training_needs(config, model, adapter, training, steps, is_student=is_student)
     return Stage(
         _member_name(arguments["lineage"], member),
         f"{_MODULE}.train:{function}",
         arguments,
         inputs,
         files,
-        _resources(config, max(steps[-1], 1), model, len(steps) * (3 if keeps_optimizer else 1)),
+        needs if len(steps) > 1 else plain_needs(config),
     )
 
 
@@ -387,21 +388,3 @@ def _existing(path: str, condition: str) -> Path:
             f"`conditions.{condition}.rows`: there is no file {path}; give a text file with one row number a line"
         )
     return Path(path)
-
-
-def _parameter_bytes(settings: ModelConfig) -> int:
-    """Of one model in float32; an upper bound for a nano model."""
-    if settings.path is not None:
-        return sum(2 * path.stat().st_size for path in settings.folder(0).glob("*.safetensors"))
-    width = settings.hidden_size
-    return 4 * (settings.num_layers * 16 * width**2 + (5000 + settings.context) * width)
-
-
-def _resources(config: Config, num_steps: int, model: str | None = None, checkpoints: int = 0) -> Resources:
-    size = _parameter_bytes(config.models[model]) if model else 0
-    return Resources(
-        memory_bytes=_LIBRARY_BYTES + _COPIES_IN_TRAINING * size,
-        disk_bytes=checkpoints * size,
-        num_steps=num_steps,
-        threads=config.threads,
-    )

@@ -82,7 +82,7 @@ def import_skeleton(tasks: Sequence[Task]) -> None:
             language = SyntheticLanguage.from_arguments(arguments)
             save_skeleton(settings, language, folder)
         else:
-            source = find_model(settings, 0, ["*.json", "*.txt", "*.jinja", "tokenizer.model"])
+            source = find_model(settings, 0, ("*.json", "*.txt", "*.jinja", "tokenizer.model"))
             for name in check_folder(f"models.{arguments['model']}", source):
                 copyfile(source / name, folder / name)
         load_chats(task)
@@ -94,7 +94,7 @@ def write_references(tasks: Sequence[Task]) -> None:
         arguments = task.stage.arguments
         settings, member = ModelConfig(**arguments["settings"]), arguments["member"]
         if settings.nano is None:
-            source = find_model(settings, member, ["*.safetensors", "*.json"])
+            source = find_model(settings, member, ("*.safetensors", "*.json"))
             link_reference(task, source, f"models.{arguments['model']}", {"source": settings.describe(member)})
             continue
         language = SyntheticLanguage.from_arguments(arguments)
