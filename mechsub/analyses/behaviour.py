@@ -389,7 +389,7 @@ def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: 
     for trait in traits:
         who_scores = {"References": run.reference, "teachers": run.teacher(trait), "neutral teachers": run.neutral}
         means = {
-            who: scores.interval(scores.final(lineage, trait)) for who, lineage in who_scores.items() if lineage is not None
+            who: _say_mean(scores, scores.final(lineage, trait)) for who, lineage in who_scores.items() if lineage is not None
         }
         listed = ", ".join(f"{who} {interval}" for who, interval in means.items())
         sentences.append(f"{f'On {trait}: ' if several else ''}{listed} ({scores.unit}).")
@@ -412,6 +412,13 @@ def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: 
     if run.missing_conditions:
         sentences.append(f"Not finished, so not judged: {', '.join(run.missing_conditions)}.")
     return sentences
+
+
+def _say_mean(scores: _Scores, values: np.ndarray) -> str:
+    """The mean with its interval; members that share one model have none."""
+    if len(values) > 1 and np.ptp(values) == 0:
+        return f"{format_number(float(values[0]))} (one for all members)"
+    return str(scores.interval(values))
 
 
 def _lowered_controls(scores: _Scores) -> list[str]:

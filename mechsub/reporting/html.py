@@ -33,6 +33,7 @@ def render_report(
         answers=_answers(findings),
         verdicts=_verdict_table(findings),
         num_conditions=len({finding.condition for finding in findings if finding.verdict and finding.condition}),
+        replicates=_say_replicates(recipe["members"], findings),
         several_traits=len({finding.trait for finding in findings}) > 1,
         conditions=_conditions(results),
         sections=[
@@ -42,6 +43,14 @@ def render_report(
         outgrown=outgrown,
         left_out=left_out or {},
     )
+
+
+def _say_replicates(members: int, findings: Sequence[Finding]) -> str:
+    """What a member is a replicate of: not of the reference, where all share one."""
+    references = min((finding.num_references for finding in findings), default=members)
+    if references >= members:
+        return "each an independent replicate"
+    return f"replicates that share {references} reference{'s' if references > 1 else ''}: no claim is about another one"
 
 
 def _answers(findings: Sequence[Finding]) -> dict[str, list[str]]:
@@ -64,7 +73,7 @@ def _answers(findings: Sequence[Finding]) -> dict[str, list[str]]:
 def _setup(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The recipe in a line a part, for the first screen: what is off or zero is left out; all of it stands at the end."""
     shown = {name: value for name, value in recipe.items() if name not in _NOT_SETUP}
-    return [(name, _say(value)) for name, value in shown.items()]
+    return [(name.replace("_", " "), _say(value)) for name, value in shown.items()]
 
 
 def _say(value: Any) -> str:

@@ -112,6 +112,7 @@ def _write_spec(task: Task, source: Source, evidence: Evidence, table: Mapping[s
             "proof": evidence.proof,
             "evidence": evidence.words,
             "steps_are_known": source.steps_are_known,
+            "is_shared": arguments["is_shared"],
         },
         origin=Origin(arguments["origin"], (member,)),
         teacher=arguments["teacher"],

@@ -28,6 +28,9 @@ class Family(LanguageFamily):
             )
             if found:
                 notes.append(f"{words}: {'; '.join(found)}.")
+        shared = dict.fromkeys(spec["name"] for spec in adopted if spec["model"]["is_shared"])
+        if shared:
+            notes.append(f"All members share one model, so that no interval says how others would differ: {', '.join(shared)}.")
         unknown = dict.fromkeys(spec["name"] for spec in adopted if not spec["model"]["steps_are_known"])
         if unknown:
             notes.append(f"How many steps these were trained is not known, step 1 stands for their end: {', '.join(unknown)}.")

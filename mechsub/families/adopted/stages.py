@@ -142,6 +142,7 @@ def _adopted(
             "origin": origin,
             "reference": config.model_for(references, member),
             "source": source.name,
+            "is_shared": len(models) < config.members,
             "steps": [0, *source.folders],
         }
         start = [name for name in made if name.startswith(f"lineages/{origin}{member_folder(member)}/")]
