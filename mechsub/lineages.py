@@ -326,6 +326,12 @@ def open_lineage(run: Path, name: str) -> Lineage:
 
 def _join(specs: Sequence[LineageSpec]) -> LineageSpec:
     """The members of one lineage as one; their contexts, which differ, are asked for by member."""
+    other = next((spec for spec in specs if spec.tensors != specs[0].tensors or spec.steps != specs[0].steps), None)
+    if other is not None:
+        raise RunDirectoryError(
+            f"member {other.member} of {other.name} has other steps or other tensors than member {specs[0].member} (another "
+            "adapter, or a whole model): they are no replicates; give it a condition of its own"
+        )
     origin = replace(specs[0].origin, members=tuple(spec.origin.members[0] for spec in specs))
     return replace(specs[0], num_members=len(specs), origin=origin, member=None, context={})
 

@@ -257,6 +257,15 @@ def test_a_name_on_the_hub_without_a_network_is_refused_with_the_way_out(models,
         plan_adoption(tmp_path / "run", **arguments(models, teacher=["somebody/model@main"]))
 
 
+def test_members_of_one_lineage_are_replicates(models, tmp_path):
+    folder = copy_model(models, tmp_path, "student-1")
+    for path in folder.glob("*/adapter_config.json"):
+        change_json(path, lora_alpha=99)
+    given = arguments(models, students={"same-init": [str(models / "student-0"), str(folder)]})
+    with pytest.raises(MechsubError, match=r"has lora_alpha = 99, .* has 8: they are no replicates"):
+        plan_adoption(tmp_path / "run", **given)
+
+
 def test_members_of_one_lineage_need_the_same_steps(models, tmp_path):
     given = arguments(models, students={"same-init": [str(models / "student-0"), str(models / "student-1/checkpoint-2")]})
     with pytest.raises(MechsubError, match="members of one lineage need the same steps"):

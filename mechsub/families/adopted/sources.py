@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.folders import TRAINING_RECORD, fetch_from_hub, find_weights, read_json, refuse_pickles
@@ -12,6 +13,20 @@ from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 _HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)")
 _PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
+
+
+_KIND = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "use_dora",
+    "modules_to_save",
+)
+"""Of an adapter's configuration."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +43,18 @@ class Source:
     """The model that it says it started from."""
     record: Path | None
     """What our callback wrote beside its checkpoints."""
+
+    @property
+    def kind(self) -> dict[str, Any]:
+        """What must be the same in all members of a lineage."""
+        if not self.is_adapter:
+            return {"is_adapter": False, **dict.fromkeys(_KIND)}
+        config = read_json(self.folders[max(self.folders)] / ADAPTER_CONFIG, f"`{self.name}`")
+        found = {name: config.get(name) for name in _KIND}
+        return {
+            "is_adapter": True,
+            **{name: sorted(value) if isinstance(value, list) else value for name, value in found.items()},
+        }
 
     @property
     def files(self) -> dict[int, list[Path]]:

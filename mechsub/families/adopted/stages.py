@@ -132,7 +132,7 @@ def _adopted(
     config: Config, models: Models, fields: Mapping[str, Any], references: Models, origin: str, made: Made
 ) -> list[Stage]:
     sources = [find_source(config.model_for(models, member)) for member in range(config.members if models else 0)]
-    _check_steps(sources, fields["lineage"])
+    _check_alike(sources, fields["lineage"])
     stages = []
     for member, source in enumerate(sources):
         arguments = {
@@ -169,9 +169,15 @@ def _adopted(
     return stages
 
 
-def _check_steps(sources: list[Source], lineage: str) -> None:
-    """Members of one lineage must be at the same steps: a mean over members is over one moment of training."""
+def _check_alike(sources: list[Source], lineage: str) -> None:
+    """Members of one lineage must be replicates: at the same steps of training, and with adapters of one kind."""
     for source in sources[1:]:
+        differing = [name for name, value in sources[0].kind.items() if source.kind[name] != value]
+        if differing:
+            raise RecipeError(
+                f"{lineage}: `{source.name}` has {differing[0]} = {source.kind[differing[0]]!r}, `{sources[0].name}` has "
+                f"{sources[0].kind[differing[0]]!r}: they are no replicates; give them conditions of their own"
+            )
         if list(source.folders) != list(sources[0].folders):
             raise RecipeError(
                 f"{lineage}: `{source.name}` has checkpoints at steps {list(source.folders)}, `{sources[0].name}` at "
