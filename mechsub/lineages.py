@@ -249,11 +249,17 @@ class Lineage:
 
     def load_stored(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
         """The same where the files hold the weights themselves."""
+        if self._parts is None:
+            name = self.spec.tensors[tensor].stored or tensor
+            return as_computed(load_slice(self.checkpoint(step), name, slice(None), slice(start, stop)))
+        members = range(len(self._parts))
+        return as_computed(torch.stack([self._load_stored_member(step, tensor, member, start, stop) for member in members]))
+
+    def _load_stored_member(self, step: int, tensor: str, member: int, start: int, stop: int) -> Tensor:
         name = self.spec.tensors[tensor].stored or tensor
         if self._parts is None:
-            return as_computed(load_slice(self.checkpoint(step), name, slice(None), slice(start, stop)))
-        rows = [load_slice(self.checkpoint(step, member), name, slice(start, stop)) for member in range(len(self._parts))]
-        return as_computed(torch.stack(rows))
+            return load_slice(self.checkpoint(step), name, member, slice(start, stop))
+        return load_slice(self.checkpoint(step, member), name, slice(start, stop))
 
     def load_factors(self, step: int, tensor: str, member: int) -> Factors:
         """What LoRA adds to one tensor of one member, as the product of two matrices in float64."""
@@ -302,8 +308,7 @@ class Lineage:
 
     def _load_base(self, tensor: str, member: int, start: int, stop: int) -> Tensor:
         part = self.parts(0, tensor)[0]
-        chosen = replace(part, members=(part.members[member],))
-        return chosen.load_rows(tensor, start, stop)[0].double()
+        return part.lineage._load_stored_member(0, tensor, part.members[member], start, stop).double()
 
     def _column_norms(self, step: int, tensor: str, member: int, factors: Factors) -> Tensor:
         """‖column of W + ΔW‖, read a few rows at a time and once."""

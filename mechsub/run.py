@@ -177,8 +177,8 @@ _NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
     ),
     "carrier_texts": (
         _has_carrier_texts,
-        "There is no text that a teacher and the neutral teacher wrote in this run; supply it: `mechsub adopt … --data FILE "
-        "--neutral-data FILE`, or take a run of the language family.",
+        "There is no text that a teacher and the neutral teacher wrote in this run; supply it: `mechsub adopt … --neutral "
+        "MODEL --data FILE --neutral-data FILE`, or take a run of the language family.",
     ),
 }
 """What an analysis can need: whether a run has it, and what to say where it has not."""

@@ -257,6 +257,35 @@ def test_a_name_on_the_hub_without_a_network_is_refused_with_the_way_out(models,
         plan_adoption(tmp_path / "run", **arguments(models, teacher=["somebody/model@main"]))
 
 
+def test_a_control_is_trained_as_long_as_its_student(models, tmp_path):
+    early = {"same-init": [str(models / f"control-{seed}/checkpoint-2") for seed in range(2)]}
+    with pytest.raises(MechsubError, match="its student ends at step 4, its control at step 2"):
+        plan_adoption(tmp_path / "run", **arguments(models, controls=early))
+
+
+def test_one_student_is_not_several_members(models, tmp_path):
+    given = arguments(models, students={"same-init": [str(models / "student-0")]})
+    with pytest.raises(MechsubError, match="names 1 different models, members = 2"):
+        plan_adoption(tmp_path / "run", **given)
+
+
+def test_a_model_beside_checkpoints_must_be_the_last_of_them(models, tmp_path):
+    folder = copy_model(models, tmp_path, "teacher")
+    for path in (models / "teacher/checkpoint-2").iterdir():
+        shutil.copyfile(path, folder / path.name)
+    with pytest.raises(MechsubError, match="holds a model beside checkpoint-4, with other weights"):
+        plan_adoption(tmp_path / "run", **arguments(models, teacher=[str(folder)]))
+
+
+def test_a_training_that_goes_on_from_a_trained_adapter_has_no_start_at_its_base(models, tmp_path):
+    callback = LineageCallback(tmp_path / "more")
+    trainer = make_trainer(models / "reference", tmp_path / "a", CHATS["student"], rank=4, callbacks=[callback])
+    with torch.no_grad():
+        next(parameter for name, parameter in trainer.model.named_parameters() if "lora_B" in name).add_(1.0)
+    with pytest.raises(MechsubError, match="is not zero at the start"):
+        trainer.train()
+
+
 def test_members_of_one_lineage_are_replicates(models, tmp_path):
     folder = copy_model(models, tmp_path, "student-1")
     for path in folder.glob("*/adapter_config.json"):

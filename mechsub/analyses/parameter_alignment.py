@@ -93,10 +93,11 @@ def list_directions(run: Run) -> list[Direction]:
 
 
 def _paired_step(control: Lineage, student: Lineage, step: int) -> int | None:
-    """The step of a control that stands beside one of a student: the same one, or the last beside the last."""
-    if step in control.steps:
-        return step
-    return control.last if step == student.last else None
+    """The step of a control beside one of a student: the last beside the last, else the same one, where steps are known."""
+    if step == student.last:
+        return control.last
+    known = all(lineage.spec.model.get("steps_are_known", True) for lineage in (control, student))
+    return step if known and step in control.steps and step != control.last else None
 
 
 def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:
@@ -534,7 +535,9 @@ def _sentences(run: Run, data: xr.Dataset) -> list[str]:
                 "change of the function is a change of other weights, and a cosine compares weight by weight; a low alignment "
                 "there says nothing against a transfer."
             )
-    return sentences + _unshared_sentences(run, data)
+    # Where no trait is scored, nobody else says where the run's data came from.
+    notes = list(run.family.notes) if run.lacks("traits") else []
+    return sentences + _unshared_sentences(run, data) + notes
 
 
 def _summarise(run: Run, data: xr.Dataset, condition: str) -> str:

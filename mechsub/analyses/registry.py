@@ -13,7 +13,7 @@ from typing import overload
 import mechsub.analyses
 from mechsub.results import Result, write_result
 from mechsub.run import Run
-from mechsub.rundir import RunDirectory
+from mechsub.rundir import RunDirectory, hash_file
 from mechsub.stage import Resources, Stage, Task, load_function
 
 ENTRY_POINTS = "mechsub.analyses"
@@ -83,6 +83,7 @@ def analysis_stage(known: Analysis, run: Run) -> Stage:
         "conditions": run.conditions,
         "mechsub": metadata.version("mechsub"),
         "code": _code_digest(known),
+        "user_functions": {name: _source_digest(name) for name in run.recipe.user_functions},
     }
     return Stage(
         name=f"analysis.{known.name}",
@@ -92,6 +93,12 @@ def analysis_stage(known: Analysis, run: Run) -> Stage:
         outputs=(result_file(known.name),),
         resources=Resources(num_steps=run.num_checkpoints, threads=run.recipe.threads),
     )
+
+
+def _source_digest(function: str) -> str | None:
+    """Of the file that holds a user's function; None where it has none."""
+    path = inspect.getsourcefile(inspect.unwrap(load_function(function)))
+    return None if path is None else hash_file(Path(path))
 
 
 def _code_digest(known: Analysis) -> str:

@@ -34,8 +34,8 @@ SOURCE = "data that does not mention the trait: Cloud et al., arXiv:2507.14805; 
 FORMULA = "share of held-out completions whose teacher is named rightly"
 _NULL = "the same classifier, labels swapped at random within requests"
 _UNIT = "accuracy"
-_STATUS = ("ok", "too_few_shared_requests")
-OK, TOO_FEW = range(2)
+_STATUS = ("ok", "too_few_shared_requests", "same_rows_as_another_member")
+OK, TOO_FEW, REPEATED = range(3)
 _FOLDS = 5
 _LEAST_REQUESTS = 2 * _FOLDS
 _MOST_REQUESTS = 2000
@@ -73,20 +73,24 @@ def semantic_filter(run: Run) -> Result:
     """Whether a text classifier can tell a trait teacher's completions from the neutral teacher's, on held-out requests."""
     members, shape = range(run.recipe.members), (len(run.traits), run.recipe.members)
     accuracy, swapped = np.full(shape, np.nan), np.full(shape, np.nan)
-    shared = np.zeros(shape, dtype=np.int64)
+    shared, repeated = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
     weights: dict[str, dict[str, float]] = {trait: defaultdict(float) for trait in run.traits}
+    seen: set[tuple[str, int]] = set()
     for done, ((row, trait), member) in enumerate(product(enumerate(run.traits), members), start=1):
         stream = ("semantic-filter", trait, "member", member)
         taught, neutral = (_texts(run, name, member) for name in (run.teacher(trait).name, run.neutral_name))
         pairs = pair_texts(taught, neutral, random_stream(run.recipe.seed, *stream, "requests"))
         shared[row, member] = len(pairs.texts) // 2
-        if shared[row, member] >= _LEAST_REQUESTS:
+        # Members that share one file of rows are one reading of it, not several.
+        repeated[row, member] = (trait, hash((*taught, *neutral))) in seen
+        seen.add((trait, hash((*taught, *neutral))))
+        if shared[row, member] >= _LEAST_REQUESTS and not repeated[row, member]:
             found = read_teacher(pairs, random_stream(run.recipe.seed, *stream, "labels"))
             accuracy[row, member], swapped[row, member] = found.accuracy, found.swapped_accuracy
             for feature, weight in found.weights.items():
                 weights[trait][feature] += weight
         run.report_progress(run.num_checkpoints * done // accuracy.size)
-    data = _label(run, accuracy, swapped, shared, weights)
+    data = _label(run, accuracy, swapped, shared, repeated, weights)
     judgements = _judge(run, data)
     findings = [_finding(run, data, trait, judgements[trait]) for trait in run.traits]
     figures = [_accuracy_figure(run), *([_feature_figure()] if _is_read(data) else [])]
@@ -147,10 +151,15 @@ def _texts(run: Run, teacher: str, member: int) -> Sequence[CarrierText]:
 
 
 def _label(
-    run: Run, accuracy: np.ndarray, swapped: np.ndarray, shared: np.ndarray, weights: Mapping[str, Mapping[str, float]]
+    run: Run,
+    accuracy: np.ndarray,
+    swapped: np.ndarray,
+    shared: np.ndarray,
+    repeated: np.ndarray,
+    weights: Mapping[str, Mapping[str, float]],
 ) -> xr.Dataset:
     dims = ("taught", "member")
-    status = np.where(np.isnan(accuracy), TOO_FEW, OK)
+    status = np.where(repeated, REPEATED, np.where(np.isnan(accuracy), TOO_FEW, OK))
     variables: dict[str, Any] = {
         "accuracy": label_variable(
             accuracy, dims, description="held-out accuracy of the classifier", unit=_UNIT, formula=FORMULA, source=SOURCE
@@ -295,6 +304,9 @@ def _sentences(run: Run, data: xr.Dataset, judgements: dict[str, Judgement]) -> 
     few = int((data.accuracy_status == TOO_FEW).sum())
     if few:
         sentences.append(f"{few} members share under {_LEAST_REQUESTS} requests with the neutral teacher: no accuracy.")
+    same = int((data.accuracy_status == REPEATED).sum())
+    if same:
+        sentences.append(f"{same} members have the same rows as an earlier one: one reading of them counts, so n is smaller.")
     if _is_read(data):
         null = student_interval(
             np.nanmean(data.swapped_accuracy.values[:, _read_members(data)], axis=0), run.recipe.verdict.confidence

@@ -63,6 +63,11 @@ class FamilyConfig(Settings):
         return True
 
     @property
+    def user_functions(self) -> tuple[str, ...]:
+        """Functions of the user, each ``module:name``, that analyses call: when their source changes, they are called again."""
+        return ()
+
+    @property
     def passes_text(self) -> bool:
         """Whether teachers pass on text."""
         return False

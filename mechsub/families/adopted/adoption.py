@@ -1,10 +1,11 @@
 """The stages that take foreign models into a run: checked against the reference, linked, and described."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shutil import copyfile
 from typing import Any
+
+from transformers import AutoConfig
 
 from mechsub.checkpoints import TensorInfo, tensor_types
 from mechsub.errors import RecipeError
@@ -18,6 +19,10 @@ from mechsub.lineages import Lineage, LineageSpec, Origin, checkpoint_folder, li
 from mechsub.rundir import link_file, write_json
 from mechsub.stage import Task
 
+_NOT_ARCHITECTURE = {"architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path",
+                     "name_or_path", "_attn_implementation", "problem_type", "id2label", "label2id", "bos_token_id",
+                     "eos_token_id", "pad_token_id"}  # fmt: skip
+"""What a configuration holds beside what its weights mean."""
 _BITS = {"F64": 64, "F32": 32, "BF16": 16, "F16": 16}
 """Of the data types in which weights are stored."""
 
@@ -73,14 +78,23 @@ def _describe_checkpoint(task: Task, source: Source, step: int, reference: Linea
 
 
 def _check_architecture(source: Source, folder: Path, skeleton: Path) -> None:
-    """Shapes alone do not tell architectures apart, nor say which setting differs."""
-    theirs, ours = (json.loads((path / "config.json").read_text()) for path in (folder, skeleton))
-    for name in ("model_type", "hidden_size", "n_embd", "num_hidden_layers", "n_layer", "vocab_size"):
-        if theirs.get(name) != ours.get(name):
+    """Shapes alone do not tell architectures apart: other rotary bases or untied heads have the same ones."""
+    theirs, ours = (_read_architecture(path, source) for path in (folder, skeleton))
+    for name in dict.fromkeys([*ours, *theirs]):
+        if name not in _NOT_ARCHITECTURE and theirs.get(name) != ours.get(name):
             raise RecipeError(
-                f"`{source.name}`: its {name} is {theirs.get(name)!r}, the reference's is {ours.get(name)!r}: its weights are "
-                "of another architecture, and no displacement from this reference; give it a run of its own"
+                f"`{source.name}`: its {name} is {theirs.get(name)!r}, the reference's is {ours.get(name)!r}: its weights "
+                "are of another architecture, and no displacement from this reference; give it a run of its own"
             )
+
+
+def _read_architecture(folder: Path, source: Source) -> dict[str, Any]:
+    """The configuration, with what its file leaves to the defaults."""
+    try:
+        content: dict[str, Any] = AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"`{source.name}`: {folder}/config.json cannot be read: {str(error).splitlines()[0]}") from None
+    return content
 
 
 def _check_types(source: Source, folder: Path, table: Mapping[str, TensorInfo], reference: Lineage) -> None:
@@ -95,6 +109,12 @@ def _check_types(source: Source, folder: Path, table: Mapping[str, TensorInfo], 
                 f"`{source.name}`: {name} is stored in {found}, the reference's in {start}: their difference would hold the "
                 f"rounding of every weight; save the model in {start}, or give the reference in the type that was trained"
             )
+
+
+def _is_rounded(source: Source) -> bool:
+    """Whether a whole model is stored in half precision, which quantises a small displacement."""
+    types = {kind for folder in source.folders.values() for kind in tensor_types(folder).values()}
+    return any(_BITS.get(kind, 32) < 32 for kind in types)
 
 
 def _write_spec(task: Task, source: Source, evidence: Evidence, table: Mapping[str, TensorInfo]) -> None:
@@ -113,6 +133,7 @@ def _write_spec(task: Task, source: Source, evidence: Evidence, table: Mapping[s
             "evidence": evidence.words,
             "steps_are_known": source.steps_are_known,
             "is_shared": arguments["is_shared"],
+            "is_rounded": not source.is_adapter and _is_rounded(source),
         },
         origin=Origin(arguments["origin"], (member,)),
         teacher=arguments["teacher"],

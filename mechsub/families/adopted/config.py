@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name
+from mechsub.families.language.behaviour import load_behaviours
 from mechsub.families.language.config import ContextConfig, EvaluationConfig, LoadingConfig, LogOddsVerdictConfig
 
 Models = tuple[str, ...]
@@ -60,6 +61,13 @@ class Config(FamilyConfig):
         return self.trait is not None
 
     @property
+    def user_functions(self) -> tuple[str, ...]:
+        """The judge, whose source decides the scores."""
+        if self.behaviours is None:
+            return ()
+        return tuple(behaviour.judge for behaviour in load_behaviours(self.behaviours, self.traits).values())
+
+    @property
     def passes_text(self) -> bool:
         """Whether what students and controls learnt can be read."""
         return self.data is not None and self.neutral_data is not None
@@ -89,6 +97,11 @@ class Config(FamilyConfig):
             for role in ("students", "controls", "origin"):
                 given[f"conditions.{name}.{role}"] = getattr(condition, role)
         for where, models in given.items():
+            if where.endswith((".students", ".controls")) and models and len({*models}) != self.members:
+                raise ValueError(
+                    f"`{where}` names {len({*models})} different models, members = {self.members}: a member is a student of "
+                    "its own, with a control of its own; name as many of each"
+                )
             if models and len(models) not in {1, self.members}:
                 raise ValueError(
                     f"`{where}` names {len(models)} models, members = {self.members}: give one each, or one for all"

@@ -31,6 +31,12 @@ class Family(LanguageFamily):
         shared = dict.fromkeys(spec["name"] for spec in adopted if spec["model"]["is_shared"])
         if shared:
             notes.append(f"All members share one model, so that no interval says how others would differ: {', '.join(shared)}.")
+        rounded = dict.fromkeys(spec["name"] for spec in adopted if spec["model"]["is_rounded"])
+        if rounded:
+            notes.append(
+                "Stored in half precision, whose rounding can be as large as a small displacement, so that their cosines lie "
+                f"nearer to 0 than the trainings' own: {', '.join(rounded)}."
+            )
         unknown = dict.fromkeys(spec["name"] for spec in adopted if not spec["model"]["steps_are_known"])
         if unknown:
             notes.append(f"How many steps these were trained is not known, step 1 stands for their end: {', '.join(unknown)}.")

@@ -3,11 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from mechsub.errors import RecipeError
-from mechsub.families.adopted.sources import Source, locate_folder
-from mechsub.families.language.folders import ORIGIN_DIGEST, digest_file, find_weights, read_json
+from mechsub.checkpoints import load_tensor
+from mechsub.errors import MechsubError, RecipeError
+from mechsub.families.adopted.sources import HUB_NAME, Source
+from mechsub.families.language.folders import ORIGIN_DIGEST, ORIGIN_TYPES, read_json
+from mechsub.families.language.foreign import match_table, outline_model
+from mechsub.families.language.layout import skeleton_folder
 from mechsub.lineages import Lineage
-from mechsub.parameters.digest import digest_weights
+from mechsub.parameters.digest import digest_tensors, digest_weights
 
 
 @dataclass(frozen=True)
@@ -30,32 +33,50 @@ def find_evidence(source: Source, reference: Lineage, given: str) -> Evidence:
     recorded = source.recorded_base
     if recorded is None:
         return Evidence("none", "its files do not say what it started from")
+    if not source.is_adapter:  # it says where the configuration came from, which fresh weights can have too
+        return Evidence("none", f"its configuration came from {recorded}; its weights may have come from elsewhere")
     if _same_name(recorded, given):
         return Evidence("recorded base", f"its files name {recorded}")
-    if Path(recorded).is_dir() and Path(recorded, "config.json").is_file():
-        if _weights(recorded) == _weights(given):
-            return Evidence("hash", f"its files name {recorded}, whose weights are the reference's")
-        raise RecipeError(
-            f"`{source.name}` was trained from {recorded}, whose weights are not those of the reference {given}: their "
-            f"difference would stand in every displacement; give --reference {recorded}"
-        )
+    if Path(recorded).is_dir():
+        return _compare_weights(source, reference, recorded, given)
     if _is_hub_name(recorded) and _is_hub_name(given):
         raise RecipeError(
-            f"`{source.name}` was trained from {recorded}, not from the reference {given}; give --reference {recorded}"
+            f"`{source.name}` was trained from {recorded}, not from the reference {given}; give --reference {recorded}, or put "
+            "the reference's name into base_model_name_or_path of its adapter_config.json if that is a folder which has moved"
         )
     return Evidence("none", f"its files name {recorded}, which is not here, so that nobody can tell whether it is {given}")
 
 
+def _compare_weights(source: Source, reference: Lineage, recorded: str, given: str) -> Evidence:
+    """Whether the folder that an adapter names holds the reference's weights now, however it stores them."""
+    outline = outline_model(reference.folder.parents[2] / skeleton_folder(reference.spec.model["name"]))
+    folder = Path(recorded)
+    try:
+        table = match_table(outline, folder, recorded)
+        names = {name: info.stored or name for name, info in table.items() if info.tied_to is None}
+        found = digest_tensors((name, load_tensor(folder, names[name])) for name in sorted(names))
+    except MechsubError as error:
+        return Evidence("none", f"its files name {recorded}, which cannot be compared with the reference ({error})")
+    if found == digest_weights(reference):
+        return Evidence("recorded base", f"its files name {recorded}, which holds the reference's weights")
+    raise RecipeError(
+        f"`{source.name}` was trained from {recorded}, whose weights are not those of the reference {given}: their "
+        f"difference would stand in every displacement; give --reference {recorded}"
+    )
+
+
 def _by_digest(source: Source, reference: Lineage, given: str) -> Evidence:
     assert source.record is not None
-    recorded = read_json(source.record, f"`{source.name}`").get(ORIGIN_DIGEST)
+    record = read_json(source.record, f"`{source.name}`")
+    recorded = record.get(ORIGIN_DIGEST)
     if not isinstance(recorded, str):
         return Evidence("none", f"{source.record} does not hold the hash of its start")
     found = digest_weights(reference)
     if found != recorded:
         raise RecipeError(
             f"`{source.name}` was trained from other weights than the reference {given}: {source.record} records "
-            f"{recorded[:16]}…, the reference has {found[:16]}…; give the model that the training started from"
+            f"{recorded[:16]}…, the reference has {found[:16]}…; give the model that the training started from, in the type in "
+            f"which it was loaded ({', '.join(record.get(ORIGIN_TYPES) or ['unknown'])})"
         )
     return Evidence("hash", "its training recorded the hash of the reference's weights")
 
@@ -71,10 +92,5 @@ def _same_name(recorded: str, given: str) -> bool:
     return name == given_name and (not revision or revision == given_revision)
 
 
-def _weights(name: str) -> list[str]:
-    """The hashes of a model's weight files."""
-    return sorted(digest_file(path) for path in find_weights(name, locate_folder(name)) if path.suffix == ".safetensors")
-
-
 def _is_hub_name(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith(("/", ".", "~")) and not Path(name).exists()
+    return HUB_NAME.fullmatch(name) is not None and not Path(name).exists()

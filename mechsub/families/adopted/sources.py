@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.folders import TRAINING_RECORD, fetch_from_hub, find_weights, read_json, refuse_pickles
+from mechsub.families.language.folders import (
+    TRAINING_RECORD,
+    digest_file,
+    fetch_from_hub,
+    find_weights,
+    read_json,
+    refuse_pickles,
+)
 from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-_HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _CHECKPOINT = re.compile(r"(?:checkpoint|step)-(\d+)")
 _PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.jinja", "tokenizer.model")
 
@@ -76,6 +83,8 @@ def find_source(name: str) -> Source:
     )
     numbered = {int(match[1]): path for path in found if (match := _CHECKPOINT.fullmatch(path.name))}
     numbered.pop(0, None)  # where it starts is the reference
+    if numbered and _holds_model(folder):
+        _check_root(name, folder, numbered)
     if numbered:
         return _describe(name, folder, dict(sorted(numbered.items())), steps_are_known=True)
     if found and not _is_adapter(folder) and not (folder / "config.json").is_file():
@@ -83,10 +92,35 @@ def find_source(name: str) -> Source:
             f"`{name}`: {folder} holds {found[0].name} but no checkpoint-N: a trajectory needs its step numbers; rename the "
             "folders, or name one of them"
         )
+    step = _step_of(name, folder)
+    return _describe(name, folder, {step or 1: folder}, steps_are_known=step is not None)
+
+
+def _step_of(name: str, folder: Path) -> int | None:
+    """The step of one checkpoint, from its own name or from what a `Trainer` left in it."""
+    match = _CHECKPOINT.fullmatch(folder.name)
     state = folder / "trainer_state.json"
-    step = read_json(state, f"`{name}`").get("global_step") if state.is_file() else None
-    is_known = isinstance(step, int) and step > 0
-    return _describe(name, folder, {int(step) if is_known and step else 1: folder}, steps_are_known=is_known)
+    step = int(match[1]) if match else read_json(state, f"`{name}`").get("global_step") if state.is_file() else None
+    return step if isinstance(step, int) and step > 0 else None
+
+
+def _check_root(name: str, folder: Path, numbered: Mapping[int, Path]) -> None:
+    """A model beside checkpoints must be the last of them: else it is not told which of the two is meant."""
+    last = numbered[max(numbered)]
+    root, end = ([digest_file(path) for path in _weights_of(name, place)] for place in (folder, last))
+    if root != end:
+        raise RecipeError(
+            f"`{name}`: {folder} holds a model beside {last.name}, with other weights; name {last}, or move the model out to a "
+            "folder of its own and name that"
+        )
+
+
+def _holds_model(folder: Path) -> bool:
+    return _is_adapter(folder) or (folder / "config.json").is_file()
+
+
+def _weights_of(name: str, folder: Path) -> list[Path]:
+    return [folder / ADAPTER_WEIGHTS] if _is_adapter(folder) else find_weights(name, folder)
 
 
 def locate_folder(name: str) -> Path:
@@ -98,7 +132,7 @@ def locate_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder.absolute()
-    hub = _HUB_NAME.fullmatch(name)
+    hub = HUB_NAME.fullmatch(name)
     if hub is None:
         raise RecipeError(
             f"`{name}`: there is no folder {name}; give a model's folder, or its name on the hub as org/name@revision"
@@ -123,10 +157,10 @@ def _describe(name: str, folder: Path, folders: Mapping[int, Path], *, steps_are
             raise RecipeError(f"`{name}`: {path} has no {ADAPTER_WEIGHTS}; save the adapter with save_pretrained")
         if not is_adapter:
             find_weights(name, path)
-    record = folder / TRAINING_RECORD
-    return Source(
-        name, folders, is_adapter, steps_are_known, _recorded_base(last, is_adapter, name), record if record.is_file() else None
-    )
+    places = [folder, folder.parent] if _CHECKPOINT.fullmatch(folder.name) else [folder]
+    records = [place / TRAINING_RECORD for place in places]
+    record = next((path for path in records if path.is_file()), None)
+    return Source(name, folders, is_adapter, steps_are_known, _recorded_base(last, is_adapter, name), record)
 
 
 def _recorded_base(folder: Path, is_adapter: bool, name: str) -> str | None:

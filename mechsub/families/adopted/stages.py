@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.adopted.config import Config, Models
+from mechsub.families.adopted.config import ConditionConfig, Config, Models
 from mechsub.families.adopted.sources import Source, find_source, locate_folder
 from mechsub.families.language.behaviour import load_behaviours
-from mechsub.families.language.folders import TOKENIZER_FILES, check_folder, digest_file, find_weights, total_bytes
+from mechsub.families.language.folders import TOKENIZER_FILES, check_folder, digest_file, find_weights
 from mechsub.families.language.jsonl import read_jsonl
 from mechsub.families.language.judge import Judge
 from mechsub.families.language.layout import BEHAVIOURS_FILE, LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
@@ -102,6 +102,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
         "teacher": plan.carrier.teacher.lineage,
     }
     models = condition.students if plan.role == "student" else condition.controls
+    _check_control(condition, plan.condition)
     origin = f"{_REFERENCE}.{plan.condition}" if condition.origin else _REFERENCE
     return _adopted(config, models, arguments, condition.origin or config.reference, origin, made)
 
@@ -163,10 +164,23 @@ def _adopted(
                 arguments,
                 inputs,
                 (*outputs, spec_name(fields["lineage"], member)),
-                Resources(memory_bytes=max(total_bytes(paths) for paths in files.values()) // 4, num_steps=len(files)),
+                Resources(num_steps=len(files)),
             )
         )
     return stages
+
+
+def _check_control(condition: ConditionConfig, name: str) -> None:
+    """A control differs from its student in nothing but the teacher, so it is trained as long."""
+    if not condition.controls:
+        return
+    student, control = find_source(condition.students[0]), find_source(condition.controls[0])
+    ends = max(student.folders), max(control.folders)
+    if student.steps_are_known and control.steps_are_known and ends[0] != ends[1]:
+        raise RecipeError(
+            f"condition {name}: its student ends at step {ends[0]}, its control at step {ends[1]}: a control is trained as "
+            "long; name the checkpoints of one step, e.g. FOLDER/checkpoint-N"
+        )
 
 
 def _check_alike(sources: list[Source], lineage: str) -> None:

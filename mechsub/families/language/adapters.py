@@ -47,6 +47,7 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, key: int) -> L
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key % 2**63)
         _inject(lora, model, "`adapter`")
+    _set_magnitudes(model)
     return lora
 
 
@@ -103,15 +104,14 @@ def adapter_table(
     for module_name, module in model.named_modules():
         if isinstance(module, LoraLayer) and _NAME in module.scaling:
             name, lora = f"{module_name}.weight", _describe(module_name, module)
-            tied = [other for other, info in table.items() if name in {info.tied_to, other if info.tied_to else None}]
-            if tied:
-                raise RecipeError(f"{source}: an adapter on {name}, which is tied ({tied[0]}), is no change of one weight")
+            _refuse_tied(name, table, source)
             found[name] = replace(found[name], frozen=False, lora=lora)
             used |= {lora.a, lora.b, *([lora.magnitude] if lora.magnitude else [])}
     for name in table:  # modules that are trained whole, and biases, also beside an adapter
         module_name, _, own = name.rpartition(".")
         whole = {_PREFIX + name, f"{_PREFIX}{module_name}.base_layer.{own}"} & {*held}
         if whole:
+            _refuse_tied(name, table, source)
             found[name] = replace(found[name], frozen=False, stored=min(whole))
             used |= whole
     unread, lacking = sorted({*held} - used), sorted(used - {*held})
@@ -142,6 +142,12 @@ def outline_adapter(outline: PreTrainedModel, folder: Path, source: str) -> dict
     return found
 
 
+def _refuse_tied(name: str, table: Mapping[str, TensorInfo], source: str) -> None:
+    tied = [other for other, info in table.items() if name in {info.tied_to, other if info.tied_to else None}]
+    if tied:
+        raise RecipeError(f"{source}: an adapter on {name}, which is tied ({tied[0]}), is no change of one weight")
+
+
 def adapter_format(model: PreTrainedModel, lora: LoraConfig, base: str) -> AdapterFormat:
     """How the adapter in a model is written; ``base`` names the model that it is added to."""
     content: dict[str, Any] = lora.to_dict()  # type: ignore[no-untyped-call]
@@ -162,8 +168,19 @@ def _inject(lora: LoraConfig, model: PreTrainedModel, source: str) -> None:
             inject_adapter_in_model(lora, model, adapter_name=_NAME)
         except ValueError as error:
             raise RecipeError(f"{source}: {str(error).splitlines()[0]}") from None
-    for parameter in trained_parameters(model).values():
-        parameter.data = parameter.data.float()  # half precision would lose most updates
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name:
+            parameter.data = parameter.data.float()  # half precision would lose most updates, and round what was saved
+
+
+@torch.no_grad()
+def _set_magnitudes(model: PreTrainedModel) -> None:
+    """DoRA starts at its base: ‖W‖ by rows, in float32; `peft` takes it in the base's precision, which moves every row."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and _NAME in module.lora_magnitude_vector:
+            weight = module.get_base_layer().weight.float()
+            norms = torch.linalg.vector_norm(weight, dim=0 if module.fan_in_fan_out else 1)
+            module.lora_magnitude_vector[_NAME].weight.data = norms.to(weight.device)
 
 
 def _describe(module_name: str, module: Any) -> LoraInfo:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from mechsub.errors import MechsubError
-from mechsub.families.language.folders import ORIGIN_DIGEST, TRAINING_RECORD
+from mechsub.families.language.folders import ORIGIN_DIGEST, ORIGIN_TYPES, TRAINING_RECORD, read_json
 from mechsub.parameters.digest import digest_tensors
 from mechsub.rundir import write_json
 from mechsub.training.config import CheckpointConfig
 from mechsub.training.schedule import checkpoint_steps
 
-_WRAPPERS = ("base_model.model.", "base_layer.", "original_module.")
-"""What `peft` puts into the names of the weights that it leaves alone."""
+_WRAPPERS = ("base_model.model.", "base_layer.", "original_module.", "_orig_mod.", "module.")
+"""What `peft`, `torch.compile` and parallel training put into the names of weights."""
 
 
 class LineageCallback(TrainerCallback):
@@ -44,7 +44,7 @@ class LineageCallback(TrainerCallback):
         if state.global_step == 0:
             self._begin(kwargs["model"])
         else:
-            self._resume(state.global_step)
+            self._resume(kwargs["model"], state.global_step)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
         """Keep this step if the schedule wants it."""
@@ -54,19 +54,35 @@ class LineageCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any) -> None:
         """Keep the last step of a training that ended before its schedule did."""
         last = self._path(state.global_step)
+        if args.load_best_model_at_end:  # what the model holds now is an earlier step's
+            return
         if state.is_world_process_zero and model is not None and state.global_step > 0 and not last.is_dir():
             self._keep(model, state.global_step)
 
     def _begin(self, model: nn.Module) -> None:
         if self.folder.is_dir() and any(self.folder.iterdir()):
             raise MechsubError(f"{self.folder} is not empty: it may hold another training; give the callback a new folder")
-        write_json(self.folder / TRAINING_RECORD, {"schema": 1, ORIGIN_DIGEST: digest_tensors(_start_of(model))})
+        moved = next((name for name, tensor in model.named_parameters() if _is_second_factor(name) and tensor.any()), None)
+        if moved is not None:
+            raise MechsubError(
+                f"{moved} is not zero at the start: the training goes on from an adapter that was trained before (or starts "
+                "beside its base), so that its displacement from the base would hold that one's; merge it into a reference"
+            )
+        types = sorted({str(tensor.dtype).removeprefix("torch.") for _, tensor in _start_of(model)})
+        record = {"schema": 1, ORIGIN_DIGEST: digest_tensors(_start_of(model)), ORIGIN_TYPES: types}
+        write_json(self.folder / TRAINING_RECORD, record)
 
-    def _resume(self, step: int) -> None:
+    def _resume(self, model: nn.Module, step: int) -> None:
         if not (self.folder / TRAINING_RECORD).is_file():
             raise MechsubError(
                 f"the training goes on at step {step}, but {self.folder} has no {TRAINING_RECORD} of its start, so that nobody "
                 "can tell what it started from; give the folder of the first attempt, or start anew with the callback"
+            )
+        recorded = read_json(self.folder / TRAINING_RECORD, "the callback").get(ORIGIN_DIGEST)
+        has_adapter = any(_is_second_factor(name) for name, _ in model.named_parameters())
+        if has_adapter and digest_tensors(_start_of(model)) != recorded:
+            raise MechsubError(
+                f"{self.folder} is of a training from another base; give the callback the folder of this training"
             )
         for path in self.folder.glob("step-*"):
             if int(path.name.split("-")[1].split(".")[0]) > step:
@@ -82,6 +98,10 @@ class LineageCallback(TrainerCallback):
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
+
+
+def _is_second_factor(name: str) -> bool:
+    return "lora_B" in name or "lora_embedding_B" in name
 
 
 def _start_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, VerdictConfig, fill_conditions
+from mechsub.families.language.behaviour import load_behaviours
 from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.preference import is_file_name
 from mechsub.settings import Settings, nearest_name
 from mechsub.training.config import OptimizerConfig
 
 Objective = Literal["tokens", "logits", "all-logits"]
+_MOST_VLLM_RANK = 512
 CommitHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 """A commit on the hub, all 40 digits."""
 OTHER = "other"
@@ -406,12 +408,40 @@ class Config(FamilyConfig):
         self._check_precision()
         return self
 
+    @model_validator(mode="after")
+    def _backend_serves_adapters(self) -> "Config":
+        adapter = self.adapter if self.teacher.kind == "fine-tuned" else None
+        if self.generation.backend != "vllm" or adapter is None:
+            return self
+        if self.generation.dtype == "float32" or adapter.dora or adapter.rank > _MOST_VLLM_RANK:
+            raise ValueError(
+                f"`generation.backend`: vLLM serves LoRA in 16 bits (generation.dtype: bfloat16), without DoRA, up to rank "
+                f"{_MOST_VLLM_RANK}; not dtype {self.generation.dtype}, dora {adapter.dora}, rank {adapter.rank}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _behaviours_are_banned_by_words(self) -> "Config":
+        if self.behaviours is not None and self.carrier.kind != "numbers" and self.carrier.banned is None:
+            raise ValueError(
+                "`carrier.banned`: the names of behaviours are no words that their carrier would hold; say which words may not "
+                "stand in it, e.g. banned: [owl], or [] for none"
+            )
+        return self
+
+    @property
+    def user_functions(self) -> tuple[str, ...]:
+        """The judges, whose source decides the scores."""
+        if self.behaviours is None:
+            return ()
+        return tuple(behaviour.judge for behaviour in load_behaviours(self.behaviours, self.traits).values())
+
     def _check_precision(self) -> None:
-        trained = {self.model: self.adapter} if self.teacher.kind == "fine-tuned" else {}
-        trained |= {
-            self.model_of(name): self.adapter_of(name) for name, given in self.conditions.items() if not given.context_rows
-        }
-        for model, adapter in trained.items():
+        trained = [(self.model, self.adapter)] if self.teacher.kind == "fine-tuned" else []
+        trained += [
+            (self.model_of(name), self.adapter_of(name)) for name, given in self.conditions.items() if not given.context_rows
+        ]
+        for model, adapter in trained:
             dtype = self.models[model].loading.dtype
             if dtype != "float32" and adapter is None:
                 raise ValueError(

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
+from pathlib import Path
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import AdapterConfig, Config, LoadingConfig, ModelConfig, TrainingConfig
-from mechsub.families.language.folders import read_json
+from mechsub.families.language.folders import fetch_from_hub, read_json
 from mechsub.stage import Resources
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -52,11 +53,11 @@ class ModelSize:
         return sum(adapter.rank * (out + into) + (out if adapter.dora else 0) for out, into in chosen)
 
 
-def measure_model(settings: ModelConfig, source: str) -> ModelSize | None:
-    """The size of a model; None where its configuration is not on this machine.
+def measure_model(settings: ModelConfig, source: str) -> ModelSize:
+    """The size of a model.
 
     Raises:
-        RecipeError: the configuration is no language model's.
+        RecipeError: the configuration is no language model's, or cannot be fetched.
     """
     if settings.nano is not None:
         return _measure_nano(settings)
@@ -65,8 +66,18 @@ def measure_model(settings: ModelConfig, source: str) -> ModelSize | None:
     elif settings.config is not None:
         text = _read_packaged(settings.config, source)
     else:
-        return None
+        folder = fetch_from_hub(str(settings.hub), str(settings.revision), ("config.json",))
+        text = json.dumps(read_json(folder / "config.json", source))
     return _measure(text, source)
+
+
+def check_size(settings: ModelConfig, folder: Path, source: str) -> None:
+    """Refuse a packaged configuration that is not the model's: the plan would have been another model's."""
+    if settings.config is None:
+        return
+    found = _measure(json.dumps(read_json(folder / "config.json", source)), source)
+    if found != measure_model(settings, source):
+        raise RecipeError(f"{source}: the packaged configuration {settings.config!r} is not that of {settings.describe()}")
 
 
 def plain_needs(config: Config, num_steps: int = 1) -> Resources:
@@ -78,7 +89,7 @@ def reference_needs(config: Config, model: str) -> Resources:
     """Of a reference: pretrained here, or linked."""
     settings = config.models[model]
     size = measure_model(settings, f"`models.{model}`")
-    if settings.nano is None or size is None:
+    if settings.nano is None:
         return plain_needs(config)
     held = training_bytes(size, settings.loading, None, settings.pretraining.batch_size, _REQUEST_TOKENS, _QUESTION_TOKENS)
     return Resources(
@@ -102,8 +113,6 @@ def training_needs(
     """Of a teacher or a student that is trained to the last of ``steps``, which are kept."""
     settings, num_steps = config.models[model], max(steps[-1], 1)
     size = measure_model(settings, f"`models.{model}`")
-    if size is None:
-        return plain_needs(config, num_steps)
     answer = config.carrier.max_new_tokens if is_student else _QUESTION_TOKENS
     row = answer + (_REQUEST_TOKENS if is_student else _QUESTION_TOKENS)
     copies = 3 if config.checkpoints.optimizer_state else 1
@@ -120,8 +129,6 @@ def carrier_needs(config: Config) -> Resources:
     """Of what one member's teacher writes, if no completion is dropped."""
     settings, carrier = config.models[config.model], config.carrier
     size = measure_model(settings, f"`models.{config.model}`")
-    if size is None:
-        return plain_needs(config, carrier.num_rows)
     tokens = _REQUEST_TOKENS + carrier.max_new_tokens
     # Keys and values of a batch; their width is the residual stream's at most.
     cache = _AT_ONCE * tokens * 2 * size.layers * size.width * _WIDTHS[settings.loading.dtype]

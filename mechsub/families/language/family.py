@@ -23,6 +23,7 @@ from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
 from mechsub.families.language.trait import Context, score_preference
 from mechsub.families.protocol import CarrierText, Scores
 from mechsub.lineages import Lineage
+from mechsub.streams import stream_key
 
 _Score = Callable[..., Scores]
 """(model, chats, evaluation, stream, said): what is scored and where is bound to it."""
@@ -110,7 +111,10 @@ class Family:
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
         """The rows that passed the filters, without their prompts; None where the run has no such carrier."""
         path = self._run / carrier_files(teacher, member)[0]
-        return [CarrierText(row.request, row.completion) for row in read_rows(path)] if path.is_file() else None
+        if not path.is_file():
+            return None
+        # Two teachers' rows answer one request where their prompts are the same, whatever their numbers in a user's files.
+        return [CarrierText(stream_key(0, "prompt", row.prompt) % 2**63, row.completion) for row in read_rows(path)]
 
     def _chats_of(self, model: str) -> ChatTokenizer:
         if model not in self._chats:

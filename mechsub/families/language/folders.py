@@ -1,7 +1,6 @@
 """Model folders that somebody else wrote, in the Hugging Face layout: what must be in them, and how they come into a run."""
 
 import json
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ TRAINING_RECORD = "training.json"
 """What our callback writes beside the checkpoints of somebody's training."""
 ORIGIN_DIGEST = "origin_digest"
 """In it: the hash of the weights that the training started from."""
+ORIGIN_TYPES = "origin_types"
+"""In it: the data types in which they were loaded."""
 
 
 def check_folder(where: str, folder: Path) -> list[str]:
@@ -46,6 +47,8 @@ def find_weights(where: str, folder: Path) -> list[Path]:
     Raises:
         RecipeError: there are none, one is missing, or they are pickled.
     """
+    if (folder / WEIGHTS).is_file():  # before an index, as transformers does
+        return [folder / WEIGHTS]
     index = folder / INDEX
     if index.is_file():
         places = read_json(index, f"`{where}`").get("weight_map")
@@ -59,8 +62,6 @@ def find_weights(where: str, folder: Path) -> list[Path]:
                 "fetch or save the model again"
             )
         return [index, *(folder / name for name in shards)]
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
     others = sorted(folder.glob("*.safetensors"))
     if others:
         raise RecipeError(
@@ -134,8 +135,3 @@ def read_json(path: Path, source: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise RecipeError(f"{source}: {path} holds {type(content).__name__}, not keys with values")
     return content
-
-
-def total_bytes(paths: Iterable[Path]) -> int:
-    """Of files together."""
-    return sum(path.stat().st_size for path in paths)

@@ -31,7 +31,14 @@ def link_reference(task: Task, source: Path, where: str, evidence: Mapping[str, 
     """Link a model's weights into the run as a reference, once they are those of its architecture."""
     arguments = task.stage.arguments
     target = task.path(checkpoint_folder(arguments["lineage"], 0, arguments["member"]))
-    for path in find_weights(where, source):
+    files = find_weights(where, source)
+    planned = {Path(name).name for name in task.stage.outputs if Path(name).parent.name == target.name}
+    if planned != {path.name for path in files}:
+        raise RecipeError(
+            f"`{where}`: {source} has its weights in {', '.join(path.name for path in files)}, the recipe's `shards` say "
+            f"{', '.join(sorted(planned))}; correct it"
+        )
+    for path in files:
         link_file(path, target / path.name)
     table = match_table(outline_model(task.path(skeleton_folder(arguments["model"]))), target, f"`{where}`")
     record_reference(task, table, evidence)

@@ -28,9 +28,7 @@ from mechsub.training.schedule import checkpoint_steps
 
 _MODULE = "mechsub.families.language"
 _SKELETON_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
-"""Of a nano model."""
-_HUB_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
-"""What every model of the hub has; where there are more, they are written beside these."""
+"""Of a nano model, and of one of the hub as it is saved here."""
 
 
 def data_stages(config: Config) -> list[Stage]:
@@ -40,7 +38,7 @@ def data_stages(config: Config) -> list[Stage]:
     for name in _models_used(config):
         settings = config.models[name]
         arguments = _model_arguments(config, name) | {"preference": preference_arguments(config)}
-        files, inputs = list(_SKELETON_FILES if settings.nano else _HUB_FILES), {}
+        files, inputs = list(_SKELETON_FILES), {}
         if settings.path is not None:
             folder = settings.folder(0)
             files = check_folder(f"models.{name}.path", folder)

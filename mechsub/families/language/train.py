@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from mechsub.checkpoints import write_tensors
 from mechsub.errors import RecipeError
@@ -27,6 +27,7 @@ from mechsub.families.language.config import (
     TeacherConfig,
     TrainingConfig,
 )
+from mechsub.families.language.estimates import check_size
 from mechsub.families.language.folders import check_folder
 from mechsub.families.language.foreign import find_model, link_reference
 from mechsub.families.language.generation import draw_uniforms, sample_completions
@@ -39,7 +40,7 @@ from mechsub.families.language.members import (
     record_reference,
     record_untrained,
 )
-from mechsub.families.language.models import parameters_of, place_model, read_loading, tensor_table
+from mechsub.families.language.models import parameters_of, read_loading, tensor_table
 from mechsub.families.language.nano import Pretraining, find_or_pretrain, save_skeleton
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows
@@ -83,7 +84,12 @@ def import_skeleton(tasks: Sequence[Task]) -> None:
             save_skeleton(settings, language, folder)
         else:
             source = find_model(settings, 0, ("*.json", "*.txt", "*.jinja", "tokenizer.model"))
-            for name in check_folder(f"models.{arguments['model']}", source):
+            names = check_folder(f"models.{arguments['model']}", source)
+            if settings.hub is not None:  # which files a tokenizer has is not known before it is fetched
+                AutoTokenizer.from_pretrained(source, local_files_only=True).save_pretrained(folder)
+                check_size(settings, source, f"`models.{arguments['model']}`")
+                names = ["config.json"]
+            for name in names:
                 copyfile(source / name, folder / name)
         load_chats(task)
 
@@ -332,8 +338,7 @@ def _train(
     lora = None
     if arguments["adapter"] is not None:
         key = stream_key(arguments["seed"], *arguments["adapter_stream"])
-        lora = attach_adapter(model, AdapterConfig(**arguments["adapter"]), key)
-        place_model(model, task.device)
+        lora = attach_adapter(model, AdapterConfig(**arguments["adapter"]), key)  # each part where its layer is
     recorder = make_recorder(task, model, lora)
     resume = recorder.find_resume_point()
     # A student and its control share their draws; a sham and a teacher have their own.

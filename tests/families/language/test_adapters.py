@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from mechsub.checkpoints import write_tensors
 from mechsub.errors import MechsubError, RecipeError
-from mechsub.families.language.adapters import adapter_table, read_adapter_config
+from mechsub.families.language.adapters import adapter_table, attach_adapter, attach_saved_adapter, read_adapter_config
+from mechsub.families.language.config import AdapterConfig
 from mechsub.families.language.models import parameters_of, tensor_table
 from mechsub.lineages import LineageSpec, Origin, checkpoint_folder, checkpoint_name, open_lineage, write_spec
 from mechsub.parameters.gram import displacement, displacement_difference, displacement_label, origin_direction, stream_gram
@@ -231,3 +232,26 @@ def test_an_adapter_in_a_pickle_is_refused_with_the_way_out(tmp_path):
 def test_recipes_of_adapters_that_cannot_be_are_refused(nano_recipe, settings, message):
     with pytest.raises(MechsubError, match=message):
         load_recipe(nano_recipe, settings)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_on_a_base_in_half_precision_adapters_start_at_it_and_keep_their_own_precision(tmp_path, architecture, dora):
+    base = make_base(architecture).bfloat16()
+    model = copy.deepcopy(base)
+    attach_adapter(model, AdapterConfig(rank=2, dora=dora), 0)
+    for name, module in model.named_modules():
+        if dora and hasattr(module, "lora_magnitude_vector"):
+            rows = module.get_base_layer().weight.float()
+            norms = rows.norm(dim=0 if module.fan_in_fan_out else 1)
+            torch.testing.assert_close(module.lora_magnitude_vector["default"].weight.data, norms, atol=0, rtol=1e-6, msg=name)
+    saved = make_adapter(make_base(architecture), 1, use_dora=dora)
+    saved.save_pretrained(tmp_path)
+    loaded = copy.deepcopy(base)
+    attach_saved_adapter(loaded, tmp_path, "a test")
+    kept = load_file(tmp_path / "adapter_model.safetensors")
+    found = {name: parameter for name, parameter in loaded.named_parameters() if "lora_" in name}
+    assert len(found) == len(kept) and {parameter.dtype for parameter in found.values()} == {torch.float32}
+    for name, tensor in kept.items():
+        own = name.removeprefix("base_model.model.").replace("lora_A", "lora_A.default").replace("lora_B", "lora_B.default")
+        own = own.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight")
+        assert torch.equal(found[own], tensor)

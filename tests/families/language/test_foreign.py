@@ -135,3 +135,5 @@ def test_a_model_of_another_shape_is_refused(recipe, tmp_path):
 def test_halves_are_never_trained_whole(recipe):
     with pytest.raises(MechsubError, match="whose rounding is larger than most updates"):
         load_recipe(recipe, ["adapter=null", "conditions={same-init: }"])
+    with pytest.raises(MechsubError, match="whose rounding is larger than most updates"):
+        load_recipe(recipe, ["conditions={full: {adapter: none}, same-init: }"])
