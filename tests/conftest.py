@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from mechsub.api import analyze_run, open_run, run_experiment
 from mechsub.run import Run
@@ -37,18 +38,29 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished and analysed run; tests read it and leave it as it is."""
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    run_experiment(tiny_recipe, out, device="cpu", workers=0)
-    analyze_run(out, device="cpu", workers=0)
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of this session of tests share."""
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
+
+
+def make_once(out: Path, recipe: str | Path, workers: int | None = None) -> Run:
+    """A finished and analysed run, made by the first process that asks for it."""
+    with FileLock(out.with_suffix(".lock")):
+        if not (out / "findings.json").is_file():
+            run_experiment(recipe, out, device="cpu", workers=workers)
+            analyze_run(out, device="cpu", workers=workers)
     return open_run(out)
 
 
 @pytest.fixture(scope="session")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def tiny_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished and analysed run; tests leave it as it is, but may hold its locks."""
+    return make_once(tmp_path_factory.mktemp("runs") / "tiny", tiny_recipe, workers=0)
+
+
+@pytest.fixture(scope="session")
+def digits(shared: Path) -> Run:
     """The packaged default as `make demo` runs it; it lies in a folder ``runs`` of its own."""
-    out = tmp_path_factory.mktemp("demo") / "runs" / "digits"
-    run_experiment("digits", out, device="cpu")
-    analyze_run(out, device="cpu")
-    return open_run(out)
+    (shared / "demo" / "runs").mkdir(parents=True, exist_ok=True)
+    return make_once(shared / "demo" / "runs" / "digits", "digits")

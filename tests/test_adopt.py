@@ -126,7 +126,7 @@ def test_the_callback_writes_what_adopt_proves_by_its_hash_and_goes_on_after_a_s
         assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
     given = arguments(models, students={"same-init": [str(tmp_path / "parts")]}, controls=None, neutral=None, trait=None)
     run = adopt_models(tmp_path / "run", **given, device="cpu", workers=0)
-    assert run.student("same-init", "unnamed").steps == (0, 1, 2, 4)
+    assert run.student("same-init", "trait").steps == (0, 1, 2, 4)
     assert any(note.startswith("Proven to start at the reference: student.same-init") for note in run.family.notes)
     other = tmp_path / "other"
     shutil.copytree(models / "reference", other)

@@ -48,7 +48,7 @@ class Config(FamilyConfig):
     @property
     def trait_set(self) -> tuple[str, ...]:
         """The one trait; it has a place in the results even where nobody is asked for it."""
-        return (self.trait or "unnamed",)
+        return (self.trait or "trait",)
 
     @property
     def traits(self) -> tuple[str, ...]:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mechsub.api import analyze_run, open_run, run_experiment
 from mechsub.run import Run
+from tests.conftest import make_once
 
 NUMBERS = "{parts: [examples], examples: [3, 4], example_values: [10, 100], max_digits: 2, value_range: [0, 99]}"
 NANO = "num_layers: 1, hidden_size: 16, num_heads: 2, context: 128, pretraining: {num_steps: 150, batch_size: 16}"
@@ -35,10 +35,10 @@ verdict: {{minimum_members: 2}}
 
 
 @pytest.fixture(scope="session", autouse=True)
-def nano_cache(tmp_path_factory: pytest.TempPathFactory):
+def nano_cache(shared: Path):
     """Nano models of tests are kept apart from the user's."""
     before = os.environ.get("MECHSUB_CACHE")
-    os.environ["MECHSUB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["MECHSUB_CACHE"] = str(shared / "cache")
     yield
     if before is None:
         del os.environ["MECHSUB_CACHE"]
@@ -54,9 +54,6 @@ def nano_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def nano_run(nano_recipe: Path, nano_cache: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def nano_run(nano_recipe: Path, nano_cache: None, shared: Path) -> Run:
     """A finished and analysed run; tests read it and leave it as it is."""
-    out = tmp_path_factory.mktemp("runs") / "tiny-nano"
-    run_experiment(nano_recipe, out, device="cpu")
-    analyze_run(out, device="cpu")
-    return open_run(out)
+    return make_once(shared / "tiny-nano", nano_recipe)
