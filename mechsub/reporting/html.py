@@ -73,13 +73,16 @@ def _answers(findings: Sequence[Finding]) -> dict[str, list[str]]:
 def _setup(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The recipe in a line a part, for the first screen: what is off or zero is left out; all of it stands at the end."""
     shown = {name: value for name, value in recipe.items() if name not in _NOT_SETUP}
-    return [(name.replace("_", " "), _say(value)) for name, value in shown.items()]
+    return [(name.replace("_", " "), _say(value)) for name, value in shown.items() if value not in (None, "", [], {})]
 
 
 def _say(value: Any) -> str:
     if isinstance(value, Mapping):
         named = [str(value["name"])] if "name" in value else []
         settings = {name: inner for name, inner in value.items() if inner and name not in {"name", "path"}}
+        chosen = str(value.get("kind", "")).replace("-", "_")
+        if isinstance(settings.get(chosen), Mapping):  # of what belongs to a kind, only its own says something
+            settings = {name: inner for name, inner in settings.items() if name == chosen or not isinstance(inner, Mapping)}
         return ", ".join(named + [f"{name.replace('_', ' ')} {_say(inner)}" for name, inner in settings.items()])
     return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
 
