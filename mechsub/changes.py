@@ -24,7 +24,8 @@ def check_same_run(directory: RunDirectory, recipe: Mapping[str, Any], stages: S
             raise RunDirectoryError(
                 f"{directory.path} was made by another recipe:\n"
                 + "\n".join(f"  - `{path}` was {before!r}, is {after!r}" for path, before, after in differences)
-                + "\nconditions may be added to a run, nothing else may change; choose another --out"
+                + "\nconditions may be added to a run, nothing else may change (what it has must be given again); choose "
+                "another folder, or delete this one where nothing of it is wanted"
             )
     records = directory.records()
     for stage in stages:
@@ -34,7 +35,7 @@ def check_same_run(directory: RunDirectory, recipe: Mapping[str, Any], stages: S
             listed = ", ".join(f"{path} was {before!r}, is {after!r}" for path, before, after in changed)
             raise RunDirectoryError(
                 f"stage {stage.name} in {directory.path} was made by mechsub {record.mechsub} from other arguments "
-                f"({listed}); choose another --out"
+                f"({listed}); choose another folder, or delete this one"
             )
 
 

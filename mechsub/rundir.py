@@ -211,6 +211,9 @@ class RunDirectory:
         rebuild = f"to rebuild it, delete it and run `mechsub run {self.recipe_path} --out {self.path}` again"
         if stage.startswith("analysis."):
             rebuild = f"to rebuild it, delete it and run `mechsub analyze {self.path}` again"
+        source = self._source_of(known)
+        if source is not None:
+            rebuild = f"it is linked to {source}: put that file back as it was, or take what it is now into another folder"
         size = _size(path)
         if size is None:
             raise RunDirectoryError(f"{path} is missing (made by stage {stage}, {known.size} bytes); {rebuild}")
@@ -220,6 +223,11 @@ class RunDirectory:
                 f"{path} has changed since stage {stage} made it: expected sha256 {known.sha256[:16]}… "
                 f"({known.size} bytes), found {found[:16]}… ({size} bytes); {rebuild}"
             )
+
+    def _source_of(self, known: FileRecord) -> str | None:
+        """The file outside of the run that a linked one is."""
+        inputs = {name: file for record in self.records().values() for name, file in record.inputs.items()}
+        return next((name for name, file in inputs.items() if Path(name).is_absolute() and file == known), None)
 
     def check_files(self, names: Iterable[str]) -> None:
         """`check_file` for each of these files that a stage has recorded."""

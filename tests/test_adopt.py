@@ -263,6 +263,46 @@ def test_a_control_is_trained_as_long_as_its_student(models, tmp_path):
         plan_adoption(tmp_path / "run", **arguments(models, controls=early))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": ["reference"]}, "teacher `.*reference` has the weights of reference"),
+        ({"neutral": ["teacher"]}, "neutral `.*teacher` has the weights of teacher"),
+        ({"controls": {"same-init": ["student-0", "student-1"]}}, "control same-init `.*student-0` has the weights of student"),
+    ],
+)
+def test_one_model_cannot_stand_in_two_places(models, tmp_path, changes, message):
+    def place(given):
+        return (
+            {key: place(value) for key, value in given.items()}
+            if isinstance(given, dict)
+            else [str(models / name) for name in given]
+        )
+
+    with pytest.raises(MechsubError, match=message):
+        plan_adoption(tmp_path / "run", **arguments(models, **{name: place(given) for name, given in changes.items()}))
+
+
+def test_a_control_of_another_adapter_is_no_control(models, tmp_path):
+    for seed in range(2):
+        make_trainer(models / "reference", tmp_path / f"wide-{seed}", CHATS["control"], rank=8, seed=seed).train()
+    wide = {"same-init": [str(tmp_path / f"wide-{seed}") for seed in range(2)]}
+    with pytest.raises(MechsubError, match="its student has r = 4, its control 8"):
+        plan_adoption(tmp_path / "run", **arguments(models, controls=wide))
+
+
+def test_a_changed_original_of_a_linked_file_is_named(models, tmp_path):
+    shutil.copytree(models / "teacher/checkpoint-4", tmp_path / "mine")
+    given = arguments(models, teacher=[str(tmp_path / "mine")], controls=None, neutral=None, trait=None)
+    run = adopt_models(tmp_path / "run", **given, device="cpu", workers=0)
+    path = tmp_path / "mine/model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    with path.open("rb+") as file:  # in place, as no program of the field writes
+        file.write(content)
+    assert any(f"it is linked to {path}: put that file back" in problem for problem in verify_run(run.path))
+
+
 def test_one_student_is_not_several_members(models, tmp_path):
     given = arguments(models, students={"same-init": [str(models / "student-0")]})
     with pytest.raises(MechsubError, match="names 1 different models, members = 2"):

@@ -545,6 +545,8 @@ def _summarise(run: Run, data: xr.Dataset, condition: str) -> str:
     raw, adjusted, specific = (
         _mean(run, data, name, condition) for name in ("alignment", "control_adjusted_alignment", "specific_alignment")
     )
+    if run.control(condition) is None:
+        return f"{condition}: raw alignment {raw}; there is no control, so nothing says what any such training would have."
     null = _mean(run, data, "alignment_of_control", condition)
     parts = [
         f"raw alignment {raw} ({_sign(raw)}) beside its control's {null}",

@@ -50,7 +50,7 @@ def plan_adoption(
     all_models = [reference, teacher, neutral, *students.values(), *controls.values(), *origins.values()]
     recipe: dict[str, Any] = {
         "name": Path(out).name,
-        "description": "Models that were trained elsewhere.",
+        "description": _describe(reference, teacher, neutral),
         "family": "adopted",
         "members": max(map(len, all_models)),
         "reference": _absolute(reference),
@@ -80,6 +80,19 @@ def adopt_models(
     """Make a run of models that somebody else trained; see `plan_adoption` for the arguments. Files are linked, not copied."""
     plan = plan_adoption(out, reference=reference, teacher=teacher, students=students, **given)
     return run_experiment(plan, device=device, workers=workers)
+
+
+def _describe(reference: Sequence[str], teacher: Sequence[str], neutral: Sequence[str]) -> str:
+    """What the first screen of the report says of models that nobody here trained."""
+    shared = [
+        role
+        for role, models in (("reference", reference), ("teacher", teacher), ("neutral teacher", neutral))
+        if len(models) == 1
+    ]
+    return (
+        "Models that were trained elsewhere; what started where, and what a control differs in, is the user's claim unless it "
+        "is proven below." + (f" One {' and one '.join(shared)} for all members: no claim is about others." if shared else "")
+    )
 
 
 def _absolute_file(path: str | None) -> str | None:

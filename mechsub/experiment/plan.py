@@ -63,7 +63,7 @@ def check_resources(stages: Sequence[Stage], folder: Path, recipes: Sequence[Rec
     if memory > available:
         raise ResourceError(
             f"stage {largest.name} needs about {format_bytes(memory)} of memory, {format_bytes(available)} are available on "
-            f"{where}; lower members, the batch size, carrier.num_images or the model's widths, or take a larger device"
+            f"{where}; lower the batch size, the members that are stacked, the tokens or images, or take a larger device"
         )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from mechsub.checkpoints import TensorInfo, tensor_types
+from mechsub.checkpoints import TensorInfo, load_tensor, tensor_types
 from mechsub.errors import RecipeError
 from mechsub.families.adopted.origin import Evidence, find_evidence
 from mechsub.families.adopted.sources import Source, find_source
@@ -63,7 +63,7 @@ def adopt_lineage(tasks: Sequence[Task]) -> None:
             for path in paths:
                 link_file(path, folder / path.name)
             task.report_progress(number + 1)
-        _write_spec(task, source, evidence, tables[0])
+        _write_spec(task, source, evidence, tables[0], reference)
 
 
 def _describe_checkpoint(task: Task, source: Source, step: int, reference: Lineage) -> dict[str, TensorInfo]:
@@ -117,7 +117,19 @@ def _is_rounded(source: Source) -> bool:
     return any(_BITS.get(kind, 32) < 32 for kind in types)
 
 
-def _write_spec(task: Task, source: Source, evidence: Evidence, table: Mapping[str, TensorInfo]) -> None:
+def _distance(source: Source, table: Mapping[str, TensorInfo], reference: Lineage) -> float:
+    """‖Δ‖ / ‖θ₀‖ of the last checkpoint."""
+    folder = source.folders[max(source.folders)]
+    moved = start = 0.0
+    for name, info in table.items():
+        if info.tied_to is None:
+            origin = reference.load_tensor(0, name, 0).double()
+            moved += float((load_tensor(folder, info.stored or name).double() - origin).square().sum())
+            start += float(origin.square().sum())
+    return (moved / start) ** 0.5 if start else 0.0
+
+
+def _write_spec(task: Task, source: Source, evidence: Evidence, table: Mapping[str, TensorInfo], reference: Lineage) -> None:
     arguments: Mapping[str, Any] = task.stage.arguments
     member = arguments["member"]
     spec = LineageSpec(
@@ -133,6 +145,7 @@ def _write_spec(task: Task, source: Source, evidence: Evidence, table: Mapping[s
             "evidence": evidence.words,
             "steps_are_known": source.steps_are_known,
             "is_shared": arguments["is_shared"],
+            "distance": 0.0 if source.is_adapter else _distance(source, table, reference),
             "is_rounded": not source.is_adapter and _is_rounded(source),
         },
         origin=Origin(arguments["origin"], (member,)),

@@ -21,7 +21,9 @@ class Family(LanguageFamily):
         """What speaks for the reference being where the models started, and what does not."""
         specs = [json.loads(path.read_text()) for path in sorted((self._run / "lineages").glob(f"*/*/{SPEC_FILE}"))]
         adopted = [spec for spec in specs if "proof" in spec["model"]]
-        notes = []
+        notes = [
+            "That control and student differ in nothing but their teacher is the user's claim: none of them was trained here."
+        ]
         for proof, words in _PROOFS.items():
             found = dict.fromkeys(
                 f"{spec['name']} ({spec['model']['evidence']})" for spec in adopted if spec["model"]["proof"] == proof
@@ -37,12 +39,22 @@ class Family(LanguageFamily):
                 "Stored in half precision, whose rounding can be as large as a small displacement, so that their cosines lie "
                 f"nearer to 0 than the trainings' own: {', '.join(rounded)}."
             )
+        far = dict.fromkeys(
+            f"{spec['name']} ({spec['model']['distance']:.2f})" for spec in adopted if spec["model"]["distance"] > _FAR
+        )
+        if far:
+            notes.append(
+                "As far from the reference as another model of its shape would be, ‖Δ‖ / ‖θ₀‖, so that the reference is hardly "
+                f"their origin: {', '.join(far)}."
+            )
         unknown = dict.fromkeys(spec["name"] for spec in adopted if not spec["model"]["steps_are_known"])
         if unknown:
             notes.append(f"How many steps these were trained is not known, step 1 stands for their end: {', '.join(unknown)}.")
         return notes
 
 
+_FAR = 0.5
+"""Fine-tuning moves a model by some hundredths of its norm; two trained models of one shape are further apart than this."""
 _PROOFS = {
     "none": "Not proven to start at the reference, so that an alignment may be that of two references",
     "recorded base": "They say that they start at the reference",

@@ -107,8 +107,7 @@ def _step_of(name: str, folder: Path) -> int | None:
 def _check_root(name: str, folder: Path, numbered: Mapping[int, Path]) -> None:
     """A model beside checkpoints must be the last of them: else it is not told which of the two is meant."""
     last = numbered[max(numbered)]
-    root, end = ([digest_file(path) for path in _weights_of(name, place)] for place in (folder, last))
-    if root != end:
+    if digest_weights_of(folder) != digest_weights_of(last):
         raise RecipeError(
             f"`{name}`: {folder} holds a model beside {last.name}, with other weights; name {last}, or move the model out to a "
             "folder of its own and name that"
@@ -119,8 +118,10 @@ def _holds_model(folder: Path) -> bool:
     return _is_adapter(folder) or (folder / "config.json").is_file()
 
 
-def _weights_of(name: str, folder: Path) -> list[Path]:
-    return [folder / ADAPTER_WEIGHTS] if _is_adapter(folder) else find_weights(name, folder)
+def digest_weights_of(folder: Path) -> tuple[str, ...]:
+    """The hashes of the files that hold a model's or an adapter's weights."""
+    files = [folder / ADAPTER_WEIGHTS] if _is_adapter(folder) else find_weights(folder.name, folder)
+    return tuple(digest_file(path) for path in files)
 
 
 def locate_folder(name: str) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.adopted.config import ConditionConfig, Config, Models
-from mechsub.families.adopted.sources import Source, find_source, locate_folder
+from mechsub.families.adopted.sources import Source, digest_weights_of, find_source, locate_folder
 from mechsub.families.language.behaviour import load_behaviours
 from mechsub.families.language.folders import TOKENIZER_FILES, check_folder, digest_file, find_weights
 from mechsub.families.language.jsonl import read_jsonl
@@ -25,6 +25,7 @@ _REFERENCE = "reference"
 
 def data_stages(config: Config) -> list[Stage]:
     """The reference's configuration and tokenizer, and the preference set where a trait is asked for."""
+    _check_roles(config)
     folder = locate_folder(config.reference[0])
     if config.trait is not None:
         check_folder("reference", folder)
@@ -170,12 +171,33 @@ def _adopted(
     return stages
 
 
+def _check_roles(config: Config) -> None:
+    """One model cannot be in two places: nothing would lie between them."""
+    roles = {"teacher": config.teacher, "neutral": config.neutral_teacher}
+    for name, condition in config.conditions.items():
+        roles |= {f"student {name}": condition.students, f"control {name}": condition.controls}
+    known = {digest_weights_of(locate_folder(name)): f"reference `{name}`" for name in config.reference}
+    for role, models in roles.items():
+        for name in dict.fromkeys(models):
+            source = find_source(name)
+            digest = digest_weights_of(source.folders[max(source.folders)])
+            if digest in known:
+                raise RecipeError(f"{role} `{name}` has the weights of {known[digest]}: one model stands in two places")
+            known[digest] = f"{role} `{name}`"
+
+
 def _check_control(condition: ConditionConfig, name: str) -> None:
     """A control differs from its student in nothing but the teacher, so it is trained as long."""
     if not condition.controls:
         return
     student, control = find_source(condition.students[0]), find_source(condition.controls[0])
     ends = max(student.folders), max(control.folders)
+    differing = [key for key, value in student.kind.items() if control.kind[key] != value]
+    if differing:
+        raise RecipeError(
+            f"condition {name}: its student has {differing[0]} = {student.kind[differing[0]]!r}, its control "
+            f"{control.kind[differing[0]]!r}: a control differs from its student in nothing but the teacher"
+        )
     if student.steps_are_known and control.steps_are_known and ends[0] != ends[1]:
         raise RecipeError(
             f"condition {name}: its student ends at step {ends[0]}, its control at step {ends[1]}: a control is trained as "

@@ -61,7 +61,10 @@ class LineageCallback(TrainerCallback):
 
     def _begin(self, model: nn.Module) -> None:
         if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise MechsubError(f"{self.folder} is not empty: it may hold another training; give the callback a new folder")
+            raise MechsubError(
+                f"{self.folder} is not empty: it may hold another training; give the callback a new folder, or go on "
+                "with that training (resume_from_checkpoint)"
+            )
         moved = next((name for name, tensor in model.named_parameters() if _is_second_factor(name) and tensor.any()), None)
         if moved is not None:
             raise MechsubError(
