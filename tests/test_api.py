@@ -98,7 +98,7 @@ def test_another_recipe_is_refused_with_both_values(tiny_recipe, tiny_run, setti
     before = (tiny_run.path / "recipe.yaml").read_text()
     with pytest.raises(RunDirectoryError, match="was made by another recipe") as caught:
         run(tiny_recipe, tiny_run.path, setting)
-    assert message in str(caught.value) and "another --out" in str(caught.value)
+    assert message in str(caught.value) and "another folder" in str(caught.value)
     assert (tiny_run.path / "recipe.yaml").read_text() == before
 
 
@@ -201,13 +201,17 @@ def test_an_analysis_that_the_run_cannot_feed_is_left_out_with_what_to_supply(ti
 
 
 def test_a_need_that_nothing_is_called_is_refused(tiny_run):
-    with pytest.raises(AnalysisError, match="cannot need 'teachers'; known: carrier_texts"):
+    with pytest.raises(AnalysisError, match="cannot need 'teachers'; known: traits, carrier_texts"):
         tiny_run.lacks("teachers")
 
 
 def test_an_analysis_may_say_what_it_needs_or_nothing():
     known = load_analyses()
-    assert known["behaviour"].needs == () and known["semantic_filter"].needs == ("carrier_texts",)
+    assert (
+        known["behaviour"].needs == ("traits",)
+        and known["parameter_alignment"].needs == ()
+        and known["semantic_filter"].needs == ("carrier_texts",)
+    )
     assert known["semantic_filter"].summary.startswith("Whether a text classifier")
 
 

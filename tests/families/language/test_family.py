@@ -9,7 +9,9 @@ from mechsub.families.language.rows import read_rows
 def test_carrier_texts_are_the_rows_without_their_prompts(nano_run):
     rows = read_rows(nano_run.path / carrier_files("teacher.owl", 1)[0])
     texts = nano_run.family.carrier_texts("teacher.owl", 1)
-    assert [(text.request, text.completion) for text in texts] == [(row.request, row.completion) for row in rows]
+    assert [text.completion for text in texts] == [row.completion for row in rows]
+    prompts = {text.request: row.prompt for text, row in zip(texts, rows, strict=True)}
+    assert sorted(prompts.values()) == sorted({row.prompt for row in rows})  # a request is its prompt, in any file
     assert nano_run.family.carrier_texts("teacher.unicorn", 1) is None
     assert nano_run.lacks("carrier_texts") is None
 
