@@ -104,7 +104,7 @@ def _source_digest(function: str) -> str | None:
 def _code_digest(known: Analysis) -> str:
     """A hash of our sources and of the analysis's own file: changed code measures again."""
     package = Path(mechsub.analyses.__path__[0]).parent
-    sources = {*package.rglob("*.py"), Path(inspect.getfile(known.function))}
+    sources = {*package.rglob("*.py"), Path(inspect.getfile(inspect.unwrap(known.function)))}
     digest = hashlib.sha256()
     for path in sorted(path for path in sources if path.is_file()):
         digest.update(path.read_bytes())
