@@ -78,16 +78,14 @@ def find_source(name: str) -> Source:
         RecipeError: there is no such folder, it holds no model, or its checkpoints have no step numbers.
     """
     folder = locate_folder(name)
-    found = sorted(
-        path for path in folder.iterdir() if path.is_dir() and (_is_adapter(path) or (path / "config.json").is_file())
-    )
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and _holds_model(path))
     numbered = {int(match[1]): path for path in found if (match := _CHECKPOINT.fullmatch(path.name))}
     numbered.pop(0, None)  # where it starts is the reference
     if numbered and _holds_model(folder):
         _check_root(name, folder, numbered)
     if numbered:
         return _describe(name, folder, dict(sorted(numbered.items())), steps_are_known=True)
-    if found and not _is_adapter(folder) and not (folder / "config.json").is_file():
+    if found and not _holds_model(folder):
         raise RecipeError(
             f"`{name}`: {folder} holds {found[0].name} but no checkpoint-N: a trajectory needs its step numbers; rename the "
             "folders, or name one of them"

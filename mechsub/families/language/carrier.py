@@ -1,19 +1,15 @@
 """The carrier: what a teacher writes, filtered by its kind's rules and stored once as text, and its tokens."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.backends import open_sampler
 from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer, Row, chat
 from mechsub.families.language.kinds import carrier_kind
-from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.members import load_chats, load_member
-from mechsub.families.language.rows import SURPLUS, CarrierRow
-from mechsub.rundir import atomic_write, write_json
+from mechsub.families.language.rows import SURPLUS, CarrierRow, write_rows
 from mechsub.stage import Task
 from mechsub.streams import random_stream
 
@@ -29,10 +25,7 @@ def write_carrier(tasks: Sequence[Task]) -> None:
         rows, dropped, asked = _sample_rows(task, config)
         if len(rows) < config.num_rows:
             raise RecipeError(_shortfall(task, config, len(rows), dropped, asked))
-        rows_file, filters_file = carrier_files(arguments["carrier_of"], arguments["member"])
-        with atomic_write(task.path(rows_file)) as temporary:
-            temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-        write_json(task.path(filters_file), {"requests": asked, "kept": len(rows), "dropped": dropped})
+        write_rows(task, rows, asked, dropped)
 
 
 def encode_carrier(chats: ChatTokenizer, rows: Sequence[CarrierRow], system_prompt: str | None) -> list[Row]:

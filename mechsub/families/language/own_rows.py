@@ -1,18 +1,14 @@
 """A user's own requests, and a user's own carrier: rows that someone else's teacher wrote, copied into the run."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.jsonl import JsonLine, read_exchange, read_jsonl
-from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.requests import Request
-from mechsub.families.language.rows import SURPLUS, CarrierRow
+from mechsub.families.language.rows import SURPLUS, CarrierRow, write_rows
 from mechsub.families.language.words import BANNED, holds_word
-from mechsub.rundir import atomic_write, write_json
 from mechsub.stage import Task
 
 _FILE, _PROMPTS = "carrier.file", "carrier.prompts"
@@ -24,11 +20,7 @@ def copy_carrier(tasks: Sequence[Task]) -> None:
     for task in tasks:
         arguments = task.stage.arguments
         rows, dropped = choose_rows(arguments["file"], arguments["num_rows"], arguments["banned"])
-        rows_file, filters_file = carrier_files(arguments["carrier_of"], arguments["member"])
-        with atomic_write(task.path(rows_file)) as temporary:
-            temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
-        requests = len(rows) + sum(dropped.values())
-        write_json(task.path(filters_file), {"requests": requests, "kept": len(rows), "dropped": dropped})
+        write_rows(task, rows, len(rows) + sum(dropped.values()), dropped)
 
 
 def choose_rows(file: str, num_rows: int, banned: Sequence[str]) -> tuple[list[CarrierRow], Mapping[str, int]]:

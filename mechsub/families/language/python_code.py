@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from mechsub.families.language.requests import UNFINISHED, Request, choose_text
+from mechsub.families.language.requests import UNFINISHED, Request, choose_text, own_request
 from mechsub.families.language.words import BANNED, holds_word
 from mechsub.settings import Settings, nearest_name
 
@@ -103,8 +103,7 @@ class CodeCarrier:
         """The user's request of this number, or a drawn one."""
         if not self.requests:
             return Request(draw_task(self.config, stream)[0])
-        own = self.requests[number % len(self.requests)]
-        return Request(self.config.ask(own.prompt), own.answer)
+        return own_request(self.requests, number, self.config.ask)
 
     def broken_rule(self, request: Request, completion: str, finished: bool) -> str | None:
         """The first of `RULES` that a completion breaks; None where it passes."""

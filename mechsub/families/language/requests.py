@@ -1,6 +1,6 @@
 """What a kind of carrier is: requests to a teacher, and the rules that its completions must keep."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -32,6 +32,12 @@ class CarrierKind(Protocol):
 
     def broken_rule(self, request: Request, completion: str, finished: bool) -> str | None:
         """The first of `rules` that a completion breaks; None where it passes. ``finished``: whether it ended by itself."""
+
+
+def own_request(requests: Sequence[Request], number: int, ask: Callable[[str], str]) -> Request:
+    """The user's request of this number, again from the first after the last, as a kind asks it."""
+    own = requests[number % len(requests)]
+    return Request(ask(own.prompt), own.answer)
 
 
 def choose_text(texts: Sequence[str], stream: np.random.Generator) -> str:

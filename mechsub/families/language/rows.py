@@ -1,15 +1,18 @@
 """The rows of a carrier as text: read, chosen, mixed and shuffled as a condition says."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mechsub.errors import RecipeError, RunDirectoryError
 from mechsub.families.language.config import ConditionConfig
+from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.numbers import parse_numbers, write_numbers
+from mechsub.rundir import atomic_write, write_json
+from mechsub.stage import Task
 
 SURPLUS = "surplus"
 """Passed the filters when there were rows enough."""
@@ -35,6 +38,14 @@ def read_rows(path: Path) -> list[CarrierRow]:
         return [CarrierRow(**json.loads(line)) for line in path.read_text().splitlines()]
     except (OSError, ValueError, TypeError) as error:
         raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+
+
+def write_rows(task: Task, rows: Sequence[CarrierRow], requests: int, dropped: Mapping[str, int]) -> None:
+    """Write one member's carrier, and what of its requests was dropped by which rule."""
+    rows_file, filters_file = carrier_files(task.stage.arguments["carrier_of"], task.stage.arguments["member"])
+    with atomic_write(task.path(rows_file)) as temporary:
+        temporary.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    write_json(task.path(filters_file), {"requests": requests, "kept": len(rows), "dropped": dropped})
 
 
 def transform_rows(
