@@ -161,6 +161,10 @@ class Part:
         rows: Tensor = load[self.kind](self.step, tensor, start, stop)
         return rows if self.members == tuple(range(len(rows))) else rows[list(self.members)]
 
+    def load_whole(self, tensor: str, member: int) -> Float[Tensor, "..."]:
+        """The whole tensor of one member; float32 or wider."""
+        return self.lineage.load_part(self.step, tensor, self.members[member], self.kind)
+
     def load_factors(self, tensor: str, member: int) -> Factors:
         """A low-rank change of one member, in float64."""
         return self.lineage.load_factors(self.step, tensor, self.members[member])
@@ -271,6 +275,12 @@ class Lineage:
         """Rows of what an adapter adds to one tensor, of all members, computed in float64 and given in float32."""
         members = [self._load_change(step, tensor, member, start, stop) for member in range(self.spec.num_members)]
         return torch.stack(members).float()
+
+    def load_part(self, step: int, tensor: str, member: int, kind: str) -> Float[Tensor, "..."]:
+        """One summand of one member's tensor, whole, of a `Part`'s kind; float32 or wider."""
+        if kind == "stored":
+            return as_computed(self._load_whole(step, tensor, member))
+        return self._load_change(step, tensor, member, 0, self.spec.tensors[tensor].shape[0])
 
     def load_tensor(self, step: int, tensor: str, member: int) -> Tensor:
         """One member's tensor at one step; see `load_state`."""

@@ -18,6 +18,8 @@ from mechsub.findings import FIELDS, Finding
 from mechsub.rundir import RunDirectory, atomic_write
 
 SCHEMA_VERSION = 1
+_GROUPS = "/groups"
+_TABLES = ("findings", "figures")
 _CHUNK_BYTES = 2 << 20
 _JSON_FIELDS = ("variables", "spec", "select")
 _FIGURE_FIELDS = ("name", "title", "caption", *_JSON_FIELDS, "headline")
@@ -32,6 +34,8 @@ class Result:
     figures: Sequence[Figure]
     summary: Sequence[str] = field(default_factory=tuple)
     """Sentences for the reader, made from the numbers."""
+    groups: Mapping[str, xr.Dataset] = field(default_factory=dict)
+    """Larger arrays that no report shows, each in a group of the file; `read_group` reads one of them."""
 
 
 def label_variable(
@@ -51,7 +55,8 @@ def status_variable(codes: Any, dims: Sequence[str], meanings: Sequence[str], of
 
 def write_result(path: Path, analysis: str, arguments: Mapping[str, Any], version: str, result: Result) -> None:
     """Write a result atomically; the same result gives the same numbers, without any wall-clock time."""
-    _check_reasons(result.data)
+    for data in (result.data, *result.groups.values()):
+        _check_reasons(data)
     root = result.data.assign_attrs(
         analysis=analysis,
         arguments=json.dumps(arguments, sort_keys=True),
@@ -59,12 +64,27 @@ def write_result(path: Path, analysis: str, arguments: Mapping[str, Any], versio
         schema_version=SCHEMA_VERSION,
         summary=json.dumps(list(result.summary), ensure_ascii=False),
     )
-    tree = xr.DataTree.from_dict(
-        {"/": root, "/findings": _findings_table(result.findings), "/figures": _figures_table(result.figures)}
-    )
+    tables = {"/findings": _findings_table(result.findings), "/figures": _figures_table(result.figures)}
+    tree = xr.DataTree.from_dict({"/": root, **tables})
     encoding = {"/": {str(name): _encoding(variable) for name, variable in root.variables.items()}}
     with atomic_write(path) as temporary:
         tree.to_netcdf(temporary, engine="h5netcdf", encoding=encoding)
+        for name, data in result.groups.items():
+            kept = {str(key): _encoding(variable) for key, variable in data.variables.items()}
+            data.to_netcdf(temporary, mode="a", group=f"{_GROUPS}/{name}", engine="h5netcdf", encoding=kept)
+
+
+def read_group(path: Path, name: str) -> xr.Dataset:
+    """One of a result's groups, wholly into memory.
+
+    Raises:
+        RunDirectoryError: the file is damaged, or has no such group.
+    """
+    try:
+        with xr.open_dataset(path, group=f"{_GROUPS}/{name}", engine="h5netcdf") as data:
+            return data.load()
+    except (OSError, KeyError, ValueError) as error:
+        raise RunDirectoryError(f"{path} holds no {name} that can be read ({error}); analyse the run again") from error
 
 
 def read_result(path: Path) -> Result:
@@ -74,8 +94,9 @@ def read_result(path: Path) -> Result:
         RunDirectoryError: the file is damaged or not ours.
     """
     try:
-        with xr.open_datatree(path, engine="h5netcdf") as tree:
-            loaded = tree.load()
+        with xr.open_datatree(path, engine="h5netcdf") as tree:  # groups stay on the disk
+            nodes = {"/": tree, **{name: tree.children[name] for name in _TABLES}}
+            loaded = xr.DataTree.from_dict({name: node.to_dataset(inherit=False).load() for name, node in nodes.items()})
             data = loaded.to_dataset()
             summary = json.loads(data.attrs["summary"])
             findings = [Finding(**row) for row in _rows(loaded, "finding", FIELDS)]

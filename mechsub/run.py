@@ -16,6 +16,7 @@ from mechsub.lineages import SPEC_FILE, Lineage, open_lineage
 from mechsub.recipe import Recipe, load_recipe
 from mechsub.results import Result, find_results, read_result
 from mechsub.rundir import RunDirectory
+from mechsub.statistics.verdicts import Rules
 
 _ROLES = ("reference", "teacher", "neutral", "student", "control", "sham")
 
@@ -124,6 +125,27 @@ class Run:
         """The second control of a condition, where there is one."""
         return next(iter(self._find("sham", condition)), None)
 
+    def is_comparable(self, condition: str) -> bool:
+        """Whether a condition's students have the teachers' parameters: the same tensors in the same shapes."""
+        start = self.reference_of(self.student(condition, self.traits[0]))
+        return start.name == self.reference.name or _shapes(start) == _shapes(self.reference)
+
+    def starts_elsewhere(self, lineage: Lineage) -> bool:
+        """Whether a lineage starts at other weights than its member's teacher did."""
+        return not lineage.spec.origin.is_reference or lineage.spec.origin.lineage != self.reference.name
+
+    def paired_step(self, control: Lineage, student: Lineage, step: int) -> int | None:
+        """The step of a control beside one of a student: the last beside the last, else the same one, where steps are known."""
+        if step == student.last:
+            return control.last
+        known = all(lineage.spec.model.get("steps_are_known", True) for lineage in (control, student))
+        return step if known and step in control.steps and step != control.last else None
+
+    def rules(self, margin: float) -> Rules:
+        """The recipe's rules of verdicts, with a margin in the unit of what is judged."""
+        verdict = self.recipe.verdict
+        return Rules(margin, verdict.minimum_members, verdict.confidence, verdict.equivalence_level)
+
     def lacks(self, need: str) -> str | None:
         """None where the run has what an analysis needs, else one sentence that says what to supply.
 
@@ -160,6 +182,10 @@ class Run:
     def _results(self) -> dict[str, Result]:
         current, _ = find_results(self.directory)
         return {name: read_result(path) for name, path in current.items()}
+
+
+def _shapes(lineage: Lineage) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in lineage.spec.tensors.items()}
 
 
 def _has_carrier_texts(run: Run) -> bool:

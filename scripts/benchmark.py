@@ -32,7 +32,8 @@ from mechsub.environment import available_cores, describe_provenance
 from mechsub.executors.execution import execute_stages
 from mechsub.families.classifier.carrier import carrier_file
 from mechsub.families.classifier.idx import PARTS
-from mechsub.parameters.gram import displacement_label, stream_gram
+from mechsub.parameters.directions import displacement_label
+from mechsub.parameters.gram import stream_gram
 from mechsub.run import Run
 
 PIXELS, WIDTH, CLASSES, AUXILIARY = 784, 256, 10, 3

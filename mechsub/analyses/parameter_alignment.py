@@ -14,7 +14,7 @@ from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, ByScope, Combination, DirectionAlgebra, Scopes
-from mechsub.parameters.gram import (
+from mechsub.parameters.directions import (
     Direction,
     difference_label,
     displacement,
@@ -22,14 +22,14 @@ from mechsub.parameters.gram import (
     displacement_label,
     origin_direction,
     origin_label,
-    stream_gram,
 )
+from mechsub.parameters.gram import stream_gram
 from mechsub.parameters.quantities import CONTROL, NEUTRAL, QUANTITIES, SHAM, SWAPPED, Case, OtherTrait, Quantity
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.permutation import flip_signs
-from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, Rules, SuperiorityTest, judge_effects
+from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, SuperiorityTest, judge_effects
 
 SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
 _STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run", "incomparable")
@@ -56,20 +56,6 @@ def parameter_alignment(run: Run) -> Result:
     return Result(data, findings, figures, _sentences(run, data))
 
 
-def is_comparable(run: Run, condition: str) -> bool:
-    """Whether a condition's students start from the teachers' kind of reference: the same tensors with the same meaning."""
-    start = run.reference_of(run.student(condition, run.traits[0]))
-    return start.name == run.reference.name or _shapes(start) == _shapes(run.reference)
-
-
-def _shapes(lineage: Lineage) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for name, info in lineage.spec.tensors.items()}
-
-
-def _starts_elsewhere(run: Run, lineage: Lineage) -> bool:
-    return not lineage.spec.origin.is_reference or lineage.spec.origin.lineage != run.reference.name
-
-
 def list_directions(run: Run) -> list[Direction]:
     """θ₀, the teachers' last displacements, every student's at every step, their differences, and every other origin."""
     neutral = run.neutral
@@ -78,33 +64,25 @@ def list_directions(run: Run) -> list[Direction]:
     directions += [displacement(lineage, lineage.last) for lineage in (*teachers, *([neutral] if neutral else []))]
     if neutral is not None:
         directions += [displacement_difference(teacher, neutral, teacher.last, neutral.last) for teacher in teachers]
-    for condition in filter(lambda name: is_comparable(run, name), run.conditions):
+    for condition in filter(run.is_comparable, run.conditions):
         control, sham = run.control(condition), run.sham(condition)
         students = [run.student(condition, trait) for trait in run.traits]
         for lineage in (*([control] if control else []), *students, *([sham] if sham else [])):
             moved = [step for step in lineage.steps if step > 0]
             directions += [displacement(lineage, step) for step in moved]
             if control is not None and lineage is not control:
-                paired = [(step, _paired_step(control, lineage, step)) for step in moved]
+                paired = [(step, run.paired_step(control, lineage, step)) for step in moved]
                 directions += [displacement_difference(lineage, control, *steps) for steps in paired if steps[1] is not None]
-            if _starts_elsewhere(run, lineage):
+            if run.starts_elsewhere(lineage):
                 directions.append(origin_direction(lineage))
     return directions
-
-
-def _paired_step(control: Lineage, student: Lineage, step: int) -> int | None:
-    """The step of a control beside one of a student: the last beside the last, else the same one, where steps are known."""
-    if step == student.last:
-        return control.last
-    known = all(lineage.spec.model.get("steps_are_known", True) for lineage in (control, student))
-    return step if known and step in control.steps and step != control.last else None
 
 
 def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:
     """The directions of one student at one step; at step 0 nothing has moved, and they are empty sums."""
     student, control, sham = run.student(condition, trait), run.control(condition), run.sham(condition)
     teacher, neutral = run.teacher(trait), run.neutral
-    beside = None if control is None else _paired_step(control, student, step)
+    beside = None if control is None else run.paired_step(control, student, step)
 
     def when_moved(label: str) -> Combination:
         return {label: 1.0} if step > 0 else {}
@@ -127,7 +105,7 @@ def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step:
         teacher=last(teacher),
         neutral={} if neutral is None else last(neutral),
         teacher_difference={} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0},
-        student_origin={origin_label(student.name if _starts_elsewhere(run, student) else run.reference.name): 1.0},
+        student_origin={origin_label(student.name if run.starts_elsewhere(student) else run.reference.name): 1.0},
         teacher_origin={origin_label(run.reference.name): 1.0},
         anchor=displacement_label(teacher.name, teacher.last),
         partners=student.spec.origin.members,
@@ -147,7 +125,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Da
     values = {quantity.name: np.full(shape, np.nan) for quantity in QUANTITIES}
     status = {quantity.name: np.full(shape, ZERO, dtype=np.int8) for quantity in QUANTITIES}
     for row, condition in enumerate(run.conditions):
-        comparable = is_comparable(run, condition)
+        comparable = run.is_comparable(condition)
         for (place, trait), (column, step) in product(enumerate(run.traits), enumerate(steps)):
             for quantity in QUANTITIES:
                 cell = (row, place, slice(None), column)
@@ -224,8 +202,7 @@ def _cases(run: Run) -> list[CaseName]:
 
 def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
     """Verdicts at the last step over the whole model, by (quantity, case); Holm runs over the conditions and traits."""
-    verdict = run.recipe.verdict
-    rules = Rules(verdict.alignment_margin, verdict.minimum_members, verdict.confidence, verdict.equivalence_level)
+    rules = run.rules(run.recipe.verdict.alignment_margin)
     judgements: dict[tuple[str, CaseName], Judgement] = {}
     for quantity in QUANTITIES:
         if not quantity.judged:
@@ -501,7 +478,7 @@ def _last_steps(data: xr.Dataset) -> list[int]:
 
 def _comparable(run: Run) -> list[str]:
     """The conditions that figures show: those whose students have the teachers' parameters and were trained."""
-    return [name for name in run.conditions if is_comparable(run, name) and _is_trained(run, name)]
+    return [name for name in run.conditions if run.is_comparable(name) and _is_trained(run, name)]
 
 
 def _is_trained(run: Run, condition: str) -> bool:
@@ -584,7 +561,7 @@ def _untold_sentences(run: Run) -> list[str]:
             f"The teachers of {', '.join(unmoved)} were told their trait by a system prompt: their weights did not move, so "
             "there is no displacement to align with."
         )
-    other = [name for name in run.conditions if not is_comparable(run, name)]
+    other = [name for name in run.conditions if not run.is_comparable(name)]
     if other:
         sentences.append(
             f"Incomparable: students of {', '.join(other)} are of another model than the teachers, so no alignment exists; "

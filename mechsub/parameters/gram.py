@@ -4,7 +4,6 @@ What adapters add stays factored: for ΔW = R C, ⟨R₁C₁, R₂C₂⟩ = Σ (
 depends on how a product is split into its factors.
 """
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,54 +14,10 @@ from torch import Tensor
 
 from mechsub.checkpoints import TensorInfo
 from mechsub.errors import AnalysisError
-from mechsub.lineages import Lineage, Part
+from mechsub.lineages import Part
+from mechsub.parameters.directions import Direction, sum_parts
 
 CHUNK_BYTES = 128 << 20
-_ROUNDING = 1e-12
-"""Of coefficients: a part that a direction holds as often with + as with − is not in it."""
-
-
-@dataclass(frozen=True)
-class Direction:
-    """A signed sum of checkpoints of one member: a displacement, a difference of displacements, or θ₀ itself."""
-
-    label: str
-    terms: tuple[tuple[Lineage, int, float], ...]
-    """(lineage, step, coefficient)."""
-
-
-def displacement(lineage: Lineage, step: int) -> Direction:
-    """Δθ = θ(step) − θ(0) of its own lineage."""
-    return Direction(displacement_label(lineage.name, step), ((lineage, step, 1.0), (lineage, 0, -1.0)))
-
-
-def origin_direction(lineage: Lineage) -> Direction:
-    """θ(0) of a lineage."""
-    return Direction(origin_label(lineage.name), ((lineage, 0, 1.0),))
-
-
-def displacement_difference(first: Lineage, second: Lineage, step: int, second_step: int | None = None) -> Direction:
-    """θ_first(step) − θ_second(second_step, or step): the difference of the displacements of two lineages with one origin.
-
-    A direction of its own, since where the two are close, ⟨S, S⟩ − 2⟨S, C⟩ + ⟨C, C⟩ cancels to rounding in some tensors.
-    """
-    other = step if second_step is None else second_step
-    return Direction(difference_label(first.name, second.name, step), ((first, step, 1.0), (second, other, -1.0)))
-
-
-def displacement_label(lineage: str, step: int) -> str:
-    """How a displacement is called in a `Gram`."""
-    return f"Δ {lineage} @ {step}"
-
-
-def origin_label(lineage: str) -> str:
-    """How an origin is called in a `Gram`."""
-    return f"θ₀ {lineage}"
-
-
-def difference_label(first: str, second: str, step: int) -> str:
-    """How a directly subtracted difference is called in a `Gram`."""
-    return f"Δ {first} − Δ {second} @ {step}"
 
 
 @dataclass(frozen=True)
@@ -125,7 +80,7 @@ class _SplitDirections:
 
     @classmethod
     def of(cls, directions: Sequence[Direction], tensor: str) -> "_SplitDirections":
-        sums = [_sum_parts(direction, tensor) for direction in directions]
+        sums = [sum_parts(direction, tensor) for direction in directions]
         parts = list(dict.fromkeys(part for total in sums for part in total))
         low_rank = [part for part in parts if part.kind == "factors"]
         return cls(sums, [part for part in parts if part.kind != "factors"], low_rank)
@@ -222,14 +177,6 @@ class _Totals:
             self.within[member] += own.inner(own).cpu()
             for other, factors in enumerate(low_rank):
                 self.across[member, :, :, other] += own.inner(factors.only(self.anchors)).cpu()
-
-
-def _sum_parts(direction: Direction, tensor: str) -> dict[Part, float]:
-    total: Counter[Part] = Counter()
-    for lineage, step, sign in direction.terms:
-        for part in lineage.parts(step, tensor):
-            total[part] += sign  # type: ignore[assignment]  # counts of a Counter may be any number
-    return {part: float(sign) for part, sign in total.items() if abs(sign) > _ROUNDING}
 
 
 def _combine(total: Mapping[Part, float], rows: Mapping[Part, Tensor]) -> Float[Tensor, "member row ..."]:

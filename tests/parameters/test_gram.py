@@ -5,14 +5,14 @@ import torch
 from mechsub.checkpoints import TensorInfo, write_tensors
 from mechsub.errors import AnalysisError
 from mechsub.lineages import LineageSpec, Origin, checkpoint_name, open_lineage, write_spec
-from mechsub.parameters.gram import (
+from mechsub.parameters.directions import (
     displacement,
     displacement_difference,
     displacement_label,
     origin_direction,
     origin_label,
-    stream_gram,
 )
+from mechsub.parameters.gram import stream_gram
 
 MEMBERS, STEPS = 3, (0, 2, 5)
 TABLE = {"w": TensorInfo((7, 4), "layer 0", "hidden"), "b": TensorInfo((7,), "layer 0", "hidden")}

@@ -14,7 +14,8 @@ from mechsub.families.language.adapters import adapter_table, attach_adapter, at
 from mechsub.families.language.config import AdapterConfig
 from mechsub.families.language.models import parameters_of, tensor_table
 from mechsub.lineages import LineageSpec, Origin, checkpoint_folder, checkpoint_name, open_lineage, write_spec
-from mechsub.parameters.gram import displacement, displacement_difference, displacement_label, origin_direction, stream_gram
+from mechsub.parameters.directions import displacement, displacement_difference, displacement_label, origin_direction
+from mechsub.parameters.gram import stream_gram
 from mechsub.recipe import load_recipe
 
 ARCHITECTURES = {
