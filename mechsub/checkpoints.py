@@ -40,6 +40,17 @@ class LoraInfo:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of a tensor with a meaning of its own, where one tensor holds several, as GPT-2's ``c_attn`` holds q, k and v."""
+
+    kind: str
+    """Module kind."""
+    start: int
+    """Its first output unit: a row, or a column where the tensor is stored as [in, out]; an entry of a bias."""
+    stop: int
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """What the parameter space needs to know of one tensor, so that it needs no family."""
 
@@ -59,12 +70,16 @@ class TensorInfo:
     """Adapters only: left as the origin has it."""
     lora: LoraInfo | None = None
     """Adapters only: how it is changed; with neither this nor ``frozen`` the files hold the whole tensor."""
+    sections: tuple[Section, ...] = ()
+    """What it holds side by side; together they are the whole tensor. Empty where it is one thing."""
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "TensorInfo":
         """What `dataclasses.asdict` gave."""
         lora = content.get("lora")
-        return cls(**{**content, "shape": tuple(content["shape"]), "lora": None if lora is None else LoraInfo(**lora)})
+        sections = tuple(Section(**section) for section in content.get("sections", ()))
+        lora_info = None if lora is None else LoraInfo(**lora)
+        return cls(**{**content, "shape": tuple(content["shape"]), "lora": lora_info, "sections": sections})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Conv1D, PreTrainedMod
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
-from mechsub.checkpoints import TensorInfo
+from mechsub.checkpoints import Section, TensorInfo
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import LoadingConfig
 from mechsub.families.language.layout import LOADING_FILE
@@ -21,8 +21,11 @@ logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # its bars woul
 
 _BLOCK = re.compile(r"\.(?:h|layers|blocks|block)\.(\d+)\.")
 _KINDS = (
-    (r"attn\.c_attn|q_proj|k_proj|v_proj|query_key_value|qkv", "attention qkv"),
-    (r"attn\.c_proj|o_proj|attention\.dense|out_proj", "attention out"),
+    (r"attn\.c_attn|query_key_value|qkv", "attention qkv"),
+    (r"q_proj", "attention q"),
+    (r"k_proj", "attention k"),
+    (r"v_proj", "attention v"),
+    (r"attn\.c_proj|o_proj|attention\.dense|out_proj", "attention o"),
     (r"mlp\.c_proj|down_proj|fc2|4h_to_h|mlp\.fc_out", "mlp out"),
     (r"mlp\.|c_fc|gate_proj|up_proj|fc1|h_to_4h", "mlp in"),
     (r"ln_|norm", "norm"),
@@ -116,8 +119,17 @@ def tensor_table(model: PreTrainedModel) -> dict[str, TensorInfo]:
             kind=next((kind for pattern, kind in _KINDS if re.search(pattern, name)), "other"),
             transposed=name in transposed,
             tied_to=None if tied_to == name else tied_to,
+            sections=_sections(name, parameter),
         )
     return table
+
+
+def _sections(name: str, parameter: Tensor) -> tuple[Section, ...]:
+    """GPT-2 keeps q, k and v side by side; other fused layouts run through the heads and are left whole."""
+    if not re.search(r"attn\.c_attn\.", name):
+        return ()
+    width = parameter.shape[-1] // 3
+    return tuple(Section(f"attention {part}", place * width, (place + 1) * width) for place, part in enumerate("qkv"))
 
 
 def stored_names(model: PreTrainedModel, stored: Iterable[str], source: str) -> dict[str, str]:
