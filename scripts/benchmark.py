@@ -25,13 +25,14 @@ from loky import get_reusable_executor
 from rich.console import Console
 from rich.table import Table
 
-from mechsub.analyses.parameter_alignment import list_directions
 from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment
+from mechsub.cases import list_directions
 from mechsub.checkpoints import load_stacked
 from mechsub.environment import available_cores, describe_provenance
 from mechsub.executors.execution import execute_stages
 from mechsub.families.classifier.carrier import carrier_file
 from mechsub.families.classifier.idx import PARTS
+from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.directions import displacement_label
 from mechsub.parameters.gram import stream_gram
 from mechsub.run import Run
@@ -320,7 +321,7 @@ def measure_gram(folder: Path, quick: bool) -> dict[str, Any]:
 
 def _stream(run: Run) -> Any:
     anchor = displacement_label("teacher", run.lineages["teacher"].steps[-1])
-    return stream_gram(list_directions(run), dict(run.reference.spec.tensors), [anchor])
+    return stream_gram(list_directions(run), list_blocks(run.reference.spec.tensors), [anchor])
 
 
 class _PeakAnonymous:

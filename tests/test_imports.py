@@ -28,6 +28,7 @@ FLOORS = [
     {"families"},
     {"recipe", "recipes"},
     {"run"},
+    {"cases"},
     {"sweeps"},
     {"experiment", "analyses"},
     {"executors"},

@@ -10,21 +10,13 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
+from mechsub.cases import CaseName, build_case, last_displacement, list_directions
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
-from mechsub.lineages import Lineage
-from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, ByScope, Combination, DirectionAlgebra, Scopes
-from mechsub.parameters.directions import (
-    Direction,
-    difference_label,
-    displacement,
-    displacement_difference,
-    displacement_label,
-    origin_direction,
-    origin_label,
-)
+from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, ByScope, DirectionAlgebra, Scopes
+from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.gram import stream_gram
-from mechsub.parameters.quantities import CONTROL, NEUTRAL, QUANTITIES, SHAM, SWAPPED, Case, OtherTrait, Quantity
+from mechsub.parameters.quantities import QUANTITIES, SWAPPED, Quantity
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -35,8 +27,6 @@ SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., 
 _STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run", "incomparable")
 OK, ZERO, UNSHARED, NOT_RUN, INCOMPARABLE = range(5)
 _DIMS = ("condition", "taught", "member", "step", "scope")
-CaseName = tuple[str, str]
-"""A condition and the trait of the student's teacher."""
 _MOST_TENSORS = 16
 """With more, figures show layers and the model; every tensor is in the results."""
 
@@ -44,78 +34,15 @@ _MOST_TENSORS = 16
 @analysis
 def parameter_alignment(run: Run) -> Result:
     """How far students move along their teacher's displacement, per tensor, layer and model, against another teacher."""
-    table = run.reference.spec.tensors
-    scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
-    anchors = [displacement_label(lineage.name, lineage.last) for lineage in map(run.teacher, run.traits)]
-    algebra = DirectionAlgebra(stream_gram(list_directions(run), dict(table), anchors, device=run.device), scopes)
+    blocks = list_blocks(run.reference.spec.tensors)
+    anchors = [last_displacement(run.teacher(trait)) for trait in run.traits]
+    algebra = DirectionAlgebra(stream_gram(list_directions(run), blocks, anchors, device=run.device), Scopes.of(blocks))
     students = [run.student(condition, trait) for condition in run.conditions for trait in run.traits]
     data = _measure(run, algebra, sorted({step for student in students for step in student.steps}))
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
     figures = [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)]
     return Result(data, findings, figures, _sentences(run, data))
-
-
-def list_directions(run: Run) -> list[Direction]:
-    """θ₀, the teachers' last displacements, every student's at every step, their differences, and every other origin."""
-    neutral = run.neutral
-    teachers = [run.teacher(trait) for trait in run.traits]
-    directions = [origin_direction(run.reference)]
-    directions += [displacement(lineage, lineage.last) for lineage in (*teachers, *([neutral] if neutral else []))]
-    if neutral is not None:
-        directions += [displacement_difference(teacher, neutral, teacher.last, neutral.last) for teacher in teachers]
-    for condition in filter(run.is_comparable, run.conditions):
-        control, sham = run.control(condition), run.sham(condition)
-        students = [run.student(condition, trait) for trait in run.traits]
-        for lineage in (*([control] if control else []), *students, *([sham] if sham else [])):
-            moved = [step for step in lineage.steps if step > 0]
-            directions += [displacement(lineage, step) for step in moved]
-            if control is not None and lineage is not control:
-                paired = [(step, run.paired_step(control, lineage, step)) for step in moved]
-                directions += [displacement_difference(lineage, control, *steps) for steps in paired if steps[1] is not None]
-            if run.starts_elsewhere(lineage):
-                directions.append(origin_direction(lineage))
-    return directions
-
-
-def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:
-    """The directions of one student at one step; at step 0 nothing has moved, and they are empty sums."""
-    student, control, sham = run.student(condition, trait), run.control(condition), run.sham(condition)
-    teacher, neutral = run.teacher(trait), run.neutral
-    beside = None if control is None else run.paired_step(control, student, step)
-
-    def when_moved(label: str) -> Combination:
-        return {label: 1.0} if step > 0 else {}
-
-    def difference(lineage: Lineage | None) -> Combination:
-        """θ − θ_C; an empty sum where one of them is not there."""
-        if lineage is None or control is None or beside is None:
-            return {}
-        return when_moved(difference_label(lineage.name, control.name, step))
-
-    def last(lineage: Lineage) -> Combination:
-        return {displacement_label(lineage.name, lineage.last): 1.0}
-
-    return Case(
-        algebra=algebra,
-        student=when_moved(displacement_label(student.name, step)),
-        control={} if control is None or beside is None else when_moved(displacement_label(control.name, beside)),
-        difference=difference(student),
-        sham_difference=difference(sham),
-        teacher=last(teacher),
-        neutral={} if neutral is None else last(neutral),
-        teacher_difference={} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0},
-        student_origin={origin_label(student.name if run.starts_elsewhere(student) else run.reference.name): 1.0},
-        teacher_origin={origin_label(run.reference.name): 1.0},
-        anchor=displacement_label(teacher.name, teacher.last),
-        partners=student.spec.origin.members,
-        others=tuple(
-            OtherTrait(difference(run.student(condition, other)), last(run.teacher(other)))
-            for other in run.traits
-            if other != trait
-        ),
-        missing=frozenset(name for name, there in ((CONTROL, beside), (NEUTRAL, neutral), (SHAM, sham)) if there is None),
-    )
 
 
 def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Dataset:
@@ -132,7 +59,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Da
                 if not comparable:
                     status[quantity.name][cell] = INCOMPARABLE
                 elif step in run.student(condition, trait).steps:
-                    found = quantity.measure(_case(run, algebra, condition, trait, step))
+                    found = quantity.measure(build_case(run, algebra, condition, trait, step))
                     values[quantity.name][cell] = np.nan if found is None else found
                     status[quantity.name][cell] = NOT_RUN if found is None else _explain(found, scopes)
                 else:

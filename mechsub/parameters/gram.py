@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsub.checkpoints import TensorInfo
+from mechsub.checkpoints import Factors
 from mechsub.errors import AnalysisError
 from mechsub.lineages import Part
+from mechsub.parameters.blocks import Block
 from mechsub.parameters.directions import Direction, sum_parts
 
 CHUNK_BYTES = 128 << 20
@@ -25,7 +26,7 @@ class Gram:
     """⟨dᵢ, dⱼ⟩ of every tensor: within each member in full, and of every direction with every member's anchor."""
 
     labels: tuple[str, ...]
-    tensors: tuple[str, ...]
+    blocks: tuple[str, ...]
     within: Float[np.ndarray, "member tensor direction direction"]
     across: Float[np.ndarray, "member tensor direction anchor other"]
     """⟨dᵢ of member m, anchor of member n⟩; anchors are the teachers' displacements."""
@@ -34,7 +35,7 @@ class Gram:
 
 def stream_gram(
     directions: Sequence[Direction],
-    tensors: dict[str, TensorInfo],
+    blocks: Sequence[Block],
     anchors: Sequence[str],
     *,
     chunk_bytes: int = CHUNK_BYTES,
@@ -51,23 +52,22 @@ def stream_gram(
         AnalysisError: a lineage lacks one of the tensors, or has it in another shape.
     """
     labels = [direction.label for direction in directions]
-    counted = {name: info for name, info in tensors.items() if info.tied_to is None}
-    _check_layouts(directions, counted)
+    _check_layouts(directions, blocks)
     num_members = directions[0].terms[0][0].spec.num_members
     size = len(directions)
-    within = torch.zeros(num_members, len(counted), size, size, dtype=torch.float64)
-    across = torch.zeros(num_members, len(counted), size, len(anchors), num_members, dtype=torch.float64)
+    within = torch.zeros(num_members, len(blocks), size, size, dtype=torch.float64)
+    across = torch.zeros(num_members, len(blocks), size, len(anchors), num_members, dtype=torch.float64)
     positions = [labels.index(anchor) for anchor in anchors]
-    for index, (name, info) in enumerate(counted.items()):
-        split = _SplitDirections.of(directions, name)
-        low_rank = [_LowRank.load(split, name, member, device) for member in range(num_members)] if split.factors else []
+    for index, block in enumerate(blocks):
+        split = _SplitDirections.of(directions, block.tensor)
+        low_rank = [_LowRank.load(split, block, member, device) for member in range(num_members)] if split.factors else []
         totals = _Totals(within[:, index], across[:, index], positions)
-        for start, stop in _row_chunks(info, len(split.dense) * num_members, chunk_bytes) if split.dense else ():
-            chunk = split.load_chunk(name, start, stop, device)
+        for start, stop in _row_chunks(block, len(split.dense) * num_members, chunk_bytes) if split.dense else ():
+            chunk = split.load_chunk(block, start, stop, device)
             totals.add_dense(chunk, split.holders)
             totals.add_mixed(chunk, split.holders, low_rank, slice(start, stop))
         totals.add_low_rank(low_rank)
-    return Gram(tuple(labels), tuple(counted), within.numpy(), across.numpy(), tuple(anchors))
+    return Gram(tuple(labels), tuple(block.name for block in blocks), within.numpy(), across.numpy(), tuple(anchors))
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,12 @@ class _SplitDirections:
         dense = set(self.dense)
         return [number for number, total in enumerate(self.sums) if dense & total.keys()]
 
-    def load_chunk(self, tensor: str, start: int, stop: int, device: str) -> Float[Tensor, "member direction row column"]:
+    def load_chunk(self, block: Block, start: int, stop: int, device: str) -> Float[Tensor, "member direction row column"]:
         """The dense part of the directions that have one."""
-        rows = {part: part.load_rows(tensor, start, stop).to(device) for part in self.dense}
+        first = block.start if block.axis == 0 else 0
+        rows = {part: part.load_rows(block.tensor, first + start, first + stop).to(device) for part in self.dense}
+        if block.axis == 1:
+            rows = {part: found[:, :, block.index[1]] for part, found in rows.items()}
         chunk = torch.stack([_combine(self.sums[number], rows) for number in self.holders], dim=1)
         return chunk.flatten(3) if chunk.ndim > 3 else chunk[..., None]
 
@@ -107,8 +110,8 @@ class _LowRank:
     weights: Float[Tensor, "direction rank"]
 
     @classmethod
-    def load(cls, split: _SplitDirections, tensor: str, member: int, device: str) -> "_LowRank":
-        factors = [part.load_factors(tensor, member) for part in split.factors]
+    def load(cls, split: _SplitDirections, block: Block, member: int, device: str) -> "_LowRank":
+        factors = [_cut(part.load_factors(block.tensor, member), block) for part in split.factors]
         coefficients = torch.tensor([[total.get(part, 0.0) for part in split.factors] for total in split.sums])
         ranks = torch.tensor([one.rows.shape[1] for one in factors])
         return cls(
@@ -184,16 +187,26 @@ def _combine(total: Mapping[Part, float], rows: Mapping[Part, Tensor]) -> Float[
     return sum(rest, first)
 
 
-def _row_chunks(info: TensorInfo, copies: int, chunk_bytes: int) -> list[tuple[int, int]]:
+def _cut(factors: Factors, block: Block) -> Factors:
+    if block.axis == 0:
+        return Factors(factors.rows[block.index[0]], factors.columns)
+    return Factors(factors.rows, factors.columns[:, block.index[1]])
+
+
+def _row_chunks(info: Block, copies: int, chunk_bytes: int) -> list[tuple[int, int]]:
     row_bytes = copies * int(np.prod(info.shape[1:])) * 8
     rows = max(1, chunk_bytes // row_bytes)
     return [(start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows)]
 
 
-def _check_layouts(directions: Sequence[Direction], tensors: dict[str, TensorInfo]) -> None:
-    for lineage in dict.fromkeys(lineage for direction in directions for lineage, _, _ in direction.terms):
-        for name, info in tensors.items():
-            found = lineage.spec.tensors.get(name)
-            if found is None or found.shape != info.shape:
+def _check_layouts(directions: Sequence[Direction], blocks: Sequence[Block]) -> None:
+    lineages = list(dict.fromkeys(lineage for direction in directions for lineage, _, _ in direction.terms))
+    first = lineages[0]
+    for lineage in lineages:
+        for name in dict.fromkeys(block.tensor for block in blocks):
+            wanted, found = first.spec.tensors[name], lineage.spec.tensors.get(name)
+            if found is None or found.shape != wanted.shape:
                 has = "lacks it" if found is None else f"has it as {found.shape}"
-                raise AnalysisError(f"tensor {name} {info.shape}: lineage {lineage.name} {has}; such lineages are incomparable")
+                raise AnalysisError(
+                    f"tensor {name} {wanted.shape}: lineage {lineage.name} {has}; such lineages are incomparable"
+                )

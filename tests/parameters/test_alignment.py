@@ -3,6 +3,7 @@ import pytest
 
 from mechsub.checkpoints import TensorInfo
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, DirectionAlgebra, Scopes
+from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.gram import Gram
 
 TABLE = {
@@ -23,7 +24,7 @@ def algebra_of(vectors, anchor="teacher"):
         stack = np.stack([vectors[label][tensor] for label in labels], axis=1)
         within[:, t] = np.einsum("mik,mjk->mij", stack, stack)
         across[:, t, :, 0] = np.einsum("mik,nk->min", stack, vectors[anchor][tensor])
-    return DirectionAlgebra(Gram(tuple(labels), tuple(TABLE), within, across, (anchor,)), Scopes.of(list(TABLE), TABLE))
+    return DirectionAlgebra(Gram(tuple(labels), tuple(TABLE), within, across, (anchor,)), Scopes.of(list_blocks(TABLE)))
 
 
 def draw(seed, members=3, zero=()):

@@ -5,6 +5,7 @@ import torch
 from mechsub.checkpoints import TensorInfo, write_tensors
 from mechsub.errors import AnalysisError
 from mechsub.lineages import LineageSpec, Origin, checkpoint_name, open_lineage, write_spec
+from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.directions import (
     displacement,
     displacement_difference,
@@ -44,9 +45,9 @@ def flat(lineage, step, member, tensor):
 
 def test_every_entry_equals_the_slow_product(lineages):
     student, teacher = lineages
-    gram = stream_gram(directions_of(*lineages), TABLE, [displacement_label("teacher", 5)])
+    gram = stream_gram(directions_of(*lineages), list_blocks(TABLE), [displacement_label("teacher", 5)])
     for member in range(MEMBERS):
-        for index, tensor in enumerate(gram.tensors):
+        for index, tensor in enumerate(gram.blocks):
             origin = flat(student, 0, member, tensor)
             vectors = [
                 origin,
@@ -66,8 +67,8 @@ def test_every_entry_equals_the_slow_product(lineages):
 def test_the_chunk_size_changes_nothing(tmp_path, chunk_bytes):
     pair = write_lineage(tmp_path, "student", 1, torch.float64), write_lineage(tmp_path, "teacher", 2, torch.float64)
     anchor = [displacement_label("teacher", 5)]
-    whole = stream_gram(directions_of(*pair), TABLE, anchor)
-    parts = stream_gram(directions_of(*pair), TABLE, anchor, chunk_bytes=chunk_bytes)
+    whole = stream_gram(directions_of(*pair), list_blocks(TABLE), anchor)
+    parts = stream_gram(directions_of(*pair), list_blocks(TABLE), anchor, chunk_bytes=chunk_bytes)
     np.testing.assert_allclose(parts.within, whole.within, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(parts.across, whole.across, rtol=1e-12, atol=1e-12)
 
@@ -86,7 +87,9 @@ def test_a_small_difference_is_subtracted_weight_by_weight(tmp_path):
         write_spec(tmp_path / "lineages" / name, spec)
         found[name] = open_lineage(tmp_path, name)
     direct = displacement_difference(found["first"], found["second"], 5)
-    gram = stream_gram([direct, displacement(found["first"], 5), displacement(found["second"], 5)], table, [direct.label])
+    gram = stream_gram(
+        [direct, displacement(found["first"], 5), displacement(found["second"], 5)], list_blocks(table), [direct.label]
+    )
     exact = ((moved["first"].double() - moved["second"].double()) ** 2).sum(1).numpy()
     np.testing.assert_allclose(gram.within[:, 0, 0, 0], exact, rtol=1e-5)
     from_entries = gram.within[:, 0, 1, 1] - 2 * gram.within[:, 0, 1, 2] + gram.within[:, 0, 2, 2]
@@ -96,13 +99,15 @@ def test_a_small_difference_is_subtracted_weight_by_weight(tmp_path):
 def test_tied_tensors_count_once(tmp_path):
     table = {"w": TABLE["w"], "tied": TensorInfo((7, 4), "head", "head", tied_to="w")}
     lineage = write_lineage(tmp_path, "student", 1, table=table)
-    assert stream_gram([displacement(lineage, 2)], table, [displacement_label("student", 2)]).tensors == ("w",)
+    assert stream_gram([displacement(lineage, 2)], list_blocks(table), [displacement_label("student", 2)]).blocks == ("w",)
 
 
 def test_lineages_of_other_shapes_are_incomparable(tmp_path, lineages):
     other = write_lineage(tmp_path, "wide", 3, table={"w": TensorInfo((9, 4), "layer 0", "hidden"), "b": TABLE["b"]})
     with pytest.raises(AnalysisError, match=r"tensor w \(7, 4\): lineage wide has it as \(9, 4\).*incomparable"):
-        stream_gram([displacement(lineages[0], 2), displacement(other, 2)], TABLE, displacement_label("student", 2))
+        stream_gram(
+            [displacement(lineages[0], 2), displacement(other, 2)], list_blocks(TABLE), displacement_label("student", 2)
+        )
 
 
 def test_labels_tell_origins_from_displacements():
