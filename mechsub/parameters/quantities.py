@@ -35,6 +35,13 @@ class Case:
     """Who of ``control``, ``neutral`` and ``sham`` the run has not; their directions are then empty sums."""
 
     @property
+    def directions(self) -> tuple[Combination, ...]:
+        """All that a quantity may be made of."""
+        own = (self.student, self.control, self.difference, self.sham_difference, self.student_origin)
+        teachers = (self.teacher, self.neutral, self.teacher_difference, self.teacher_origin)
+        return (*own, *teachers, *(part for other in self.others for part in (other.difference, other.teacher)))
+
+    @property
     def starts_elsewhere(self) -> bool:
         """Whether students start at another member's reference."""
         return self.partners != tuple(range(len(self.partners)))
