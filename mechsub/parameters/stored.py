@@ -15,7 +15,7 @@ from mechsub.settings import nearest_name
 GRAM_GROUP = "gram"
 """The group of a result file that holds them."""
 
-Sum = str | Mapping[str, float]
+Sum = str | Mapping[str, float | int]
 """A direction by its label, or a signed sum of labels: ``{"Δ student @ 9": 1, "Δ control @ 9": -1}``."""
 
 
@@ -97,7 +97,7 @@ class Directions:
         return self._label(found, "⟨u, v⟩ / ‖v‖²")
 
     def _sum(self, direction: Sum) -> Mapping[str, float]:
-        parts = {direction: 1.0} if isinstance(direction, str) else direction
+        parts = {direction: 1.0} if isinstance(direction, str) else {label: float(sign) for label, sign in direction.items()}
         for label in parts:
             if label not in self.labels:
                 raise AnalysisError(f"no direction is called {label!r}; {nearest_name(label, list(self.labels))}")
