@@ -24,7 +24,9 @@ def algebra_of(vectors, anchor="teacher"):
         stack = np.stack([vectors[label][tensor] for label in labels], axis=1)
         within[:, t] = np.einsum("mik,mjk->mij", stack, stack)
         across[:, t, :, 0] = np.einsum("mik,nk->min", stack, vectors[anchor][tensor])
-    return DirectionAlgebra(Gram(tuple(labels), tuple(TABLE), within, across, (anchor,)), Scopes.of(list_blocks(TABLE)))
+    return DirectionAlgebra(
+        Gram(tuple(labels), tuple(TABLE), within, across, (anchor,), np.zeros(within.shape[:3])), Scopes.of(list_blocks(TABLE))
+    )
 
 
 def draw(seed, members=3, zero=()):
