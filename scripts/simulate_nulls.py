@@ -68,7 +68,7 @@ def _gram(vectors: dict[str, np.ndarray]) -> Gram:
     parts = np.split(stacked, np.cumsum([block.num_parameters for block in BLOCKS])[:-1], axis=2)
     within = np.stack([np.einsum("mik,mjk->mij", part, part) for part in parts], axis=1)
     nothing = np.zeros((len(stacked), len(BLOCKS), len(vectors), 0, 0))
-    return Gram(tuple(vectors), tuple(block.name for block in BLOCKS), within, nothing, ())
+    return Gram(tuple(vectors), tuple(block.name for block in BLOCKS), within, nothing, (), np.zeros(within.shape[:3]))
 
 
 def _judge(effects: np.ndarray, test: SuperiorityTest | None) -> Counter[str]:

@@ -25,7 +25,8 @@ def algebra_of(vectors, anchor="teacher"):
         stack = np.stack([vectors[label][tensor] for label in labels], axis=1)
         within[:, t] = np.einsum("mik,mjk->mij", stack, stack)
         across[:, t, :, 0] = np.einsum("mik,nk->min", stack, vectors[anchor][tensor])
-    return DirectionAlgebra(Gram(tuple(labels), tuple(TABLE), within, across, (anchor,)), Scopes.of(BLOCKS))
+    gram = Gram(tuple(labels), tuple(TABLE), within, across, (anchor,), np.zeros(within.shape[:3]))
+    return DirectionAlgebra(gram, Scopes.of(BLOCKS))
 
 
 def draw(seed, members=3, zero=()):
