@@ -40,6 +40,7 @@ from mechsub.parameters.edits import (
     PlannedEdit,
     list_edits,
     long_as_along,
+    long_as_layerwise,
     long_as_student,
 )
 from mechsub.parameters.surgery import Patient, Subject, Tensors, draw_matched, operate, subtract
@@ -321,16 +322,17 @@ def _unit(run: Run) -> str:
 
 
 _JUDGED = {
-    "effect_along": (ALONG, long_as_along(RANDOM)),
-    "effect_along_stretched": (long_as_student(TEACHER), long_as_student(RANDOM)),
+    "effect_along": (ALONG, long_as_along(RANDOM), "c Δ_T"),
+    "effect_along_by_layer": (LAYERWISE, long_as_layerwise(RANDOM), "Σ over layers of c_ℓ Δ_Tℓ"),
+    "effect_along_stretched": (long_as_student(TEACHER), long_as_student(RANDOM), "sign(c) ‖D‖ Δ_T / ‖Δ_T‖"),
 }
-"""Quantities with a verdict: the edit, and the random one of the same spectrum and length that it is held against."""
+"""Quantities with a verdict: the edit, the random one of the same spectrum and length that it is held against, its formula."""
 
 
 def _judge(run: Run, measured: _Measured) -> dict[tuple[str, Case], Judgement]:
     """Verdicts by quantity and case: the effect minus the random direction's, Holm over conditions and traits."""
     judgements: dict[tuple[str, Case], Judgement] = {}
-    for quantity, (name, null) in _JUDGED.items():
+    for quantity, (name, null, _) in _JUDGED.items():
         effects = {case: measured.effects(case, name) - measured.effects(case, null) for case in measured.told()}
         effects = {case: values for case, values in effects.items() if np.isfinite(values).any()}
         judged = judge_effects(effects, run.rules(run.recipe.verdict.margin), AGAINST_NULL)
@@ -345,6 +347,8 @@ _SHARES = {
     "share_without_by_layer": (WITHOUT_LAYERWISE, "all parameters, a component in every layer"),
 }
 """Quantities that are a share of the total effect: the edit, and the parameters that it covers."""
+_NULLS = {"share_along": long_as_along(RANDOM), "share_along_by_layer": long_as_layerwise(RANDOM)}
+"""What shares are held beside."""
 _WHY = {
     ZERO: "the teacher has no displacement",
     NO_EFFECT: "the interval of the total effect holds 0: there is no effect to divide",
@@ -375,7 +379,7 @@ def _findings(run: Run, measured: _Measured, judgements: Mapping[tuple[str, Case
     ]
     findings += [_judged_finding(run, measured, judgements.get((quantity, case)), case, quantity) for quantity in _JUDGED]
     for quantity, (name, scope) in _SHARES.items():
-        null = measured.share(case, long_as_along(RANDOM)) if quantity == "share_along" else None
+        null = measured.share(case, _NULLS[quantity]) if quantity in _NULLS else None
         findings.append(_share_finding(run, measured, case, name, measured.share(case, name), (quantity, scope), null))
     if measured.has_effect(case):
         for planned in (edit for edit in measured.plan if edit.group == GRAFT):
@@ -389,7 +393,7 @@ def _findings(run: Run, measured: _Measured, judgements: Mapping[tuple[str, Case
 
 
 def _judged_finding(run: Run, measured: _Measured, judgement: Judgement | None, case: Case, quantity: str) -> Finding:
-    name, null = _JUDGED[quantity]
+    name, null, formula = _JUDGED[quantity]
     against = measured.interval(case, null)
     return Finding(
         quantity=quantity,
@@ -404,7 +408,7 @@ def _judged_finding(run: Run, measured: _Measured, judgement: Judgement | None, 
         else _why(measured, case, name),
         rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
         margin=run.recipe.verdict.margin if judgement else float("nan"),
-        formula=_FORMULA.replace("edit", "c Δ_T" if name == ALONG else "sign(c) ‖D‖ Δ_T / ‖Δ_T‖"),
+        formula=_FORMULA.replace("edit", formula),
         **interval_fields(measured.interval(case, name)),
         **_common(run, case),
     )
@@ -486,7 +490,7 @@ def _common(run: Run, case: Case) -> dict[str, Any]:
 
 
 _ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
-_TOTAL_LINE = alt.Chart(DATA).transform_filter("isValid(datum.total_effect)").mark_rule(color="#0f172a", strokeDash=[6, 3])
+_TOTAL_LINE = alt.Chart(DATA).transform_filter("isValid(datum.total_effect)").mark_rule(color="#1d2430", strokeDash=[6, 3])
 _INTERVALS = ("effect_mean", "effect_low", "effect_high", "total_effect")
 
 
@@ -553,7 +557,7 @@ def _caption(run: Run, words: str) -> str:
 
 
 _COLORS = {
-    "the student's difference": "#0f172a", "along the teacher": "#2563eb", "without the teacher": "#0d9488",
+    "the student's difference": "#1d2430", "along the teacher": "#2563eb", "without the teacher": "#0d9488",
     "sign flip": "#9333ea", "random, same spectrum": "#94a3b8", "neutral teacher": "#d97706", "another trait": "#db2777",
 }  # fmt: skip
 _WHO = {TEACHER: "along the teacher", NEUTRAL: "neutral teacher", OTHER: "another trait", RANDOM: "random, same spectrum"}
@@ -563,7 +567,9 @@ def _colored(names: Mapping[str, str], field: str) -> tuple[alt.Color, dict[str,
     """Colours by who an edit is of; ``names`` maps what stands in ``field`` to it."""
     shown = [who for who in _COLORS if who in names.values()]
     scale = alt.Scale(domain=shown, range=[_COLORS[who] for who in shown])
-    return alt.Color("who:N", scale=scale, title=None), {"who": f"{json.dumps(dict(names), ensure_ascii=False)}[datum.{field}]"}
+    return alt.Color("who:N", scale=scale, title=None, legend=alt.Legend(columns=4)), {
+        "who": f"{json.dumps(dict(names), ensure_ascii=False)}[datum.{field}]"
+    }
 
 
 def _component_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figure:
@@ -666,12 +672,13 @@ def _graft_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figur
 
 def _truncation_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figure:
     chosen = _select(run, measured, TRUNCATION, cases)
-    series = [LEADING, RESIDUAL]
+    series, ranks = [LEADING, RESIDUAL], sorted({edit.rank for edit in measured.plan if edit.group == TRUNCATION})
+    axis = alt.Axis(values=ranks, grid=False, labelOverlap=True)
     base = (
         alt.Chart(DATA)
         .transform_filter("isValid(datum.effect_mean)")
         .encode(
-            x=alt.X("edit_rank:Q", title="rank k", scale=alt.Scale(type="symlog")),
+            x=alt.X("edit_rank:Q", title="rank k", scale=alt.Scale(type="symlog"), axis=axis),
             color=alt.Color("edit_series:N", sort=series, title=None),
         )
     )
@@ -714,13 +721,13 @@ def _summarise(run: Run, measured: _Measured, judgements: Mapping[tuple[str, Cas
         )
         return
     yield f"{name}: the student's difference from its control, D, changes the score by {total} ({_unit(run)}, {n})."
-    judged = [judgements.get((quantity, case)) for quantity in _JUDGED]
-    if judged[0] is not None and judged[1] is not None:
+    judged = [judgements[quantity, case].verdict for quantity in _JUDGED if (quantity, case) in judgements]
+    if len(judged) == len(_JUDGED):
         yield (
             f"{name}: the part of D along the teacher's displacement has {measured.share(case, ALONG)} of that effect, "
             f"{measured.share(case, LAYERWISE)} with a part for every layer; D without it has {measured.share(case, WITHOUT)} "
-            f"and {measured.share(case, WITHOUT_LAYERWISE)}. Against a random direction of the same spectrum and length the "
-            f"part is {judged[0].verdict}; stretched to the length of D, {judged[1].verdict}."
+            f"and {measured.share(case, WITHOUT_LAYERWISE)}. Against random directions of the same spectrum and length, the "
+            f"part is {judged[0]}, the parts of the layers {judged[1]}, and the part stretched to the length of D {judged[2]}."
         )
     layers = _best_layer(measured, case)
     if layers is not None:

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import copysign, isnan
+from math import copysign, hypot, isnan, sqrt
 
-from mechsub.parameters.surgery import Edit, Spectrum, Subject, Tensors, list_ranks, norm, project
+from mechsub.parameters.surgery import Edit, Spectrum, Subject, Tensors, layer_products, list_ranks, project
 
 TEACHER, NEUTRAL, OTHER, RANDOM, STUDENT = "teacher", "neutral", "other trait", "random", "student"
 COMPONENT, LAYER, GRAFT, TRUNCATION, SCAN = "component", "layer component", "graft", "truncation", "scan"
@@ -55,7 +55,8 @@ def list_edits(layers: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list
     }  # fmt: skip
     edits = [PlannedEdit(name, COMPONENT, name, direction) for name, direction in components.items()]
     for null in (RANDOM, NEUTRAL, OTHER):
-        edits += [PlannedEdit(name(null), COMPONENT, name(null), null) for name in (long_as_along, long_as_student)]
+        names = (long_as_along(null), long_as_layerwise(null), long_as_student(null))
+        edits += [PlannedEdit(name, COMPONENT, name, null) for name in names]
     for null in (NEUTRAL, OTHER):
         for name, series in ((f"along {SYMBOLS[null]}", "own component"), (f"D without {SYMBOLS[null]}", "rest")):
             edits.append(PlannedEdit(name, COMPONENT, series, null))
@@ -75,6 +76,11 @@ def list_edits(layers: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list
 def long_as_along(direction: str) -> str:
     """How the edit is called that goes along a null direction as far as D goes along Δ_T."""
     return f"{SYMBOLS[direction]}, as far as D along Δ_T"
+
+
+def long_as_layerwise(direction: str) -> str:
+    """The same in every layer."""
+    return f"{long_as_along(direction)}, layer by layer"
 
 
 def long_as_student(direction: str) -> str:
@@ -101,9 +107,13 @@ class Operation:
     @cached_property
     def _extents(self) -> Mapping[str, Sequence["_Extent"]]:
         return {
-            who: [_Extent(norm(direction), *project(self.subject, direction)) for direction in found]
+            who: [_Extent(*project(self.subject, direction), self._layer_norms(direction)) for direction in found]
             for who, found in self.directions.items()
         }
+
+    def _layer_norms(self, direction: Tensors) -> dict[str, float]:
+        squares = layer_products(direction, direction, self.subject.layers)
+        return {layer: sqrt(square) for layer, square in squares.items()}
 
     def make(self, planned: PlannedEdit) -> Iterator[Edit | None]:
         """The edit for each of its directions; None where the layer, or the direction, did not move."""
@@ -116,6 +126,8 @@ class Operation:
                 yield None
             elif planned.group == SCAN:
                 yield self.subject.add(direction, self.subject.everywhere(planned.dose * teacher_norm / extent.norm))
+            elif planned.series == long_as_layerwise(planned.direction):
+                yield self.subject.add(direction, self._matched_layers(extent))
             elif planned.group == LAYER or planned.series in {LAYERWISE, WITHOUT_LAYERWISE}:
                 yield self._layerwise(planned, direction, extent)
             elif planned.series in {WITHOUT, "rest"}:
@@ -127,6 +139,15 @@ class Operation:
                     long_as_student(planned.direction): copysign(self.subject.norm / extent.norm, self.coefficient),
                 }.get(planned.series, extent.own)
                 yield self.subject.add(direction, self.subject.everywhere(dose))
+
+    def _matched_layers(self, extent: "_Extent") -> dict[str, float]:
+        """What makes a direction as long in every layer as D's part along Δ_T is there; nothing where either did not move."""
+        teacher = self._extents[TEACHER][0]
+        return {
+            layer: value * teacher.layer_norms[layer] / extent.layer_norms[layer]
+            for layer, value in teacher.by_layer.items()
+            if not isnan(value) and extent.layer_norms[layer] > 0
+        }
 
     def _layerwise(self, planned: PlannedEdit, direction: Tensors, extent: "_Extent") -> Edit | None:
         chosen = {layer: value for layer, value in extent.by_layer.items() if not isnan(value)}
@@ -166,9 +187,13 @@ class Operation:
 class _Extent:
     """How long a direction is, and how far D goes along it."""
 
-    norm: float
     own: float
     by_layer: Mapping[str, float]
+    layer_norms: Mapping[str, float]
+
+    @property
+    def norm(self) -> float:
+        return hypot(*self.layer_norms.values())
 
 
 _OF_STUDENT: Mapping[str, Callable[[Operation, PlannedEdit], Edit | None]] = {
