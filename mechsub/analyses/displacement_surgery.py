@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -105,16 +106,30 @@ class _Measured:
 
     def place(self, case: Case) -> tuple[int, int]:
         """Where a case stands in the arrays."""
-        return self.run.conditions.index(case[0]), self.run.traits.index(case[1])
+        return self._places[case]
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every condition and trait."""
+        return list(self._places)
+
+    @cached_property
+    def _places(self) -> dict[Case, tuple[int, int]]:
+        named = product(enumerate(self.run.conditions), enumerate(self.run.traits))
+        return {(condition, trait): (row, column) for (row, condition), (column, trait) in named}
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {edit.name: number for number, edit in enumerate(self.plan)}
 
     def effects(self, case: Case, name: str) -> np.ndarray:
         """One edit's effects, member by member."""
-        found: np.ndarray = self.effect[self.place(case)][[edit.name for edit in self.plan].index(name)]
+        found: np.ndarray = self.effect[self.place(case)][self._numbers[name]]
         return found
 
     def statuses(self, case: Case, name: str) -> np.ndarray:
         """Why they are NaN."""
-        found: np.ndarray = self.status[self.place(case)][[edit.name for edit in self.plan].index(name)]
+        found: np.ndarray = self.status[self.place(case)][self._numbers[name]]
         return found
 
     def interval(self, case: Case, name: str) -> Interval:
@@ -128,11 +143,16 @@ class _Measured:
 
     def has_effect(self, case: Case) -> bool:
         """Whether the interval of the total effect lies on one side of 0."""
-        return _is_told_from_zero(self.effects(case, TOTAL), self.run.recipe.verdict.confidence)
+        return self._has_effect[case]
+
+    @cached_property
+    def _has_effect(self) -> dict[Case, bool]:
+        confidence = self.run.recipe.verdict.confidence
+        return {case: _is_told_from_zero(self.effects(case, TOTAL), confidence) for case in self._places}
 
     def told(self) -> list[Case]:
         """The cases that are operated on."""
-        return [case for case in product(self.run.conditions, self.run.traits) if (self.statuses(case, TOTAL) == OK).any()]
+        return [case for case in self._places if (self.statuses(case, TOTAL) == OK).any()]
 
     def label(self, run: Run) -> xr.Dataset:
         """The result's arrays."""
@@ -153,7 +173,7 @@ class _Measured:
             "edit_norm": _described(self.norm, by_member, "length of the edit", "weights", "‖θ_edited − θ_C‖"),
             "edit_norm_status": status_variable(norm_status, by_member, _STATUS, "edit_norm"),
         }
-        place = [edit.name for edit in self.plan].index(ALONG)
+        place = self._numbers[ALONG]
         missing = np.where(
             np.isnan(self.coefficient), np.where(self.status[:, :, place] == OK, ZERO, self.status[:, :, place]), OK
         )
@@ -172,12 +192,11 @@ class _Measured:
 
     def _intervals(self, name: str, of: Callable[[Case, str], Interval], unit: str, formula: str) -> dict[str, xr.Variable]:
         """Estimate and bounds of every edit, each with why it is NaN."""
-        found = [
-            [[of((one, trait), edit.name) for edit in self.plan] for trait in self.run.traits] for one in self.run.conditions
-        ]
+        conditions, traits = self.run.conditions, self.run.traits
+        found = [[[of((one, trait), edit.name) for edit in self.plan] for trait in traits] for one in conditions]
         variables = {}
         why_none = self.status.max(-1)  # members without a value share their reason, or have no score
-        no_effect = np.array([[not self.has_effect((one, trait)) for trait in self.run.traits] for one in self.run.conditions])
+        no_effect = np.array([[not self.has_effect((one, trait)) for trait in traits] for one in conditions])
         for part, field in (("mean" if name == "effect" else "estimate", "estimate"), ("low", "low"), ("high", "high")):
             values = np.array([[[getattr(interval, field) for interval in row] for row in block] for block in found])
             why = np.where(why_none != OK, why_none, ONE_MEMBER)
@@ -220,7 +239,9 @@ def _operate_on(run: Run, case: Case, layers: Mapping[str, str], measured: _Meas
                 measured.status[cell] = _why_omitted(run, student, planned, has_effect, member_count=len(ends))
                 if measured.status[cell] == OK:
                     effect, norm, status = _apply(operation, planned, score, known)
-                    measured.effect[cell], measured.norm[cell], measured.status[cell] = effect - before, norm, status
+                    unscored = status == OK and not np.isfinite(effect - before)  # of the control, if not of the edited model
+                    measured.effect[cell], measured.norm[cell] = effect - before, norm
+                    measured.status[cell] = NO_SCORE if unscored else status
 
 
 @dataclass(frozen=True)
@@ -262,7 +283,7 @@ def _apply(
     if not scores:
         return np.nan, np.nan, NO_DIRECTION
     mean = float(np.mean(scores))
-    return mean, float(np.mean(norms)), OK if np.isfinite(mean) else NO_SCORE
+    return mean, float(np.mean(norms)), OK
 
 
 def _operation(run: Run, case: Case, layers: Mapping[str, str], member: int) -> Operation:
@@ -583,7 +604,7 @@ def _component_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> F
         alt.Chart(DATA)
         .transform_filter("isValid(datum.effect_mean)")
         .transform_calculate(**calculated)
-        .encode(y=alt.Y("edit:N", sort=chosen["edit"], title=None, axis=alt.Axis(labelLimit=260)), color=color)
+        .encode(y=alt.Y("edit:N", sort=chosen["edit"], title=None, axis=alt.Axis(labelLimit=340)), color=color)
     )
     bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("effect_low:Q", title=f"effect ({_unit(run)})"), x2="effect_high:Q")
     dots = base.mark_circle(size=42, opacity=1).encode(x=_x(run), tooltip=_tooltip("edit"))
@@ -765,6 +786,9 @@ def _untold_sentences(run: Run, measured: _Measured) -> Iterator[str]:
         names = [name for name in run.conditions if all(_why_absent(run, (name, trait)) == code for trait in run.traits)]
         if names:
             yield f"Not operated on: {', '.join(names)}; {words}."
+    unscored = [case[0] for case in measured.cases if (measured.statuses(case, TOTAL) == NO_SCORE).all()]
+    if unscored:
+        yield f"No member has a score in {', '.join(dict.fromkeys(unscored))}, so no effect."
     elsewhere = [case[0] for case in measured.told() if run.starts_elsewhere(run.student(*case))]
     if elsewhere:
         yield (
