@@ -29,6 +29,7 @@ FLOORS = [
     {"recipe", "recipes"},
     {"run"},
     {"cases"},
+    {"relations"},
     {"sweeps"},
     {"experiment", "analyses"},
     {"executors"},

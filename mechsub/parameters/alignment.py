@@ -5,6 +5,7 @@ A direction here is a signed sum of a Gram matrix's labels, e.g. ``{"Δ student"
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -18,6 +19,24 @@ SHARED_SUPPORT = "shared support"
 Combination = Mapping[str, float]
 ByBlock = Float[np.ndarray, "member block"]
 ByScope = Float[np.ndarray, "member scope"]
+
+
+class Missing(IntEnum):
+    """Why a value is NaN."""
+
+    OK = 0
+    ZERO_DISPLACEMENT = 1
+    """Nothing moved."""
+    NO_SHARED_SUPPORT = 2
+    """The two moved no block of the scope together."""
+    NOT_RUN = 3
+    INCOMPARABLE = 4
+    """The two have other parameters."""
+    NOT_FINITE = 5
+    """A checkpoint holds NaN or infinity there."""
+
+
+STATUS = tuple(reason.name.lower() for reason in Missing)
 
 
 @dataclass(frozen=True)
@@ -62,6 +81,7 @@ class Scopes:
         sums = np.where(known, values, 0.0) @ self.members.T
         sums[(~known).astype(float) @ self.members.T > 0] = np.nan
         shared = np.where(support, values, 0.0).sum(-1, keepdims=True)
+        shared[(~known).any(-1)] = np.nan
         return np.concatenate([sums, shared], axis=-1)
 
     def random_cosine_sd(self) -> Float[np.ndarray, " scope"]:
@@ -98,6 +118,16 @@ class DirectionAlgebra:
         norms = _root(self.scopes.total(self.inner_by_block(direction, direction), support))
         norms[:, -1] = np.where(support.any(-1), norms[:, -1], np.nan)
         return norms
+
+    def rounding_floor(self, direction: Combination) -> ByScope:
+        """The norm ≥ 0 that rounding in storage alone could give u, in the unit of the weights.
+
+        √Σ s² r over its labels with their signs s, r what `Gram.rounding` holds of each; over all blocks in the last scope too.
+        """
+        squares = np.zeros(self.gram.within.shape[:2])
+        for label, sign in direction.items():
+            squares += sign**2 * self.gram.rounding[:, :, self._position[label]]
+        return _root(self.scopes.total(squares, np.ones(squares.shape, dtype=bool)))
 
     def cosine(self, first: Combination, second: Combination) -> ByScope:
         """cos(u, v) = ⟨u, v⟩ / (‖u‖ ‖v‖), in [−1, 1]; NaN in scopes where the two share no support.
@@ -150,6 +180,22 @@ class DirectionAlgebra:
         support = (own > 0) & (other > 0)
         totals = [self.scopes.total(values, support) for values in (inner, own, other)]
         return self._where_supported(_divide(totals[0], _root(totals[1] * totals[2])), support)
+
+    def explain(self, values: ByScope, *directions: Combination, partners: Sequence[int] = ()) -> np.ndarray:
+        """Why each of ``values``, made of ``directions``, is NaN, as a code of `Missing`; [member, scope].
+
+        ``partners``: the members whose anchors were held against the directions, where these are others.
+        """
+        used = sorted({self._position[label] for direction in directions for label in direction})
+        squares = self.gram.within[:, :, used, used]
+        broken = ~np.isfinite(squares).all(-1)
+        if partners:
+            anchors = [self._position[anchor] for anchor in self.gram.anchors]
+            broken |= ~np.isfinite(self.gram.within[:, :, anchors, anchors]).all(-1)[list(partners)]
+        is_broken = self.scopes.total(broken.astype(float), broken) > 0
+        moved = np.isfinite(values[:, self.scopes.names.index(MODEL)])[:, None]
+        reason = np.where(is_broken, Missing.NOT_FINITE, np.where(moved, Missing.NO_SHARED_SUPPORT, Missing.ZERO_DISPLACEMENT))
+        return np.where(np.isfinite(values), Missing.OK, reason).astype(np.int8)
 
     def _where_supported(self, values: ByScope, support: Bool[np.ndarray, "member block"]) -> ByScope:
         return np.where(self.scopes.total(support.astype(float), support) > 0, values, np.nan)
