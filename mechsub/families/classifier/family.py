@@ -1,17 +1,22 @@
 """The classifier family as analyses see it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mechsub.families.classifier.config import Config
 from mechsub.families.classifier.data import NUM_CLASSES, load_images
 from mechsub.families.classifier.model import Classifier
+from mechsub.families.classifier.symmetry import list_unit_groups
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
 from mechsub.families.protocol import Measure, Scores
 from mechsub.lineages import Lineage
+from mechsub.parameters.symmetry import UnitGroup
+
+_PROBE_IMAGES = 1024
 
 
 class Family:
@@ -47,3 +52,11 @@ class Family:
         """The accuracy on the held-out images under each trait's labels."""
         scores = compute_accuracy(model, self._images, self._labels, NUM_CLASSES)
         return {"trait_score": scores.cpu().double().numpy()[:, None]}
+
+    def unit_groups(self, lineage: Lineage) -> Sequence[UnitGroup]:
+        """The hidden units of every layer."""
+        return list_unit_groups(lineage.spec.model)
+
+    def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
+        """The first held-out images, on which nobody is trained; their labels are not used."""
+        return [self._images[:_PROBE_IMAGES]]
