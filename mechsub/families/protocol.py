@@ -69,7 +69,7 @@ class Family(Protocol):
         """The units of a lineage's model that can change places without changing its function; none where that is not known."""
 
     def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
-        """Held-out inputs without any trait's answers, each a batch as the lineage's model takes it: to record activations on."""
+        """Held-out inputs without a trait's answers, each a batch as the lineage's model takes it: to record activations on."""
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,20 @@ def connect_groups(groups: Sequence[UnitGroup], places: _Places = lambda group: 
     return [members for _, members in sets]
 
 
+def choose_unrelated(starts: Sequence[int]) -> list[int] | None:
+    """For each student another member, each once, who is neither its teacher's member nor the member at whose start it stands.
+
+    ``starts``: for each student, whose reference it starts from. None where there are too few members: with every student at
+    another member's start it takes three.
+    """
+    size = len(starts)
+    members = np.arange(size)
+    forbidden = (members[:, None] == members) | (np.asarray(starts)[:, None] == members)
+    distance = (members - members[:, None]) % size  # of those that are allowed the next ones, so that the choice is told easily
+    _, chosen = linear_sum_assignment(forbidden * float(size**2 + 1) + distance)
+    return None if forbidden[members, chosen].any() else [int(member) for member in chosen]
+
+
 class _Fit:
     """The objective Σ ⟨A, π(B)⟩ over the tensors of some groups, and its ascent, one group at a time."""
 
@@ -169,7 +183,8 @@ class _Fit:
         alone = [place for place in self._places(group) if place.tensor in self._alone]
         if alone:
             if group.name not in self._fixed:
-                self._fixed[group.name] = sum(self._products(group, place, self.other[place.tensor]) for place in alone)
+                products = [self._products(group, place, self.other[place.tensor]) for place in alone]
+                self._fixed[group.name] = np.sum(products, axis=0)
             now = arrangement.index[alone[0].key][group.entries(alone[0])][:: alone[0].width]
             profit += self._fixed[group.name][:, ((now - alone[0].start) // alone[0].width).numpy()]
         for place in self._places(group):

@@ -111,8 +111,9 @@ class Arrangement:
         return values
 
     def _check(self, tensor: str, axis: int, size: int) -> None:
-        if len(self.index[tensor, axis]) != size:
+        taken = len(self.index[tensor, axis])
+        if taken != size:
             raise AnalysisError(
-                f"tensor {tensor} has {size} entries along axis {axis}, but its units take {len(self.index[tensor, axis])}; the "
-                "family's `unit_groups` do not describe this model"
+                f"tensor {tensor} has {size} entries along axis {axis}, but its units take {taken}; the family's `unit_groups` "
+                "do not describe this model"
             )
