@@ -1,5 +1,6 @@
 """Symmetry matching: is a student's alignment hidden because its units stand in another order than its teacher's?"""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -46,6 +47,7 @@ _BOUNDS = {"float64": 1e-10, "float32": 2e-3}
 _START_FIELDS = frozenset({"init", "permute_hidden", "noise_std", "sham"})
 """Of a condition: where its students start, and what has nothing to do with them."""
 _MOST_TENSORS = 16
+_AGREEMENTS = {WEIGHTS: "cosine", ACTIVATIONS: "mean correlation"}
 FIT_WORDS = {WEIGHTS: "the starting weights", ACTIVATIONS: "the starting models' activations on held-out inputs"}
 
 
@@ -543,7 +545,7 @@ def _self_tests(run: Run, data: xr.Dataset) -> list[Finding]:
 
 def _lines(names: Mapping[str, str], variables: Sequence[str]) -> alt.Chart:
     """The rows that are one of ``names``, by ``variable/matching/pair``, as ``cosine`` with who they belong to in ``who``."""
-    chosen = " : ".join(f"datum.key === '{key}' ? '{who}'" for key, who in names.items())
+    chosen = " : ".join(f"datum.key === {json.dumps(key)} ? {json.dumps(who)}" for key, who in names.items())
     return (
         alt.Chart(DATA)
         .transform_fold(list(variables), as_=["which", "cosine"])
@@ -698,7 +700,7 @@ def _sentences(run: Run, matcher: _Matcher, data: xr.Dataset, judgements: Mappin
     sentences = [f"Units that were matched: {units} of every model. What else could be exchanged or rotated was left as it is."]
     sentences += _identity_sentences(run, data)
     for condition in _moved(run):
-        sentences += [_summarise(run, data, judgements, condition, fit) for fit in FITS]
+        sentences.append(_summarise(run, data, judgements, condition))
         if matcher.partners(condition, UNRELATED) is None:
             sentences.append(
                 f"{condition} has no unrelated pairs, which take three members with references of their own: what matching "
@@ -716,29 +718,32 @@ def _identity_sentences(run: Run, data: xr.Dataset) -> list[str]:
     return [f"At the teachers' own start ({', '.join(own)}) the fits {found}: what is matched there is what is stored."]
 
 
-def _summarise(run: Run, data: xr.Dataset, judgements: Mapping[Key, Judgement], condition: str, fit: str) -> str:
+def _summarise(run: Run, data: xr.Dataset, judgements: Mapping[Key, Judgement], condition: str) -> str:
     """What matching changes in one condition, in a sentence; means over traits within members."""
 
     def mean(name: str, matching: str, pair: str = OWN) -> Interval:
         found = [_final(run, data, name, condition, trait, matching, pair) for trait in run.traits]
         return student_interval(np.mean(found, axis=0), run.recipe.verdict.confidence)
 
-    starts = data.sel(condition=condition, fit=fit, pair=OWN)
-    before, after = (float(starts[f"start_agreement_{when}"].mean()) for when in ("stored", "matched"))
-    verdicts = {judgements[key].verdict for key in judgements if key[0] == "recovered_alignment" and key[1:4:2] == (condition, fit)}
-    recovered = np.mean([_effect(run, data, "recovered_alignment", condition, trait, fit) for trait in run.traits], axis=0)
-    interval = student_interval(recovered, run.recipe.verdict.confidence)
-    over = f"over unrelated pairs it recovers {interval} ({', '.join(sorted(verdicts))})" if interval.n else "no unrelated pairs"
-    return (
-        f"{condition}, matched by {FIT_WORDS[fit]}, which agree {before:.3f} as stored and {after:.3f} matched: alignment "
-        f"{mean('alignment', STORED)} becomes {mean('alignment', fit)}, its control's {mean('alignment_of_control', fit)}, "
-        f"unrelated pairs' {mean('alignment', fit, UNRELATED)}; {over}; specific alignment {mean('specific_alignment', fit)}."
-    )
+    parts = []
+    for fit in FITS:
+        starts = data.sel(condition=condition, fit=fit, pair=OWN)
+        before, after = (float(starts[f"start_agreement_{when}"].mean()) for when in ("stored", "matched"))
+        words = f"matched by {fit} ({_AGREEMENTS[fit]} of the starts {before:.2f} as stored, {after:.2f} matched) "
+        words += f"{mean('alignment', fit)}, its control {mean('alignment_of_control', fit)}"
+        recovered = [_effect(run, data, "recovered_alignment", condition, trait, fit) for trait in run.traits]
+        over = student_interval(np.mean(recovered, axis=0), run.recipe.verdict.confidence)
+        if over.n:
+            verdicts = {one.verdict for key, one in judgements.items() if key[:2] == ("recovered_alignment", condition) and key[3] == fit}
+            words += f", unrelated pairs {mean('alignment', fit, UNRELATED)}: {over} more than these ({', '.join(sorted(verdicts))})"
+        parts.append(words)
+    return f"{condition}: alignment as stored {mean('alignment', STORED)}; {'; '.join(parts)}."
 
 
 def _self_test_sentences(run: Run, data: xr.Dataset) -> list[str]:
     return [
-        f"{test.condition} is {_twin(run, test.condition)} in another order of units; {test.scope}: they differ by "
-        f"{test.estimate:.1g}, {'within' if test.estimate <= test.margin else 'beyond'} the bound of {test.margin:g}."
+        f"{test.condition} is {_twin(run, test.condition)} in another order of units. {test.scope[0].upper()}{test.scope[1:]}: the "
+        f"two alignments differ by {test.estimate:.1g}, {'within' if test.estimate <= test.margin else 'beyond'} the bound of "
+        f"{test.margin:g} for rounding."
         for test in _self_tests(run, data)
     ]

@@ -15,6 +15,7 @@ from mechsub.families.classifier.trait import compute_accuracy
 from mechsub.families.protocol import Measure, Scores
 from mechsub.lineages import Lineage
 from mechsub.parameters.symmetry import UnitGroup
+from mechsub.streams import random_stream
 
 _PROBE_IMAGES = 1024
 
@@ -23,7 +24,7 @@ class Family:
     """A `mechsub.families.protocol.Family`."""
 
     def __init__(self, run: Path, config: Config, device: str) -> None:
-        self._device = device
+        self._device, self._seed = device, config.seed
         images = load_images(run, getattr(torch, config.model.dtype), device)
         self._images = images.test_images()
         labels = {"digits": images.test_labels}
@@ -58,5 +59,7 @@ class Family:
         return list_unit_groups(lineage.spec.model)
 
     def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
-        """The first held-out images, on which nobody is trained; their labels are not used."""
-        return [self._images[:_PROBE_IMAGES]]
+        """Held-out images without their labels, and as many of uniform noise: units that no image wakes differ on noise."""
+        images = self._images[:_PROBE_IMAGES]
+        noise = random_stream(self._seed, "probe-inputs").uniform(-1, 1, tuple(images.shape))
+        return [images, torch.from_numpy(noise).to(images)]
