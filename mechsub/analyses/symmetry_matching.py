@@ -557,7 +557,7 @@ def _lines(names: Mapping[str, str], variables: Sequence[str]) -> alt.Chart:
 
 
 def _who(names: Mapping[str, str], colors: Sequence[str]) -> alt.Color:
-    return alt.Color("who:N", scale=alt.Scale(domain=list(names.values()), range=list(colors)), title=None)
+    return alt.Color("who:N", scale=alt.Scale(domain=list(names.values()), range=list(colors)), title=None, legend=alt.Legend(labelLimit=260))
 
 
 _ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
@@ -601,7 +601,7 @@ def _effect_figure(run: Run) -> Figure:
 
 def _training_figure(run: Run) -> Figure:
     names = {
-        "twin_alignment/weights/own": "the same training from the teachers' start",
+        "twin_alignment/weights/own": "from the teachers' start",
         "alignment/weights/own": "matched",
         "alignment_of_control/weights/own": "control, matched (null)",
         "alignment/weights/unrelated": "unrelated pairs, matched (null)",
@@ -645,17 +645,18 @@ def _layer_figure(run: Run, data: xr.Dataset) -> Figure:
     dots = (
         _lines(names, ("alignment",))
         .transform_filter("datum.step == datum.last_step")
-        .mark_circle(size=22, opacity=0.5)
+        .mark_circle(size=16, opacity=0.5)
         .encode(
             x=alt.X("cosine:Q", title="cos(π Δ_S, Δ_T)"),
             y=alt.Y("scope:N", sort=_drawn_scopes(data), title=None),
+            yOffset=alt.YOffset("who:N", sort=list(names.values())),
             color=_who(names, (_GREY, _BLUE, _GREEN)),
             tooltip=["scope:N", "taught:N", "member:O", "who:N", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
     facets = (
         alt.layer(_ZERO.encode(x=alt.datum(0)), dots, data=DATA)
-        .properties(width=195, height=alt.Step(15))
+        .properties(width=195, height=alt.Step(6))
         .facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=3)
     )
     return Figure(

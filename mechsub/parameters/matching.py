@@ -18,6 +18,7 @@ NUM_RESTARTS = 3
 """Of groups whose best orders depend on each other."""
 _GAIN = 1e-12
 """An order is only taken where it raises the objective by more than this share: ties, as of dead units, move nothing."""
+_ROUNDING = 1e-6
 _MOST_SWEEPS = 100
 Load = Callable[[str], Tensor]
 """A whole tensor of one member, by its name."""
@@ -92,7 +93,7 @@ def _match(
         names = dict.fromkeys(place.tensor for group in component for place in places(group))
         fit = _Fit(component, places, {name: reference(name) for name in names}, {name: other(name) for name in names})
         found = fit.climb(stored, None)
-        for _ in range(restarts if len(component) > 1 else 0):
+        for _ in range(restarts if len(component) > 1 and not fit.is_highest(found[1]) else 0):
             start = stored
             for group in component:
                 start = start.permute(group, torch.from_numpy(stream.permutation(group.num_units)))
@@ -147,6 +148,9 @@ class _Fit:
             for place in places(group):
                 users.setdefault(place.tensor, set()).add(group.name)
         self._alone = {tensor for tensor, names in users.items() if len(names) == 1}
+        norms = [torch.linalg.vector_norm(state[name].double()) for name in reference for state in (reference, other)]
+        self._scale = float(sum(first * second for first, second in zip(norms[::2], norms[1::2], strict=True)))
+        """No arrangement reaches more, by Cauchy and Schwarz."""
         self._fixed: dict[str, Float[np.ndarray, "unit unit"]] = {}
         """By group: ⟨A's unit, B's stored unit⟩ over the tensors that no other group orders, computed once."""
 
@@ -154,6 +158,10 @@ class _Fit:
         """The axes that these groups order."""
         axes = {place.key for group in self._groups for place in (*group.places, group.activations)}
         return {axis: order for axis, order in arrangement.index.items() if axis in axes}
+
+    def is_highest(self, objective: float) -> bool:
+        """Whether no arrangement can do better, but for rounding."""
+        return objective >= (1 - _ROUNDING) * self._scale
 
     def inner(self, arrangement: Arrangement) -> float:
         """Σ ⟨A, π(B)⟩."""
@@ -163,7 +171,6 @@ class _Fit:
     def climb(self, start: Arrangement, stream: np.random.Generator | None) -> tuple[Arrangement, float]:
         """To a fixed point: the arrangement and its objective. Groups take turns in their order, or as ``stream`` draws it."""
         arrangement = start
-        scale = sum(float(torch.linalg.vector_norm(self.reference[name]) * self.other[name].norm()) for name in self.other)
         for _ in range(_MOST_SWEEPS):
             gained = False
             turns = range(len(self._groups)) if stream is None else stream.permutation(len(self._groups))
@@ -171,7 +178,7 @@ class _Fit:
                 group = self._groups[turn]
                 profit = self._profit(group, arrangement)
                 rows, order = linear_sum_assignment(profit, maximize=True)
-                if profit[rows, order].sum() > np.trace(profit) + _GAIN * scale:
+                if profit[rows, order].sum() > np.trace(profit) + _GAIN * self._scale:
                     arrangement, gained = arrangement.permute(group, torch.from_numpy(order)), True
             if not gained or len(self._groups) == 1:
                 break
