@@ -144,8 +144,7 @@ class _Matcher:
                 lambda name: student.parts(0, name)[0].load_whole(name, member),
                 stream,
             )
-        recorded = [self._record(run.reference, partner), self._record(student, member)]
-        return match_activations(self.groups, *recorded, stream)
+        return match_activations(self.groups, self._record(run.reference, partner), self._record(student, member), stream)
 
     def _record(self, lineage: Lineage, member: int) -> dict[str, Any]:
         readers = list(dict.fromkeys(group.reader for group in self.groups))
@@ -220,8 +219,18 @@ def _compare(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, st
 
 
 def _measure(run: Run, matcher: _Matcher, scopes: Scopes) -> xr.Dataset:
-    steps = sorted({step for condition in run.conditions for trait in run.traits for step in run.student(condition, trait).steps})
-    sizes = (len(run.conditions), len(run.traits), len(MATCHINGS), len(PAIRS), run.recipe.members, len(steps), len(scopes.names))
+    steps = sorted(
+        {step for condition in run.conditions for trait in run.traits for step in run.student(condition, trait).steps}
+    )
+    sizes = (
+        len(run.conditions),
+        len(run.traits),
+        len(MATCHINGS),
+        len(PAIRS),
+        run.recipe.members,
+        len(steps),
+        len(scopes.names),
+    )
     values = {quantity.name: np.full(sizes, np.nan) for quantity in QUANTITIES}
     status = {quantity.name: np.full(sizes, NOT_RUN, dtype=np.int8) for quantity in QUANTITIES}
     for row, condition in enumerate(run.conditions):
@@ -300,10 +309,14 @@ def _fit_variables(run: Run, matcher: _Matcher) -> dict[str, Any]:
     """How alike each start is to the reference that it is matched to, before and after, and what share of it moves."""
     dims = ("condition", "fit", "pair", "member")
     sizes = (len(run.conditions), len(FITS), len(PAIRS), run.recipe.members)
-    names = {
+    names: dict[str, tuple[str, Callable[[Matching], float], str]] = {
         "start_agreement_stored": ("cosine of the two starts' units as stored", lambda one: one.before, "cosine"),
         "start_agreement_matched": ("the same with the units matched", lambda one: one.after, "cosine"),
-        "moved_share": ("share of the units' entries that the matching moves", lambda one: one.arrangement.moved_share, "share"),
+        "moved_share": (
+            "share of the units' entries that the matching moves",
+            lambda one: one.arrangement.moved_share,
+            "share",
+        ),
     }
     arrays = {name: np.full(sizes, np.nan) for name in names}
     status = np.full(sizes, NO_PAIR if matcher.groups else NO_UNITS, dtype=np.int8)
@@ -391,9 +404,9 @@ def _effect(run: Run, data: xr.Dataset, name: str, condition: str, trait: str, f
     at = condition, trait, fit
     if name == "matched_specific_alignment":
         return _final(run, data, "specific_alignment", *at)
-    matched = _final(run, data, "alignment", *at)
-    null = _final(run, data, "alignment_of_control", *at) if name == "matched_alignment" else None
-    return matched - (_final(run, data, "alignment", *at, UNRELATED) if null is None else null)
+    null, pair = ("alignment_of_control", OWN) if name == "matched_alignment" else ("alignment", UNRELATED)
+    difference: np.ndarray = _final(run, data, "alignment", *at) - _final(run, data, null, *at, pair)
+    return difference
 
 
 @dataclass(frozen=True)
@@ -478,9 +491,7 @@ def _finding(
     )
 
 
-def _null_bounds(
-    run: Run, data: xr.Dataset, name: str, at: tuple[str, str, str], values: np.ndarray
-) -> tuple[float, float]:
+def _null_bounds(run: Run, data: xr.Dataset, name: str, at: tuple[str, str, str], values: np.ndarray) -> tuple[float, float]:
     reported, confidence = _REPORTED[name], run.recipe.verdict.confidence
     if reported.null_variable:
         against = student_interval(_final(run, data, reported.null_variable, *at, reported.null_pair), confidence)
@@ -557,7 +568,9 @@ def _lines(names: Mapping[str, str], variables: Sequence[str]) -> alt.Chart:
 
 
 def _who(names: Mapping[str, str], colors: Sequence[str]) -> alt.Color:
-    return alt.Color("who:N", scale=alt.Scale(domain=list(names.values()), range=list(colors)), title=None, legend=alt.Legend(labelLimit=260))
+    return alt.Color(
+        "who:N", scale=alt.Scale(domain=list(names.values()), range=list(colors)), title=None, legend=alt.Legend(labelLimit=260)
+    )
 
 
 _ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
@@ -626,7 +639,7 @@ def _training_figure(run: Run) -> Figure:
         title="Matched alignment along training",
         caption=(
             f"cos(π Δ_S, Δ_T) over all parameters, no unit, units matched by the starting weights; thin lines are "
-            f"{_members(run)}, thick ones their mean. The broad line is the condition that differs only in that it starts where "
+            f"{_members(run)}, thick ones their mean. The broad line is the condition that differs only in starting where "
             "its teachers did: students that start as the same function in another order of units must lie on it. Nulls: the "
             "control in the same order, and the same students against another member's teacher after the same matching."
         ),
@@ -735,15 +748,21 @@ def _summarise(run: Run, data: xr.Dataset, judgements: Mapping[Key, Judgement], 
         recovered = [_effect(run, data, "recovered_alignment", condition, trait, fit) for trait in run.traits]
         over = student_interval(np.mean(recovered, axis=0), run.recipe.verdict.confidence)
         if over.n:
-            verdicts = {one.verdict for key, one in judgements.items() if key[:2] == ("recovered_alignment", condition) and key[3] == fit}
-            words += f", unrelated pairs {mean('alignment', fit, UNRELATED)}: {over} more than these ({', '.join(sorted(verdicts))})"
+            verdicts = {
+                one.verdict
+                for key, one in judgements.items()
+                if key[:2] == ("recovered_alignment", condition) and key[3] == fit
+            }
+            words += (
+                f", unrelated pairs {mean('alignment', fit, UNRELATED)}: {over} more than these ({', '.join(sorted(verdicts))})"
+            )
         parts.append(words)
     return f"{condition}: alignment as stored {mean('alignment', STORED)}; {'; '.join(parts)}."
 
 
 def _self_test_sentences(run: Run, data: xr.Dataset) -> list[str]:
     return [
-        f"{test.condition} is {_twin(run, test.condition)} in another order of units. {test.scope[0].upper()}{test.scope[1:]}: the "
+        f"{test.condition} is {_twin(run, test.condition)} in another order of units. {test.scope.capitalize()}: the "
         f"two alignments differ by {test.estimate:.1g}, {'within' if test.estimate <= test.margin else 'beyond'} the bound of "
         f"{test.margin:g} for rounding."
         for test in _self_tests(run, data)

@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from mechsub.analyses.symmetry_matching import INCOMPARABLE, OWN
 from mechsub.families.language.models import tensor_table
 from mechsub.families.language.symmetry import list_unit_groups
+from mechsub.parameters.alignment import MODEL
 from mechsub.parameters.symmetry import Arrangement
 
 SHAPE = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "max_position_embeddings": 32}
@@ -57,3 +60,25 @@ def test_grouped_queries_have_groups_of_their_own():
 def test_an_architecture_that_is_not_known_has_no_groups():
     config = AutoConfig.for_model("gpt_neox", vocab_size=40, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     assert list_unit_groups(config, {}) == []
+
+
+def test_language_models_are_matched_where_they_are_comparable(nano_run):
+    data = nano_run.results["symmetry_matching"]
+    assert (data.alignment_status.sel(condition="different-architecture") == INCOMPARABLE).all()
+    own = data.sel(condition="different-init", pair=OWN)
+    assert (own.start_agreement_matched > own.start_agreement_stored).all()
+    assert (own.moved_share > 0.5).all() and (data.moved_share.sel(condition="same-init", pair=OWN) == 0).all()
+    assert np.isfinite(own.alignment.sel(scope=MODEL).isel(step=-1)).all()
+
+
+def test_a_run_knows_the_units_of_each_of_its_models(nano_run):
+    family = nano_run.family
+    kinds = {
+        name: {group.kind for group in family.unit_groups(nano_run.lineages[name])}
+        for name in ("reference.nano-gpt2", "reference.nano-qwen2")
+    }
+    assert kinds["reference.nano-gpt2"] == {"MLP units", "attention heads"}
+    assert kinds["reference.nano-qwen2"] == {"MLP units", "query heads of a group"}
+    batches = family.probe_inputs(nano_run.lineages["reference.nano-gpt2"])
+    model = family.load_model(nano_run.lineages["reference.nano-gpt2"], 0, 0)
+    assert len(batches) >= 20 and all(model(batch).logits.shape[:2] == batch.shape for batch in batches[:2])
