@@ -191,7 +191,8 @@ def test_a_users_own_analysis_and_callback_run_in_other_processes(tiny_recipe, t
 
 
 def test_an_analysis_that_the_run_cannot_feed_is_left_out_with_what_to_supply(tiny_run):
-    assert [stage.name for stage in plan_analyses(tiny_run.path)] == ["analysis.behaviour", "analysis.parameter_alignment"]
+    planned = [stage.name for stage in plan_analyses(tiny_run.path)]
+    assert planned == ["analysis.behaviour", "analysis.parameter_alignment", "analysis.symmetry_matching"]
     (sentence,) = missing_analyses(tiny_run.path).values()
     assert (
         sentence.startswith("There is no text that a teacher") and sentence in (tiny_run.path / "report/index.html").read_text()

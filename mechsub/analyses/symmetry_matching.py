@@ -14,8 +14,9 @@ from mechsub.analyses.registry import analysis
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
-from mechsub.parameters.alignment import MODEL, ByScope, Combination, DirectionAlgebra, Scopes
+from mechsub.parameters.alignment import MODEL, STATUS, Combination, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.arranged import ArrangedLineage
+from mechsub.parameters.blocks import Block, list_blocks
 from mechsub.parameters.directions import (
     Direction,
     difference_label,
@@ -35,8 +36,8 @@ from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, SuperiorityTest
 from mechsub.streams import random_stream
 
 SOURCE = "matching: Ainsworth et al., arXiv:2209.04836 (Git Re-Basin); displacement cosines: Ilharco et al., arXiv:2212.04089"
-_STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run", "incomparable", "no_unrelated_pair", "no_units_known")
-OK, ZERO, UNSHARED, NOT_RUN, INCOMPARABLE, NO_PAIR, NO_UNITS = range(7)
+_STATUS = (*STATUS, "no_unrelated_pair", "no_units_known")
+NO_PAIR, NO_UNITS = len(STATUS), len(STATUS) + 1
 STORED, WEIGHTS, ACTIVATIONS = "stored", "weights", "activations"
 MATCHINGS, FITS = (STORED, WEIGHTS, ACTIVATIONS), (WEIGHTS, ACTIVATIONS)
 OWN, UNRELATED = "own", "unrelated"
@@ -55,7 +56,6 @@ FIT_WORDS = {WEIGHTS: "the starting weights", ACTIVATIONS: "the starting models'
 class Compared:
     """One student at one step against one view of its teacher: how the directions are called."""
 
-    algebra: DirectionAlgebra
     student: Combination
     control: Combination
     difference: Combination
@@ -65,32 +65,26 @@ class Compared:
 
 @dataclass(frozen=True)
 class Quantity:
-    """A measure, in any order of units."""
+    """A cosine, in any order of units."""
 
     name: str
     formula: str
-    compute: Callable[[Compared], ByScope]
+    directions: Callable[[Compared], tuple[Combination, Combination]]
 
 
 QUANTITIES = (
-    Quantity("alignment", "cos(π Δ_S, Δ_T)", lambda of: of.algebra.cosine(of.student, of.teacher)),
-    Quantity("alignment_of_control", "cos(π Δ_C, Δ_T)", lambda of: of.algebra.cosine(of.control, of.teacher)),
-    Quantity("control_adjusted_alignment", "cos(π(θ_S − θ_C), Δ_T)", lambda of: of.algebra.cosine(of.difference, of.teacher)),
-    Quantity(
-        "specific_alignment",
-        "cos(π(θ_S − θ_C), Δ_T − Δ_N)",
-        lambda of: of.algebra.cosine(of.difference, of.teacher_difference),
-    ),
+    Quantity("alignment", "cos(π Δ_S, Δ_T)", lambda of: (of.student, of.teacher)),
+    Quantity("alignment_of_control", "cos(π Δ_C, Δ_T)", lambda of: (of.control, of.teacher)),
+    Quantity("control_adjusted_alignment", "cos(π(θ_S − θ_C), Δ_T)", lambda of: (of.difference, of.teacher)),
+    Quantity("specific_alignment", "cos(π(θ_S − θ_C), Δ_T − Δ_N)", lambda of: (of.difference, of.teacher_difference)),
 )
 
 
 @analysis
 def symmetry_matching(run: Run) -> Result:
     """What of the alignment is left, or comes back, when students' units are matched to their teacher's by their starts."""
-    table = run.reference.spec.tensors
-    scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
     matcher = _Matcher(run)
-    data = _measure(run, matcher, scopes)
+    data = _measure(run, matcher, list_blocks(run.reference.spec.tensors))
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _self_tests(run, data)
     figures = [_effect_figure(run), _training_figure(run), _layer_figure(run, data)] if _moved(run) and matcher.groups else []
@@ -202,14 +196,13 @@ def _condition_directions(run: Run, condition: str, views: Sequence[_View]) -> l
     return directions
 
 
-def _compare(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int, view: _View) -> Compared:
+def _compare(run: Run, condition: str, trait: str, step: int, view: _View) -> Compared:
     """At step 0 nothing has moved, and without a control there is none: such directions are empty sums."""
     student, control = run.student(condition, trait), run.control(condition)
     beside = run.paired_step(control, student, step) if control and step > 0 else None
     teacher, neutral = view.teacher, view.neutral
     apart = {} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0}
     return Compared(
-        algebra,
         student={displacement_label(student.name, step): 1.0} if step > 0 else {},
         control={} if control is None or beside is None else {displacement_label(control.name, beside): 1.0},
         difference={} if control is None or beside is None else {difference_label(student.name, control.name, step): 1.0},
@@ -218,7 +211,8 @@ def _compare(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, st
     )
 
 
-def _measure(run: Run, matcher: _Matcher, scopes: Scopes) -> xr.Dataset:
+def _measure(run: Run, matcher: _Matcher, blocks: Sequence[Block]) -> xr.Dataset:
+    scopes = Scopes.of(blocks)
     steps = sorted(
         {step for condition in run.conditions for trait in run.traits for step in run.student(condition, trait).steps}
     )
@@ -232,15 +226,15 @@ def _measure(run: Run, matcher: _Matcher, scopes: Scopes) -> xr.Dataset:
         len(scopes.names),
     )
     values = {quantity.name: np.full(sizes, np.nan) for quantity in QUANTITIES}
-    status = {quantity.name: np.full(sizes, NOT_RUN, dtype=np.int8) for quantity in QUANTITIES}
+    status = {quantity.name: np.full(sizes, Missing.NOT_RUN, dtype=np.int8) for quantity in QUANTITIES}
     for row, condition in enumerate(run.conditions):
         if not run.is_comparable(condition):
             for codes in status.values():
-                codes[row] = INCOMPARABLE
+                codes[row] = Missing.INCOMPARABLE
             continue
         views = {trait: _views(run, matcher, condition, trait) for trait in run.traits}
         directions = _condition_directions(run, condition, [one for found in views.values() for one in found.values()])
-        gram = stream_gram(directions, dict(run.reference.spec.tensors), (), device=run.device)
+        gram = stream_gram(directions, blocks, (), device=run.device)
         algebra = DirectionAlgebra(gram, scopes)
         for (place, trait), (column, step) in product(enumerate(run.traits), enumerate(steps)):
             if step not in run.student(condition, trait).steps:
@@ -251,9 +245,9 @@ def _measure(run: Run, matcher: _Matcher, scopes: Scopes) -> xr.Dataset:
                     if view is None:
                         status[quantity.name][cell] = NO_PAIR if matcher.groups else NO_UNITS
                     elif _has(run, condition, quantity.name):
-                        found = quantity.compute(_compare(run, algebra, condition, trait, step, view))
-                        values[quantity.name][cell] = found
-                        status[quantity.name][cell] = _explain(found, scopes)
+                        pair_of = quantity.directions(_compare(run, condition, trait, step, view))
+                        values[quantity.name][cell] = found = algebra.cosine(*pair_of)
+                        status[quantity.name][cell] = algebra.explain(found, *pair_of)
         run.report_progress(run.num_checkpoints * (row + 1) // len(run.conditions))
     return _label(run, matcher, values, status, steps, scopes)
 
@@ -262,12 +256,6 @@ def _has(run: Run, condition: str, name: str) -> bool:
     """Whether the run holds what a quantity compares."""
     has_control, has_neutral = run.control(condition) is not None, run.neutral is not None
     return name == "alignment" or (has_control and (name != "specific_alignment" or has_neutral))
-
-
-def _explain(values: ByScope, scopes: Scopes) -> np.ndarray:
-    """Why a value is NaN: nothing moved at all, or the two moved nothing in common in this scope."""
-    moved = np.isfinite(values[:, scopes.names.index(MODEL)])[:, None]
-    return np.where(np.isfinite(values), OK, np.where(moved, UNSHARED, ZERO)).astype(np.int8)
 
 
 def _label(
@@ -322,16 +310,16 @@ def _fit_variables(run: Run, matcher: _Matcher) -> dict[str, Any]:
     status = np.full(sizes, NO_PAIR if matcher.groups else NO_UNITS, dtype=np.int8)
     for (row, condition), (at, fit), (side, pair) in product(enumerate(run.conditions), enumerate(FITS), enumerate(PAIRS)):
         if not run.is_comparable(condition):
-            status[row] = INCOMPARABLE
+            status[row] = Missing.INCOMPARABLE
             continue
         found = matcher.match(condition, fit, pair)
         if found is not None:
-            status[row, at, side] = OK
+            status[row, at, side] = Missing.OK
             for name, (_, read, _) in names.items():
                 arrays[name][row, at, side] = [read(one) for one in found]
     variables: dict[str, Any] = {}
     for name, (description, _, unit) in names.items():
-        codes = np.where(np.isnan(arrays[name]) & (status == OK), ZERO, status)
+        codes = np.where(np.isnan(arrays[name]) & (status == Missing.OK), Missing.ZERO_DISPLACEMENT, status)
         variables[name] = label_variable(arrays[name], dims, description=description, unit=unit, source=SOURCE)
         variables[f"{name}_status"] = status_variable(codes, dims, _STATUS, name)
     return variables
@@ -340,7 +328,7 @@ def _fit_variables(run: Run, matcher: _Matcher) -> dict[str, Any]:
 def _twin_variables(run: Run, alignment: np.ndarray, status: np.ndarray) -> dict[str, Any]:
     """The alignment of the condition that differs in nothing but that it starts where its teachers did."""
     dims = tuple(dim for dim in _DIMS if dim not in {"matching", "pair"})
-    values, codes = np.full_like(alignment[:, :, 0, 0], np.nan), np.full_like(status[:, :, 0, 0], NOT_RUN)
+    values, codes = np.full_like(alignment[:, :, 0, 0], np.nan), np.full_like(status[:, :, 0, 0], Missing.NOT_RUN)
     for row, condition in enumerate(run.conditions):
         twin = _twin(run, condition)
         if twin is not None:

@@ -2,14 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mechsub.checkpoints import Factors
-from mechsub.lineages import Lineage, Part
+from mechsub.lineages import Lineage, Part, RowReader
 from mechsub.parameters.symmetry import Arrangement
+
+
+def _read_arranged(read: RowReader, order: Arrangement, tensor: str, num_rows: int, start: int, stop: int) -> Tensor:
+    rows = order.index.get((tensor, 0))
+    values = read(start, stop) if rows is None else read(0, num_rows)[rows[start:stop]]
+    return order.arrange(tensor, values, first_axis=1)
 
 
 @dataclass(frozen=True)
@@ -20,17 +27,12 @@ class ArrangedPart(Part):
     sources: tuple[int, ...] = field(default=(), compare=False, kw_only=True)
     arrangements: tuple[Arrangement, ...] = field(default=(), compare=False, kw_only=True)
 
-    def load_rows(self, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
-        """Its rows [start, stop), of all members, each in its own order. Whole tensors are read one member at a time."""
+    def open_rows(self, tensor: str) -> list[RowReader]:
+        """How to read rows of each member in its order. Where rows are reordered, only those that are asked for are read."""
         assert self.source is not None
-        num_rows = self.lineage.spec.tensors[tensor].shape[0]
-        axes = [axis for name, axis in self.arrangements[0].index if name == tensor]
-        if 0 in axes and (start, stop) != (0, num_rows):
-            return torch.stack([self._load_own(tensor, place)[start:stop] for place in range(len(self.sources))])
-        rows = self.source.load_rows(tensor, start, stop)
-        return torch.stack(
-            [one.arrange(tensor, rows[source]) for source, one in zip(self.sources, self.arrangements, strict=True)]
-        )
+        readers, num_rows = self.source.open_rows(tensor), self.lineage.spec.tensors[tensor].shape[0]
+        pairs = zip(self.sources, self.arrangements, strict=True)
+        return [partial(_read_arranged, readers[source], order, tensor, num_rows) for source, order in pairs]
 
     def load_whole(self, tensor: str, member: int) -> Float[Tensor, "..."]:
         """The whole tensor of one member."""
@@ -61,16 +63,19 @@ class ArrangedLineage(Lineage):
     def __init__(self, lineage: Lineage, label: str, sources: Sequence[int], arrangements: Sequence[Arrangement]) -> None:
         self._shown, self._label = lineage, label
         self._sources, self._arrangements = tuple(sources), tuple(arrangements)
-        self.spec = replace(lineage.spec, name=f"{lineage.name} {label}")
+        origin = lineage.spec.origin
+        shown = replace(origin, members=tuple(origin.members[source] for source in self._sources))
+        self.spec = replace(lineage.spec, name=f"{lineage.name} {label}", origin=shown)
 
     def parts(self, step: int, tensor: str) -> tuple[Part, ...]:
         """What a tensor is the sum of at one step, every part of it arranged."""
+        slots = tuple(range(len(self._sources)))
         return tuple(
             ArrangedPart(
                 self,
-                f"{part.name} {self._label}",
+                f"{part.name} of {[part.members[source] for source in self._sources]} {self._label}",
                 part.step,
-                tuple(part.members[source] for source in self._sources),
+                slots,
                 part.kind,
                 source=part,
                 sources=self._sources,
@@ -78,3 +83,12 @@ class ArrangedLineage(Lineage):
             )
             for part in self._shown.parts(step, tensor)
         )
+
+    def is_finite(self, part: Part, tensor: str, member: int) -> bool:
+        """Whether all numbers of one member's part are."""
+        assert isinstance(part, ArrangedPart) and part.source is not None
+        return part.source.lineage.is_finite(part.source, tensor, part.source.members[self._sources[member]])
+
+    def checkpoint(self, step: int, member: int = 0) -> Path:
+        """The file or the folder of one step of the member that is shown in this one's place."""
+        return self._shown.checkpoint(step, self._sources[member])

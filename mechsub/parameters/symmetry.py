@@ -97,13 +97,13 @@ class Arrangement:
         """What undoes it: a model shown in this order, shown in the inverse order, stands as it is stored."""
         return Arrangement({axis: order.argsort() for axis, order in self.index.items()})
 
-    def arrange(self, tensor: str, values: Tensor) -> Tensor:
-        """One member's whole tensor (or a reader's inputs) in this order.
+    def arrange(self, tensor: str, values: Tensor, first_axis: int = 0) -> Tensor:
+        """One member's whole tensor (or a reader's inputs) in this order, along its axes from ``first_axis`` on.
 
         Raises:
             AnalysisError: the tensor is not as long as its units are.
         """
-        for axis in range(values.ndim):
+        for axis in range(first_axis, values.ndim):
             order = self.index.get((tensor, axis))
             if order is not None:
                 self._check(tensor, axis, values.shape[axis])

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from mechsub.analyses.symmetry_matching import ACTIVATIONS, FITS, NO_PAIR, NOT_RUN, OWN, STORED, UNRELATED, WEIGHTS
+from mechsub.analyses.symmetry_matching import ACTIVATIONS, FITS, NO_PAIR, OWN, STORED, UNRELATED, WEIGHTS
 from mechsub.api import analyze_run, run_experiment
 from mechsub.families.classifier.symmetry import list_unit_groups
-from mechsub.parameters.alignment import MODEL
+from mechsub.parameters.alignment import MODEL, Missing
 from mechsub.parameters.matching import match_weights
 from mechsub.recipe import load_recipe
 from mechsub.streams import random_stream
@@ -106,7 +106,7 @@ def test_a_twin_is_the_condition_that_starts_at_the_teachers_reference(tiny_run)
     for condition, twin in {"permuted-init": "same-init", "different-init-all-logits": "all-logits"}.items():
         expected = data.alignment.sel(condition=twin, matching=STORED, pair=OWN)
         np.testing.assert_array_equal(data.twin_alignment.sel(condition=condition), expected)
-    assert (data.twin_alignment_status.sel(condition="same-init") == NOT_RUN).all()
+    assert (data.twin_alignment_status.sel(condition="same-init") == Missing.NOT_RUN).all()
 
 
 def test_findings_stand_beside_their_nulls(tiny_run):

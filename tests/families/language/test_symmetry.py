@@ -3,10 +3,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mechsub.analyses.symmetry_matching import INCOMPARABLE, OWN
+from mechsub.analyses.symmetry_matching import OWN
 from mechsub.families.language.models import tensor_table
 from mechsub.families.language.symmetry import list_unit_groups
-from mechsub.parameters.alignment import MODEL
+from mechsub.parameters.alignment import MODEL, Missing
 from mechsub.parameters.symmetry import Arrangement
 
 SHAPE = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "max_position_embeddings": 32}
@@ -64,7 +64,7 @@ def test_an_architecture_that_is_not_known_has_no_groups():
 
 def test_language_models_are_matched_where_they_are_comparable(nano_run):
     data = nano_run.results["symmetry_matching"]
-    assert (data.alignment_status.sel(condition="different-architecture") == INCOMPARABLE).all()
+    assert (data.alignment_status.sel(condition="different-architecture") == Missing.INCOMPARABLE).all()
     own = data.sel(condition="different-init", pair=OWN)
     assert (own.start_agreement_matched > own.start_agreement_stored).all()
     assert (own.moved_share > 0.5).all() and (data.moved_share.sel(condition="same-init", pair=OWN) == 0).all()
