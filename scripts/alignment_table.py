@@ -1,4 +1,4 @@
-"""Displacement alignment by layer and step, from a run's results: scripts/alignment_table.py RUN_DIR OUT.md [--condition NAME]…
+"""Alignment by layer and step, from a run's results: scripts/alignment_table.py RUN_DIR OUT.md [--condition NAME].
 
 Raw, control-adjusted, specific and matched alignment, each with its null, over members and traits. Nothing is measured here:
 `mechsub analyze RUN_DIR` has done it.
