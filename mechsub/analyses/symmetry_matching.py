@@ -9,11 +9,12 @@ from typing import Any
 import altair as alt
 import numpy as np
 import xarray as xr
+from torch import Tensor
 
 from mechsub.analyses.registry import analysis
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
-from mechsub.lineages import Lineage
+from mechsub.lineages import Lineage, Origin
 from mechsub.parameters.alignment import MODEL, STATUS, Combination, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.arranged import ArrangedLineage
 from mechsub.parameters.blocks import Block, list_blocks
@@ -48,6 +49,7 @@ _BOUNDS = {"float64": 1e-10, "float32": 2e-3}
 _START_FIELDS = frozenset({"init", "permute_hidden", "noise_std", "sham"})
 """Of a condition: where its students start, and what has nothing to do with them."""
 _MOST_TENSORS = 16
+_RECORDED_BYTES = 256 << 20
 _AGREEMENTS = {WEIGHTS: "cosine", ACTIVATIONS: "mean correlation"}
 FIT_WORDS = {WEIGHTS: "the starting weights", ACTIVATIONS: "the starting models' activations on held-out inputs"}
 
@@ -97,7 +99,8 @@ class _Matcher:
     def __init__(self, run: Run) -> None:
         self._run = run
         self.groups: Sequence[UnitGroup] = run.family.unit_groups(run.reference)
-        self._found: dict[tuple[Any, str, str], list[Matching] | None] = {}
+        self._found: dict[tuple[Origin, str, str], list[Matching] | None] = {}
+        self._recorded: dict[tuple[Origin, int], dict[str, Tensor]] = {}
 
     def partners(self, condition: str, pair: str) -> list[int] | None:
         """For each student, whose reference and teacher it is held against; None where there is no such pair."""
@@ -140,10 +143,18 @@ class _Matcher:
             )
         return match_activations(self.groups, self._record(run.reference, partner), self._record(student, member), stream)
 
-    def _record(self, lineage: Lineage, member: int) -> dict[str, Any]:
+    def _record(self, lineage: Lineage, member: int) -> dict[str, Tensor]:
+        """Kept while there is room: every start is held against several references."""
+        key = lineage.spec.origin, member
+        if key in self._recorded:
+            return self._recorded[key]
         readers = list(dict.fromkeys(group.reader for group in self.groups))
         batches = self._run.family.probe_inputs(self._run.reference)
-        return record_reader_inputs(self._run.family.load_model(lineage, 0, member), readers, batches)
+        found = record_reader_inputs(self._run.family.load_model(lineage, 0, member), readers, batches)
+        kept = [values.nbytes for one in (*self._recorded.values(), found) for values in one.values()]
+        if sum(kept) < _RECORDED_BYTES:
+            self._recorded[key] = found
+        return found
 
 
 @dataclass(frozen=True)
