@@ -194,7 +194,8 @@ def top_shares(spectrum: Spectrum, num: int) -> Float[np.ndarray, "matrix num"]:
         known = torch.cat([known, known[:, -1:].expand(-1, num - known.shape[1])], dim=1)
     shares = np.full((len(known), num), np.nan)
     shares[:, : known.shape[1]] = (known / spectrum.square[:, None]).cpu().numpy()
-    return np.minimum(shares, 1.0)
+    np.minimum(shares, 1.0, out=shares)
+    return shares
 
 
 def compute_overlaps(
@@ -255,7 +256,8 @@ def sample_haar_overlaps(k: int, dimension: int, num: int, stream: np.random.Gen
 
     The first subspace may be e₁ … e_k. A basis of the second is G (GᵀG)^(−1/2) with G Gaussian, so that the overlap is
     tr[(W₁ + W₂)⁻¹ W₁]/k with Wishart W₁ of k degrees of freedom and W₂ of d − k. Both are drawn as k × k matrices by
-    Bartlett's decomposition, whatever d is; under k degrees of freedom as Gᵀ G itself. Source: Muirhead 1982, sections 3.2 and 3.3.
+    Bartlett's decomposition, whatever d is; under k degrees of freedom as Gᵀ G itself.
+    Source: Muirhead 1982, "Aspects of multivariate statistical theory", sections 3.2 and 3.3.
     """
     own, rest = (_sample_wishart(k, freedom, num, stream) for freedom in (k, dimension - k))
     overlaps: np.ndarray = np.trace(np.linalg.solve(own + rest, own), axis1=1, axis2=2) / k
