@@ -28,10 +28,11 @@ STATUS = (
     "rank_below_k",
     "not_finite",
     "spectrum_truncated",
+    "no_such_value",
     "not_run",
     "incomparable",
 )
-OK, ZERO, SPANS, BELOW, NOT_FINITE, TRUNCATED, NOT_RUN, INCOMPARABLE = range(len(STATUS))
+OK, ZERO, SPANS, BELOW, NOT_FINITE, TRUNCATED, NO_VALUE, NOT_RUN, INCOMPARABLE = range(len(STATUS))
 
 
 @dataclass(frozen=True)
