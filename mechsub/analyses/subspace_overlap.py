@@ -17,7 +17,7 @@ from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL
 from mechsub.parameters.directions import Direction, displacement, displacement_difference
-from mechsub.parameters.matrices import Matrix, MatrixScopes, list_matrices, load_spectrum
+from mechsub.parameters.matrices import Matrix, MatrixScopes, average_groups, list_matrices, load_spectrum
 from mechsub.parameters.subspace_cases import (
     ALONG_TRAINING,
     ANGLE_PAIRS,
@@ -39,6 +39,7 @@ from mechsub.parameters.subspaces import (
     OK,
     SIDES,
     STATUS,
+    ZERO,
     Spectrum,
     haar_mean,
     sample_haar_overlaps,
@@ -230,7 +231,7 @@ def _label(run: Run, measured: Measured, steps: Sequence[int], matrices: Sequenc
         formula = f"{_OVERLAP_FORMULA} {OVERLAPS[name]}" if is_overlap else _MEASURE_WORDS[name]
         unit = "mean squared cosine" if is_overlap else "dimensions"
         variables |= _variable(name, own, *measured.average(name, scopes), formula, unit)
-    variables |= _label_shares(measured, scopes)
+    variables |= _label_shares(run, measured, steps, scopes)
     variables |= _label_haar(run, measured, steps, matrices, scopes)
     variables["last_step"] = label_variable(
         [[run.student(condition, trait).last for trait in run.traits] for condition in run.conditions],
@@ -260,14 +261,19 @@ def _variable(
     return {name: described, f"{name}_status": status_variable(codes, dims, STATUS, name)}
 
 
-def _label_shares(measured: Measured, scopes: MatrixScopes) -> dict[str, xr.Variable]:
-    """Cumulative shares, averaged over traits and members as well: of those that have one."""
-    values, codes = measured.average("cumulative_share", scopes)
+def _label_shares(run: Run, measured: Measured, steps: Sequence[int], scopes: MatrixScopes) -> dict[str, xr.Variable]:
+    """Cumulative shares of the matrices that student and teacher both moved, averaged over traits and members as well."""
+    values, codes = measured.values["cumulative_share"], measured.codes["cumulative_share"].copy()
+    for case in product(range(len(run.conditions)), range(len(run.traits))):
+        is_shared = (_last_codes(run, measured, steps, case) == OK).any((0, 2, 3))
+        own = codes[case]
+        own[:, :, ~is_shared] = np.where(own[:, :, ~is_shared] == OK, ZERO, own[:, :, ~is_shared])
+    values, codes = average_groups(values, codes, scopes.groups, -2)
     known = codes == OK
     counts, sums = known.sum((1, 3)), np.where(known, values, 0.0).sum((1, 3))
     means = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0)
     status = np.where(counts > 0, OK, codes.max((1, 3)))
-    formula = "Σ_{i ≤ value} σᵢ² / ‖ΔW‖_F², mean over traits and members"
+    formula = "Σ_{i ≤ value} σᵢ² / ‖ΔW‖_F², mean over traits, members and matrices that student and teacher both moved"
     return _variable("cumulative_share", ("condition", "who", "scope", "value"), means, status, formula, "share of ‖ΔW‖²")
 
 
@@ -312,27 +318,33 @@ def _last_codes(run: Run, measured: Measured, steps: Sequence[int], case: tuple[
     return codes
 
 
+# Groups of a file share its dims by name, so that an axis of another length needs a name of its own.
 def _spectra(run: Run, measured: Measured, matrices: Sequence[Matrix]) -> xr.Dataset:
     """The singular values of every matrix at the last step, and the errors that their decomposition is known to have."""
     dims = ("condition", "taught", "who", "member", "matrix")
     names = {
-        "singular_values": ((*dims, "value"), f"σ, the largest {KEPT_VALUES} at most", "weight"),
+        "singular_values": ((*dims, "index"), f"σ, the largest {KEPT_VALUES} at most", "weight"),
         "backward_error": (dims, "‖ΔW V − U Σ‖_F / ‖ΔW‖_F of the leading singular vectors", "share of ‖ΔW‖"),
-        "tail": (dims, "‖ΔW − ΔW_k‖_F / ‖ΔW‖_F of the largest k", "share of ‖ΔW‖"),
+        "tail": (dims, f"‖ΔW − ΔW_k‖_F / ‖ΔW‖_F of the {max(measured.sizes.ranks)} largest", "share of ‖ΔW‖"),
     }
     variables: dict[str, Any] = {}
     for name, (own, formula, unit) in names.items():
         variables |= _variable(name, own, measured.values[name], measured.codes[name], formula, unit)
     coords = {**_case_coords(run, matrices), "who": list(WHO)}
-    return xr.Dataset(variables, coords={**coords, "value": np.arange(1, measured.values["singular_values"].shape[-1] + 1)})
+    return xr.Dataset(variables, coords={**coords, "index": np.arange(1, measured.values["singular_values"].shape[-1] + 1)})
 
 
 def _angles(run: Run, measured: Measured, matrices: Sequence[Matrix]) -> xr.Dataset:
     """The principal angles of student and teacher, and of control and teacher, at the last step."""
-    dims = ("condition", "taught", "pair", "member", "matrix", "side", "k", "angle")
+    dims = ("condition", "taught", "pair", "member", "matrix", "subspace", "k", "angle")
     name, formula = "principal_angles", "arccos of the singular values of U_kᵀ W_k"
     variables = _variable(name, dims, measured.values[name], measured.codes[name], formula, "radians")
-    coords = {**_case_coords(run, matrices), "pair": list(ANGLE_PAIRS), "side": list(SIDES), "k": list(measured.sizes.ranks)}
+    coords = {
+        **_case_coords(run, matrices),
+        "pair": list(ANGLE_PAIRS),
+        "subspace": list(SIDES),
+        "k": list(measured.sizes.ranks),
+    }
     return xr.Dataset(variables, coords={**coords, "angle": np.arange(1, max(measured.sizes.ranks) + 1)})
 
 
@@ -449,7 +461,7 @@ def _line_finding(run: Run, data: xr.Dataset, name: str, case: CaseName) -> Find
 def _rank_finding(run: Run, data: xr.Dataset, case: CaseName) -> Finding:
     confidence = run.recipe.verdict.confidence
     own, control = (
-        student_interval(_final(run, data, "effective_rank", case, who=who), confidence) for who in ("student", "control")
+        student_interval(_over_shared(run, data, "effective_rank", case, who), confidence) for who in ("student", "control")
     )
     return Finding(
         quantity="displacement_effective_rank",
@@ -569,7 +581,9 @@ def _spectrum_figure(run: Run, data: xr.Dataset) -> Figure:
         .transform_filter("isValid(datum.cumulative_share)")
         .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=14))
         .encode(
-            x=alt.X("value:Q", title="largest singular values", scale=alt.Scale(type="log", nice=False)),
+            x=alt.X(
+                "value:Q", title="largest singular values", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(grid=False)
+            ),
             y=alt.Y("cumulative_share:Q", title="share of ‖ΔW‖²", scale=alt.Scale(domain=[0, 1])),
             color=alt.Color("who:N", sort=shown, title=None),
             tooltip=["who:N", "value:O", alt.Tooltip("cumulative_share:Q", format=".3f", title="share")],
@@ -640,8 +654,8 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
             tooltip=["condition:N", "taught:N", "who:N", "member:O", alt.Tooltip("found:Q", format=".3f", title="overlap")],
         )
     )
-    chance = alt.Chart(DATA).transform_filter("isValid(datum.haar_overlap)")
-    tick = chance.mark_tick(color=_RANDOM, thickness=1.5, height=16).encode(x="mean(haar_overlap):Q", y=y)
+    chance = _long_form(names).mark_tick(color=_RANDOM, thickness=1.5, height=14)
+    tick = chance.encode(x="mean(haar_overlap):Q", y=y, yOffset=offset)
     return Figure(
         name="specific_subspace_overlap",
         title="Specific overlap: are the directions that only the student took those that only its teacher took?",
@@ -727,13 +741,16 @@ def _sentences(run: Run, data: xr.Dataset, matrices: Sequence[Matrix], measured:
 
 def _describe_rank(run: Run, data: xr.Dataset, cases: Sequence[CaseName]) -> str:
     """How many directions the displacements of one condition have; means over traits within members."""
-    own, control, teacher = (_mean(run, data, "effective_rank", cases, who=who) for who in ("student", "control", "teacher"))
+    confidence = run.recipe.verdict.confidence
+    own, control, teacher = (
+        student_interval(np.mean([_over_shared(run, data, "effective_rank", case, who) for case in cases], axis=0), confidence)
+        for who in ("student", "control", "teacher")
+    )
     share = float(data.cumulative_share.sel(condition=cases[0][0], who="student", scope=MODEL, value=1))
     beside = f", its control's {control}" if control.n else ""
     return (
-        f"{cases[0][0]}: the student's displacement has an effective rank of {own} in a matrix on average{beside} and its "
-        "teacher's "
-        f"{teacher}; its first direction holds {share:.0%} of ‖ΔW‖²."
+        f"{cases[0][0]}: in the matrices that both moved, the student's displacement has an effective rank of {own} on "
+        f"average{beside} and its teacher's {teacher}; its first direction holds {share:.0%} of ‖ΔW‖²."
     )
 
 
@@ -757,8 +774,19 @@ def _describe_overlap(run: Run, data: xr.Dataset, cases: Sequence[CaseName]) -> 
     return f"{'; '.join(parts)}."
 
 
-def _mean(run: Run, data: xr.Dataset, name: str, cases: Sequence[CaseName], **labels: Any) -> Interval:
-    values = np.mean([_final(run, data, name, case, **labels) for case in cases], axis=0)
+def _over_shared(run: Run, data: xr.Dataset, name: str, case: CaseName, who: str) -> np.ndarray:
+    """The plain mean over the matrices that student and teacher both moved: [member]."""
+    values = _final(run, data, name, case, who=who, scope=_measured_matrices(run, data, [case]))
+    known = np.isfinite(values)
+    counts = known.sum(-1)
+    means: np.ndarray = np.divide(
+        np.where(known, values, 0.0).sum(-1), counts, out=np.full(len(values), np.nan), where=counts > 0
+    )
+    return means
+
+
+def _mean(run: Run, data: xr.Dataset, name: str, cases: Sequence[CaseName]) -> Interval:
+    values = np.mean([_final(run, data, name, case) for case in cases], axis=0)
     return student_interval(values, run.recipe.verdict.confidence)
 
 

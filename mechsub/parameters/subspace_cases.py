@@ -147,12 +147,12 @@ class Measured:
         self.codes[name][cell] = codes
 
     def average(self, name: str, scopes: MatrixScopes) -> tuple[np.ndarray, np.ndarray]:
-        """An array over scopes in place of matrices, and over left, right and both in place of the sides."""
+        """Overlaps and ranks over scopes in place of matrices; overlaps over left, right and both in place of the sides."""
         values, codes = self.values[name], self.codes[name]
         if name in OVERLAPS:
             values, codes = average_groups(values, codes, _SIDES, -2)
             return average_groups(values, codes, scopes.groups, -3)
-        return average_groups(values, codes, scopes.groups, -2 if name == "cumulative_share" else -1)
+        return average_groups(values, codes, scopes.groups, -1)
 
 
 def average_haar(
