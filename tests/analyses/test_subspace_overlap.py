@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import yaml
 
+from mechsub.analyses.subspace_overlap import subspace_overlap
 from mechsub.api import analyze_run, open_run
 from mechsub.parameters.subspaces import NOT_RUN, OK, SPANS, ZERO
-from mechsub.results import read_group
+from mechsub.results import read_group, write_result
+from mechsub.run import Run
 
 MATRICES = ("layers.0.weight", "layers.1.weight")
 HEADS = ("class_head.weight", "auxiliary_head.weight")
@@ -162,3 +164,26 @@ def test_a_run_that_was_begun_without_the_settings_of_subspaces_is_analysed(tiny
     analyze_run(path, ["subspace_overlap"], device="cpu", workers=0)
     assert open_run(path).recipe.verdict.subspace_rank == 4
     assert open_run(path).results["subspace_overlap"].overlap.equals(tiny_run.results["subspace_overlap"].overlap)
+
+
+class Uncontrolled(Run):
+    """A run that was adopted without controls and without a neutral teacher."""
+
+    neutral = None
+
+    def control(self, condition):
+        return None
+
+    def sham(self, condition):
+        return None
+
+
+def test_a_run_without_controls_has_overlaps_and_no_verdict(tiny_run, tmp_path):
+    result = subspace_overlap(Uncontrolled(tiny_run.directory))
+    assert result.data.overlap.equals(tiny_run.results["subspace_overlap"].overlap)
+    for name in ("overlap_of_control", "overlap_excess", "specific_overlap", "teacher_overlap_with_neutral"):
+        assert (result.data[f"{name}_status"] == NOT_RUN).all() and np.isnan(result.data[name]).all()
+    assert {finding.verdict for finding in result.findings} == {""}
+    assert "give --control" in result.findings[0].reason
+    assert any("there is no control" in sentence for sentence in result.summary)
+    write_result(tmp_path / "result.h5", "subspace_overlap", {}, "0", result)  # it refuses a NaN without a reason
