@@ -28,6 +28,8 @@ FLOORS = [
     {"families"},
     {"recipe", "recipes"},
     {"run"},
+    {"cases"},
+    {"relations"},
     {"sweeps"},
     {"experiment", "analyses"},
     {"executors"},

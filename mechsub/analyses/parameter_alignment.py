@@ -10,21 +10,15 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
+from mechsub.cases import CaseName, build_case, last_displacement, list_directions
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
-from mechsub.lineages import Lineage
-from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, ByScope, Combination, DirectionAlgebra, Scopes
-from mechsub.parameters.directions import (
-    Direction,
-    difference_label,
-    displacement,
-    displacement_difference,
-    displacement_label,
-    origin_direction,
-    origin_label,
-)
-from mechsub.parameters.gram import stream_gram
-from mechsub.parameters.quantities import CONTROL, NEUTRAL, QUANTITIES, SHAM, SWAPPED, Case, OtherTrait, Quantity
+from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
+from mechsub.parameters.blocks import list_blocks
+from mechsub.parameters.gram import Gram, stream_gram
+from mechsub.parameters.quantities import QUANTITIES, SWAPPED, Quantity
+from mechsub.parameters.stored import GRAM_GROUP, store_gram
+from mechsub.relations import relate_students, relate_trajectories
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -32,11 +26,9 @@ from mechsub.statistics.permutation import flip_signs
 from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, SuperiorityTest, judge_effects
 
 SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
-_STATUS = ("ok", "zero_displacement", "no_shared_support", "not_run", "incomparable")
-OK, ZERO, UNSHARED, NOT_RUN, INCOMPARABLE = range(5)
 _DIMS = ("condition", "taught", "member", "step", "scope")
-CaseName = tuple[str, str]
-"""A condition and the trait of the student's teacher."""
+_CLEAR_OF_ROUNDING = 10
+"""How many times the rounding floor a displacement should be long."""
 _MOST_TENSORS = 16
 """With more, figures show layers and the model; every tensor is in the results."""
 
@@ -44,78 +36,19 @@ _MOST_TENSORS = 16
 @analysis
 def parameter_alignment(run: Run) -> Result:
     """How far students move along their teacher's displacement, per tensor, layer and model, against another teacher."""
-    table = run.reference.spec.tensors
-    scopes = Scopes.of([name for name, info in table.items() if info.tied_to is None], table)
-    anchors = [displacement_label(lineage.name, lineage.last) for lineage in map(run.teacher, run.traits)]
-    algebra = DirectionAlgebra(stream_gram(list_directions(run), dict(table), anchors, device=run.device), scopes)
+    blocks = list_blocks(run.reference.spec.tensors)
+    anchors = [last_displacement(run.teacher(trait)) for trait in run.traits]
+    gram = stream_gram(list_directions(run), blocks, anchors, device=run.device)
+    algebra = DirectionAlgebra(gram, Scopes.of(blocks))
     students = [run.student(condition, trait) for condition in run.conditions for trait in run.traits]
     data = _measure(run, algebra, sorted({step for student in students for step in student.steps}))
+    data = xr.merge([data, relate_trajectories(run, algebra), relate_students(run, algebra)])
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
     figures = [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)]
-    return Result(data, findings, figures, _sentences(run, data))
-
-
-def list_directions(run: Run) -> list[Direction]:
-    """θ₀, the teachers' last displacements, every student's at every step, their differences, and every other origin."""
-    neutral = run.neutral
-    teachers = [run.teacher(trait) for trait in run.traits]
-    directions = [origin_direction(run.reference)]
-    directions += [displacement(lineage, lineage.last) for lineage in (*teachers, *([neutral] if neutral else []))]
-    if neutral is not None:
-        directions += [displacement_difference(teacher, neutral, teacher.last, neutral.last) for teacher in teachers]
-    for condition in filter(run.is_comparable, run.conditions):
-        control, sham = run.control(condition), run.sham(condition)
-        students = [run.student(condition, trait) for trait in run.traits]
-        for lineage in (*([control] if control else []), *students, *([sham] if sham else [])):
-            moved = [step for step in lineage.steps if step > 0]
-            directions += [displacement(lineage, step) for step in moved]
-            if control is not None and lineage is not control:
-                paired = [(step, run.paired_step(control, lineage, step)) for step in moved]
-                directions += [displacement_difference(lineage, control, *steps) for steps in paired if steps[1] is not None]
-            if run.starts_elsewhere(lineage):
-                directions.append(origin_direction(lineage))
-    return directions
-
-
-def _case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:
-    """The directions of one student at one step; at step 0 nothing has moved, and they are empty sums."""
-    student, control, sham = run.student(condition, trait), run.control(condition), run.sham(condition)
-    teacher, neutral = run.teacher(trait), run.neutral
-    beside = None if control is None else run.paired_step(control, student, step)
-
-    def when_moved(label: str) -> Combination:
-        return {label: 1.0} if step > 0 else {}
-
-    def difference(lineage: Lineage | None) -> Combination:
-        """θ − θ_C; an empty sum where one of them is not there."""
-        if lineage is None or control is None or beside is None:
-            return {}
-        return when_moved(difference_label(lineage.name, control.name, step))
-
-    def last(lineage: Lineage) -> Combination:
-        return {displacement_label(lineage.name, lineage.last): 1.0}
-
-    return Case(
-        algebra=algebra,
-        student=when_moved(displacement_label(student.name, step)),
-        control={} if control is None or beside is None else when_moved(displacement_label(control.name, beside)),
-        difference=difference(student),
-        sham_difference=difference(sham),
-        teacher=last(teacher),
-        neutral={} if neutral is None else last(neutral),
-        teacher_difference={} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0},
-        student_origin={origin_label(student.name if run.starts_elsewhere(student) else run.reference.name): 1.0},
-        teacher_origin={origin_label(run.reference.name): 1.0},
-        anchor=displacement_label(teacher.name, teacher.last),
-        partners=student.spec.origin.members,
-        others=tuple(
-            OtherTrait(difference(run.student(condition, other)), last(run.teacher(other)))
-            for other in run.traits
-            if other != trait
-        ),
-        missing=frozenset(name for name, there in ((CONTROL, beside), (NEUTRAL, neutral), (SHAM, sham)) if there is None),
-    )
+    figures += [_trajectory_figure(run), _students_figure(run, data)]
+    sentences = [*_sentences(run, data), *_rounding_sentences(run, data), *_not_finite_sentences(gram)]
+    return Result(data, findings, figures, sentences, {GRAM_GROUP: store_gram(algebra, blocks)})
 
 
 def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Dataset:
@@ -123,20 +56,21 @@ def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Da
     scopes = algebra.scopes
     shape = (len(run.conditions), len(run.traits), run.recipe.members, len(steps), len(scopes.names))
     values = {quantity.name: np.full(shape, np.nan) for quantity in QUANTITIES}
-    status = {quantity.name: np.full(shape, ZERO, dtype=np.int8) for quantity in QUANTITIES}
+    status = {quantity.name: np.full(shape, Missing.NOT_RUN, dtype=np.int8) for quantity in QUANTITIES}
     for row, condition in enumerate(run.conditions):
         comparable = run.is_comparable(condition)
         for (place, trait), (column, step) in product(enumerate(run.traits), enumerate(steps)):
-            for quantity in QUANTITIES:
-                cell = (row, place, slice(None), column)
-                if not comparable:
-                    status[quantity.name][cell] = INCOMPARABLE
-                elif step in run.student(condition, trait).steps:
-                    found = quantity.measure(_case(run, algebra, condition, trait, step))
-                    values[quantity.name][cell] = np.nan if found is None else found
-                    status[quantity.name][cell] = NOT_RUN if found is None else _explain(found, scopes)
-                else:
-                    status[quantity.name][cell] = NOT_RUN
+            cell = (row, place, slice(None), column)
+            if not comparable:
+                for quantity in QUANTITIES:
+                    status[quantity.name][cell] = Missing.INCOMPARABLE
+            elif step in run.student(condition, trait).steps:
+                case = build_case(run, algebra, condition, trait, step)
+                for quantity in QUANTITIES:
+                    found = quantity.measure(case)
+                    if found is not None:
+                        values[quantity.name][cell] = found
+                        status[quantity.name][cell] = algebra.explain(found, *case.directions, partners=case.partners)
         run.report_progress(run.num_checkpoints * (row + 1) // len(run.conditions))
     return _label(run, values, status, steps, scopes)
 
@@ -154,7 +88,7 @@ def _label(
             formula=quantity.formula,
             source=SOURCE,
         )
-        variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, _STATUS, quantity.name)
+        variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, STATUS, quantity.name)
     spread = scopes.random_cosine_sd()
     variables["random_cosine_sd"] = label_variable(
         spread, ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
@@ -177,12 +111,6 @@ def _label(
         unit="optimizer steps",
     )
     return xr.Dataset(variables, coords=coords)
-
-
-def _explain(values: ByScope, scopes: Scopes) -> np.ndarray:
-    """Why a value is NaN: nothing moved at all, or the two moved nothing in common in this scope."""
-    moved = np.isfinite(values[:, scopes.names.index(MODEL)])[:, None]
-    return np.where(np.isfinite(values), OK, np.where(moved, UNSHARED, ZERO)).astype(np.int8)
 
 
 def _final(run: Run, data: xr.Dataset, name: str, case: CaseName, scope: str = MODEL) -> np.ndarray:
@@ -229,7 +157,7 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
 def _is_measured(run: Run, data: xr.Dataset, name: str, case: CaseName) -> bool:
     """Whether there is anything that could have moved: not where a quantity was not run, or students have other tensors."""
     status = _final(run, data, f"{name}_status", case)
-    return not bool(np.isin(status, (NOT_RUN, INCOMPARABLE)).all()) and run.student(*case).last > 0
+    return not bool(np.isin(status, (Missing.NOT_RUN, Missing.INCOMPARABLE)).all()) and run.student(*case).last > 0
 
 
 def _findings(run: Run, data: xr.Dataset, judgements: Mapping[tuple[str, CaseName], Judgement]) -> list[Finding]:
@@ -471,6 +399,70 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
     )
 
 
+def _trajectory_figure(run: Run) -> Figure:
+    chart = (
+        alt.Chart(DATA)
+        .transform_filter("isValid(datum.trajectory_alignment)")
+        .mark_rect()
+        .encode(
+            x=alt.X("step:O", title="student's optimizer step", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("teacher_step:O", title="teacher's optimizer step", sort="descending"),
+            color=alt.Color(
+                "mean(trajectory_alignment):Q",
+                title="cos(Δ_S(t), Δ_T(t′))",
+                scale=alt.Scale(scheme="blueorange", domainMid=0),
+                legend=_BAR,
+            ),
+            tooltip=["step:O", "teacher_step:O", alt.Tooltip("mean(trajectory_alignment):Q", format=".3f", title="cosine")],
+        )
+        .properties(width=150, height=110)
+    )
+    return Figure(
+        name="alignment_trajectories",
+        title="Which part of its teacher's way does the student go?",
+        caption=(
+            f"cos(Δ_S(t), Δ_T(t′)) over all parameters, no unit, mean over {_members(run)}: the student at each of its "
+            "checkpoints against its teacher at each of the teacher's. No null is subtracted: the row of the teacher's last "
+            "step is the alignment, which has one."
+        ),
+        variables=("trajectory_alignment",),
+        spec=chart_spec(chart.facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=4)),
+        select={"condition": _comparable(run)},
+    )
+
+
+def _students_figure(run: Run, data: xr.Dataset) -> Figure:
+    names = {
+        "alignment_between_students": "students, cos(Δ_S, Δ_S′)",
+        "alignment_between_controls": "their controls, cos(Δ_C, Δ_C′)",
+        "adjusted_alignment_between_students": "students less controls, cos(θ_S − θ_C, θ_S′ − θ_C′)",
+    }
+    students = [str(name) for name in data.student.values[np.isin(data.student_condition.values, _comparable(run))]]
+    chart = (
+        _long_form(names)
+        .mark_rect()
+        .encode(
+            x=alt.X("other_student:N", sort=students, title=None, axis=alt.Axis(labelAngle=-40)),
+            y=alt.Y("student:N", sort=students, title=None),
+            color=alt.Color("mean(cosine):Q", title="cosine", scale=alt.Scale(scheme="blueorange", domainMid=0), legend=_BAR),
+            tooltip=["student:N", "other_student:N", alt.Tooltip("mean(cosine):Q", format=".3f", title="cosine")],
+        )
+        .properties(width=alt.Step(22), height=alt.Step(22))
+    )
+    return Figure(
+        name="alignment_between_students",
+        title="Do students of one member move together?",
+        caption=(
+            f"Cosines of two students' displacements over all parameters at their last steps, no unit, mean over "
+            f"{_members(run)}. Beside them the same of their controls, the null of such a pair (what any two such trainings "
+            "share), and of what is left of each student when its control is subtracted."
+        ),
+        variables=tuple(names),
+        spec=chart_spec(chart.facet(facet=alt.Facet("who:N", sort=list(names.values()), title=None), columns=3)),
+        select={"scope": [MODEL], "student": students, "other_student": students},
+    )
+
+
 def _last_steps(data: xr.Dataset) -> list[int]:
     """The last step of each student; conditions can differ in it."""
     return sorted({int(step) for step in data.last_step.values.flat})
@@ -573,11 +565,36 @@ def _untold_sentences(run: Run) -> list[str]:
     return sentences
 
 
+def _rounding_sentences(run: Run, data: xr.Dataset) -> list[str]:
+    """Displacements that are not far over what rounding in storage alone could give; see `Gram.rounding`."""
+    sentences = []
+    for condition, trait in product(_comparable(run), run.traits):
+        for who, name in (("student", run.student(condition, trait).name), ("teacher", run.teacher(trait).name)):
+            norms, floors = (_final(run, data, f"{who}_{what}", (condition, trait)) for what in ("norm", "rounding_floor"))
+            close = np.isfinite(norms) & (norms > 0) & (norms < _CLEAR_OF_ROUNDING * floors)
+            if close.any():
+                ratio = float((norms[close] / floors[close]).min())
+                sentences.append(
+                    f"Warning: the displacement of {name} is only {ratio:.1f} times what rounding of its stored weights could "
+                    f"give (under {_CLEAR_OF_ROUNDING:g} times in {close.sum()} of {len(close)} members): its alignments are "
+                    "pulled to 0 by that noise; store checkpoints in float32."
+                )
+    return list(dict.fromkeys(sentences))
+
+
+def _not_finite_sentences(gram: Gram) -> list[str]:
+    return [f"Not finite: {record}; every number that it would enter is NaN with that reason." for record in gram.not_finite]
+
+
 def _unshared_sentences(run: Run, data: xr.Dataset) -> list[str]:
     unshared: dict[str, list[str]] = {}
     for condition in _comparable(run):
         status = np.concatenate([_final_scopes(run, data, "alignment_status", (condition, trait)) for trait in run.traits])
-        scopes = [str(name) for name, codes in zip(data.scope.values, status.T, strict=True) if (codes == UNSHARED).all()]
+        scopes = [
+            str(name)
+            for name, codes in zip(data.scope.values, status.T, strict=True)
+            if (codes == Missing.NO_SHARED_SUPPORT).all()
+        ]
         if scopes:
             unshared.setdefault(", ".join(scopes), []).append(condition)
     return [f"No shared support, so no alignment, in {scopes}: {', '.join(names)}." for scopes, names in unshared.items()]

@@ -15,9 +15,10 @@ from mechsub.errors import AnalysisError, MechsubError, RunDirectoryError
 from mechsub.executors.local import Progress, run_stages
 from mechsub.experiment.plan import check_resources, plan_run
 from mechsub.findings import findings_document
+from mechsub.parameters.stored import GRAM_GROUP, Directions
 from mechsub.recipe import Recipe, dump_recipe, load_recipe
 from mechsub.reporting.html import render_report
-from mechsub.results import find_results, read_result
+from mechsub.results import find_results, read_group, read_result
 from mechsub.run import Run
 from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, is_unused, write_json
 from mechsub.settings import nearest_name
@@ -124,6 +125,22 @@ def begin_run(plan: Plan, provenance: Mapping[str, Any]) -> None:
 def open_run(run_dir: str | Path) -> Run:
     """A run directory for reading: its recipe, lineages, results and findings."""
     return Run(RunDirectory.open(run_dir))
+
+
+def open_directions(run_dir: str | Path) -> Directions:
+    """The displacements of a run by their inner products, which `parameter_alignment` has stored; no weights are read.
+
+    Raises:
+        RunDirectoryError: the run was not analysed yet, has changed since, or the file is damaged.
+    """
+    directory = RunDirectory.open(run_dir)
+    path = find_results(directory)[0].get("parameter_alignment")
+    if path is None:
+        raise RunDirectoryError(
+            f"{directory.path} has no inner products of what its lineages are now; "
+            f"`mechsub analyze {directory.path} --only parameter_alignment` makes them"
+        )
+    return Directions(read_group(path, GRAM_GROUP))
 
 
 def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:

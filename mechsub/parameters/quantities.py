@@ -35,6 +35,13 @@ class Case:
     """Who of ``control``, ``neutral`` and ``sham`` the run has not; their directions are then empty sums."""
 
     @property
+    def directions(self) -> tuple[Combination, ...]:
+        """All that a quantity may be made of."""
+        own = (self.student, self.control, self.difference, self.sham_difference, self.student_origin)
+        teachers = (self.teacher, self.neutral, self.teacher_difference, self.teacher_origin)
+        return (*own, *teachers, *(part for other in self.others for part in (other.difference, other.teacher)))
+
+    @property
     def starts_elsewhere(self) -> bool:
         """Whether students start at another member's reference."""
         return self.partners != tuple(range(len(self.partners)))
@@ -243,4 +250,16 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("control_norm", "‖Δ_C‖", lambda case: _norm(case, case.control), unit="weight", needs=_CONTROLLED),
     Quantity("teacher_norm", "‖Δ_T‖", lambda case: _norm(case, case.teacher), unit="weight"),
     Quantity("neutral_norm", "‖Δ_N‖", lambda case: _norm(case, case.neutral), unit="weight", needs=frozenset({NEUTRAL})),
+    Quantity(
+        "student_rounding_floor",
+        "√Σ ulp² / 12: ‖Δ_S‖ if rounding in storage were all there is",
+        lambda case: case.algebra.rounding_floor(case.student),
+        unit="weight",
+    ),
+    Quantity(
+        "teacher_rounding_floor",
+        "√Σ ulp² / 12: ‖Δ_T‖ if rounding in storage were all there is",
+        lambda case: case.algebra.rounding_floor(case.teacher),
+        unit="weight",
+    ),
 )

@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
 
-from mechsub.analyses.parameter_alignment import NOT_RUN, UNSHARED, ZERO
 from mechsub.api import analyze_run, run_experiment
-from mechsub.parameters.alignment import MODEL
+from mechsub.parameters.alignment import MODEL, Missing
 from mechsub.recipe import load_recipe
 
 
@@ -55,7 +54,7 @@ def test_the_sham_is_two_controls_in_the_students_places(tiny_run, data):
     teacher, neutral = (displacement(tiny_run, name, member) for name in ("teacher", "neutral.relabelled"))
     found = float(final(tiny_run, data, "sham_alignment", "same-init").sel(member=member))
     assert found == pytest.approx(cosine(sham - control, teacher - neutral), abs=2e-5)
-    assert (final(tiny_run, data, "sham_alignment_status", "all-logits") == NOT_RUN).all()
+    assert (final(tiny_run, data, "sham_alignment_status", "all-logits") == Missing.NOT_RUN).all()
 
 
 def test_an_init_mate_is_the_teacher_of_the_start(tiny_run, data):
@@ -64,7 +63,7 @@ def test_an_init_mate_is_the_teacher_of_the_start(tiny_run, data):
         expected = cosine(displacement(tiny_run, "student.different-init", member), displacement(tiny_run, "teacher", partner))
         found = final(tiny_run, data, "init_mate_alignment", "different-init").sel(member=member)
         assert float(found) == pytest.approx(expected, abs=2e-5)
-    assert (final(tiny_run, data, "init_mate_alignment_status", "same-init") == NOT_RUN).all()
+    assert (final(tiny_run, data, "init_mate_alignment_status", "same-init") == Missing.NOT_RUN).all()
 
 
 def test_every_nan_has_its_reason_and_every_number_none(tiny_run):
@@ -108,9 +107,9 @@ def test_a_close_pair_is_exact_in_every_tensor(tiny_recipe, tmp_path):
 def test_heads_that_only_one_side_moves_have_no_shared_support(data):
     cell = data.alignment_status.sel(condition="same-init", step=data.step[-1])
     for scope in ("class_head.weight", "auxiliary_head.bias", "class head", "auxiliary head"):
-        assert (cell.sel(scope=scope) == UNSHARED).all()
+        assert (cell.sel(scope=scope) == Missing.NO_SHARED_SUPPORT).all()
     assert (data.alignment_status.sel(condition="all-logits", scope="class head", step=data.step[-1]) == 0).all()
-    assert (data.alignment_status.sel(step=0) == ZERO).all()
+    assert (data.alignment_status.sel(step=0) == Missing.ZERO_DISPLACEMENT).all()
 
 
 def test_findings_name_scope_null_and_n(tiny_run):

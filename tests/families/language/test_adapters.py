@@ -1,5 +1,6 @@
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from mechsub.families.language.adapters import adapter_table, attach_adapter, at
 from mechsub.families.language.config import AdapterConfig
 from mechsub.families.language.models import parameters_of, tensor_table
 from mechsub.lineages import LineageSpec, Origin, checkpoint_folder, checkpoint_name, open_lineage, write_spec
+from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.directions import displacement, displacement_difference, displacement_label, origin_direction
 from mechsub.parameters.gram import stream_gram
 from mechsub.recipe import load_recipe
@@ -50,7 +52,8 @@ class Bench:
 
     def __init__(self, run, architecture):
         self.run, self.base = run, make_base(architecture)
-        self.table = tensor_table(self.base)
+        # Whole tensors, which the slow way knows by their names; sections are cut in the tests of the Gram matrices.
+        self.table = {name: replace(info, sections=()) for name, info in tensor_table(self.base).items()}
         write_tensors(run / checkpoint_name("reference", 0, 0), parameters_of(self.base), {})
         self._spec("reference", self.table, (0,), False)
 
@@ -80,7 +83,7 @@ class Bench:
         }
 
     def gram(self, *directions, anchor, **settings):
-        return stream_gram(list(directions), self.table, [anchor], **settings)
+        return stream_gram(list(directions), list_blocks(self.table), [anchor], **settings)
 
 
 def cosine(left, right):
@@ -124,14 +127,14 @@ def test_two_adapters_align_as_their_merged_weights_do(tmp_path, architecture, s
     slow = [bench.merged(model) for model in models.values()]
     slow.append({name: slow[0][name] - slow[1][name] for name in slow[0]})
     slow.append({name: tensor.double().numpy().ravel() for name, tensor in parameters_of(bench.base).items()})
-    products = np.array([[[left[name] @ right[name] for right in slow] for left in slow] for name in gram.tensors])
+    products = np.array([[[left[name] @ right[name] for right in slow] for left in slow] for name in gram.blocks])
     scale = np.sqrt(np.einsum("tii->ti", products))
     bound = 1e-6 * scale[:, :, None] * scale[:, None, :] + 1e-12
     # Against the base, which is float32, products are in float32: there the bound is that of its rounding.
     assert (np.abs(gram.within[0] - products)[:, :3, :3] <= bound[:, :3, :3]).all()
     assert (np.abs(gram.within[0] - products) <= 5 * bound).all()
     np.testing.assert_allclose(gram.across[0, :, :, 0, 0], gram.within[0, :, :, 1], rtol=1e-6, atol=1e-9)
-    flat = [np.concatenate([vector[name] for name in gram.tensors]) for vector in slow]
+    flat = [np.concatenate([vector[name] for name in gram.blocks]) for vector in slow]
     assert total_cosine(gram, 0, 1) == pytest.approx(cosine(flat[0], flat[1]), abs=1e-6)
 
 
@@ -170,8 +173,8 @@ def test_adapters_of_other_ranks_and_targets_compare_on_what_both_have(tmp_path,
     one, two = bench.add("one", narrow), bench.add("two", wide)
     gram = bench.gram(displacement(one, 5), displacement(two, 5), anchor=displacement_label("two", 5))
     slow = [bench.merged(narrow), bench.merged(wide)]
-    shared = [place for place, name in enumerate(gram.tensors) if QUERY[architecture] in name and name.endswith("weight")]
-    for place, name in enumerate(gram.tensors):
+    shared = [place for place, name in enumerate(gram.blocks) if QUERY[architecture] in name and name.endswith("weight")]
+    for place, name in enumerate(gram.blocks):
         assert (gram.within[0, place, 0, 0] > 0) == (place in shared)
         assert gram.within[0, place, 0, 1] == pytest.approx(slow[0][name] @ slow[1][name], rel=1e-6, abs=1e-12)
 

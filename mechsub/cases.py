@@ -1,0 +1,91 @@
+"""Cases: what stands against what in a run's parameter space, as directions; every analysis of it compares these."""
+
+from mechsub.lineages import Lineage
+from mechsub.parameters.alignment import Combination, DirectionAlgebra
+from mechsub.parameters.directions import (
+    Direction,
+    difference_label,
+    displacement,
+    displacement_difference,
+    displacement_label,
+    origin_direction,
+    origin_label,
+)
+from mechsub.parameters.quantities import CONTROL, NEUTRAL, SHAM, Case, OtherTrait
+from mechsub.run import Run
+
+CaseName = tuple[str, str]
+"""A condition and the trait of the student's teacher."""
+
+
+def moved_steps(lineage: Lineage) -> list[int]:
+    """The steps of a lineage at which it can have moved: all but the start."""
+    return [step for step in lineage.steps if step > 0]
+
+
+def last_displacement(lineage: Lineage) -> str:
+    """The label of a lineage's whole displacement."""
+    return displacement_label(lineage.name, lineage.last)
+
+
+def list_directions(run: Run) -> list[Direction]:
+    """θ₀, the displacements of teachers and students at every step, their differences, and every other origin."""
+    neutral = run.neutral
+    teachers = [run.teacher(trait) for trait in run.traits]
+    directions = [origin_direction(run.reference)]
+    for lineage in (*teachers, *([neutral] if neutral else [])):
+        directions += [displacement(lineage, step) for step in moved_steps(lineage) or [lineage.last]]
+    if neutral is not None:
+        directions += [displacement_difference(teacher, neutral, teacher.last, neutral.last) for teacher in teachers]
+    for condition in filter(run.is_comparable, run.conditions):
+        control, sham = run.control(condition), run.sham(condition)
+        students = [run.student(condition, trait) for trait in run.traits]
+        for lineage in (*([control] if control else []), *students, *([sham] if sham else [])):
+            moved = moved_steps(lineage)
+            directions += [displacement(lineage, step) for step in moved]
+            if control is not None and lineage is not control:
+                paired = [(step, run.paired_step(control, lineage, step)) for step in moved]
+                directions += [displacement_difference(lineage, control, *steps) for steps in paired if steps[1] is not None]
+            if run.starts_elsewhere(lineage):
+                directions.append(origin_direction(lineage))
+    return directions
+
+
+def build_case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:
+    """The directions of one student at one step; at step 0 nothing has moved, and they are empty sums."""
+    student, control, sham = run.student(condition, trait), run.control(condition), run.sham(condition)
+    teacher, neutral = run.teacher(trait), run.neutral
+    beside = None if control is None else run.paired_step(control, student, step)
+
+    def when_moved(label: str) -> Combination:
+        return {label: 1.0} if step > 0 else {}
+
+    def difference(lineage: Lineage | None) -> Combination:
+        """θ − θ_C; an empty sum where one of them is not there."""
+        if lineage is None or control is None or beside is None:
+            return {}
+        return when_moved(difference_label(lineage.name, control.name, step))
+
+    def last(lineage: Lineage) -> Combination:
+        return {last_displacement(lineage): 1.0}
+
+    return Case(
+        algebra=algebra,
+        student=when_moved(displacement_label(student.name, step)),
+        control={} if control is None or beside is None else when_moved(displacement_label(control.name, beside)),
+        difference=difference(student),
+        sham_difference=difference(sham),
+        teacher=last(teacher),
+        neutral={} if neutral is None else last(neutral),
+        teacher_difference={} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0},
+        student_origin={origin_label(student.name if run.starts_elsewhere(student) else run.reference.name): 1.0},
+        teacher_origin={origin_label(run.reference.name): 1.0},
+        anchor=last_displacement(teacher),
+        partners=student.spec.origin.members,
+        others=tuple(
+            OtherTrait(difference(run.student(condition, other)), last(run.teacher(other)))
+            for other in run.traits
+            if other != trait
+        ),
+        missing=frozenset(name for name, there in ((CONTROL, beside), (NEUTRAL, neutral), (SHAM, sham)) if there is None),
+    )
