@@ -2,16 +2,13 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsub.checkpoints import Factors, TensorInfo, tensor_types
-from mechsub.lineages import Part
+from mechsub.checkpoints import Factors, TensorInfo, as_computed
 from mechsub.parameters.alignment import MODEL
 from mechsub.parameters.blocks import Block, list_blocks
 from mechsub.parameters.directions import Direction, load_low_rank, sum_parts
@@ -20,7 +17,6 @@ from mechsub.streams import random_stream
 
 _BYTES_AT_ONCE = 256 << 20
 """Members of a tensor are read and decomposed together up to this size in float64; above it one by one."""
-_SPACING = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -95,29 +91,16 @@ def _load_members(
     """(members, their tensor of the direction, the standard deviation of its rounding), all at once where they are small."""
     shape = direction.terms[0][0].spec.tensors[tensor].shape
     at_once = int(np.prod(shape)) * 8 * num_members <= _BYTES_AT_ONCE
+    parts = {part: (sign, part.open_rows(tensor)) for part, sign in sum_parts(direction, tensor).items()}
     for members in [range(num_members)] if at_once else [[member] for member in range(num_members)]:
         total, variance = torch.zeros(len(members), *shape), torch.zeros(len(members), dtype=torch.float64)
-        for part, sign in sum_parts(direction, tensor).items():
-            rows = part.load_rows(tensor, 0, shape[0]) if at_once else part.load_whole(tensor, members[0])[None]
-            total = total + sign * rows
+        for part, (sign, readers) in parts.items():
+            stored = torch.stack([readers[member](0, shape[0]) for member in members])
+            total = total + sign * as_computed(stored)
             if part.kind == "stored":
-                spacing = torch.tensor([_relative_spacing(part, tensor, member) for member in members], dtype=torch.float64)
-                variance += (sign * spacing).square() / 12 * rows.double().square().mean((1, 2))
+                spacing = torch.finfo(stored.dtype).eps  # between neighbouring numbers, as a share of the number
+                variance += (sign * spacing) ** 2 / 12 * as_computed(stored).double().square().mean((1, 2))
         yield list(members), total, variance.sqrt()
-
-
-def _relative_spacing(part: Part, tensor: str, member: int) -> float:
-    """Between neighbouring numbers of the stored type, as a share of the number."""
-    checkpoint = part.lineage.checkpoint(part.step, part.members[member])
-    types = _types(checkpoint, checkpoint.stat().st_mtime_ns)
-    dtype = _SPACING.get(types[part.lineage.spec.tensors[tensor].stored or tensor])
-    return 0.0 if dtype is None else float(torch.finfo(dtype).eps)
-
-
-@lru_cache(maxsize=1000)
-def _types(checkpoint: Path, modified: int) -> dict[str, str]:
-    """Headers are read once for each state of a file or a folder."""
-    return tensor_types(checkpoint)
 
 
 def _move(factors: Factors, device: str) -> Factors:

@@ -103,7 +103,7 @@ def test_what_adapters_add_is_never_multiplied_out(tmp_path, monkeypatch):
     def refuse(*arguments):
         raise AssertionError("a dense load")
 
-    monkeypatch.setattr(Part, "load_rows", refuse)
+    monkeypatch.setattr(Part, "open_rows", refuse)
     monkeypatch.setattr(Part, "load_whole", refuse)
     for matrix in list_matrices(TABLE):
         assert load_spectrum(displacement(first, LAST), matrix, TOP, seed=0).rank.tolist() == [1] * MEMBERS
