@@ -191,7 +191,8 @@ def test_a_users_own_analysis_and_callback_run_in_other_processes(tiny_recipe, t
 
 
 def test_an_analysis_that_the_run_cannot_feed_is_left_out_with_what_to_supply(tiny_run):
-    assert [stage.name for stage in plan_analyses(tiny_run.path)] == ["analysis.behaviour", "analysis.parameter_alignment"]
+    planned = [stage.name for stage in plan_analyses(tiny_run.path)]
+    assert planned == [f"analysis.{name}" for name in ("behaviour", "displacement_surgery", "parameter_alignment")]
     (sentence,) = missing_analyses(tiny_run.path).values()
     assert (
         sentence.startswith("There is no text that a teacher") and sentence in (tiny_run.path / "report/index.html").read_text()
@@ -272,8 +273,8 @@ def test_a_run_opens_with_its_recipe_lineages_results_and_findings(tiny_run):
     opened = mechsub.open_run(tiny_run.path)
     assert opened.recipe.name == "tiny"
     assert next(iter(opened.lineages)) == "reference"
-    assert set(opened.results) == {"behaviour", "parameter_alignment"}
-    assert set(opened.findings.analysis) == {"behaviour", "parameter_alignment"}
+    assert set(opened.results) == {"behaviour", "displacement_surgery", "parameter_alignment"}
+    assert set(opened.findings.analysis) == {"behaviour", "displacement_surgery", "parameter_alignment"}
     document = json.loads((tiny_run.path / "findings.json").read_text())
     assert len(document["findings"]) == len(opened.findings)
 

@@ -58,8 +58,11 @@ class Family(Protocol):
     def notes(self) -> Sequence[str]:
         """What a reader must know of how the run's data came about, in sentences."""
 
-    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
-        """Every measure of every trait in every context; the lineage says what stands in the member's prompts."""
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
+        """Every measure of every trait in every context; the lineage says what stands in the member's prompts.
+
+        ``verdict_only``: only what verdicts are given on, the first measure in the first context; the rest may be NaN.
+        """
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
         """What one member's teacher, a lineage, passes on to students and controls; None where that is no text or not there."""

@@ -18,8 +18,11 @@ _EXPONENT_MASK = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
 _SAME_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 _SMALLEST_FLOAT16 = 2.0**-14
 """Below it numbers of float16 have no smaller steps."""
-_IN_THE_CACHE = 1 << 18
-"""Numbers of one part in a chunk on a CPU: more would go to the memory and back between subtraction and product."""
+_IN_THE_CACHE = 1 << 19
+"""Numbers of one part in a chunk on a CPU: more would go to the memory and back between subtraction and product, and fewer
+would be done sooner than they are asked for."""
+_LARGE, _EXPONENT_STRIDE = 1 << 20, 8
+"""Of a tensor of so many numbers, the exponents of every eighth row stand for all."""
 
 Dtypes = tuple[torch.dtype, ...]
 
@@ -41,6 +44,7 @@ class DenseChunks:
         some = next(iter(self._slots), None)
         self._shape = () if some is None else some.lineage.spec.tensors[tensor].shape
         self._num_members = 0 if some is None else len(some.members)
+        self._stride = _EXPONENT_STRIDE if np.prod(self._shape) >= _LARGE else 1
         self._readers: dict[Part, list[RowReader]] = {part: part.open_rows(tensor) for part in self._slots}
         self._dtypes = {part: self._stored_dtypes(part) for part in self._slots if part.kind == "stored"}
         stored = {dtype for dtypes in self._dtypes.values() for dtype in dtypes}
@@ -117,8 +121,15 @@ class DenseChunks:
                     target.add_(chunk[:, slot], alpha=sign)
         return chunk[:, : len(self._sums)]
 
-    def sum_exponents(self, chunk: Float[Tensor, "member slot row column"]) -> Float[Tensor, "representative member"]:
-        """Σ 4^⌊log₂|θ|⌋ of the loaded rows, or of a block's share of them, of each representative part; 0 has no exponent."""
+    def sum_exponents(
+        self, chunk: Float[Tensor, "member slot row column"], first: int
+    ) -> Float[Tensor, "representative member"]:
+        """Σ 4^⌊log₂|θ|⌋ of the loaded rows, or of a block's share of them, of each representative part; 0 has no exponent.
+
+        Of large tensors every eighth row is looked at, counted from the tensor's first whatever the chunks are; ``first`` is
+        the number of the chunk's first row. See `exponent_share`.
+        """
+        chunk = chunk[:, :, -first % self._stride :: self._stride]
         totals = torch.zeros(len(self.representatives), self._num_members, dtype=torch.float64)
         powers = torch.empty_like(chunk[0, 0], memory_format=torch.contiguous_format)
         for number, ((_, dtypes), part) in enumerate(self.representatives):
@@ -133,6 +144,13 @@ class DenseChunks:
                     total = float(powers.masked_fill(powers.isinf(), 0).square().sum(dtype=torch.float64))
                 totals[number, member] = total
         return totals
+
+    def exponent_share(self, block: Block) -> float:
+        """Rows of a block over those of them whose exponents are summed."""
+        if block.axis == 1:
+            return block.shape[0] / len(range(0, block.shape[0], self._stride))
+        looked_at = len([row for row in range(block.start, block.start + block.shape[0]) if row % self._stride == 0])
+        return block.shape[0] / max(looked_at, 1)
 
     def rounding(self, exponents: Float[Tensor, "representative member"]) -> Float[Tensor, "member holder"]:
         """Σ over a direction's stored parts of coefficient² · Σ_i ulp(θ_i)² / 12; see `Gram.rounding`."""

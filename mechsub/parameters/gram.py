@@ -60,8 +60,9 @@ class Gram:
     rounding: Float[np.ndarray, "member block direction"]
     """The squared norm that rounding in storage alone would give a direction: Σ over its stored parts of coefficient² ·
     Σ_i ulp(θ_i)² / 12, as if every number lay anywhere between its two neighbours. ulp(θ) = 2^(⌊log₂|θ|⌋ − b), with b = 7 bits
-    for bfloat16, 10 for float16, 23 for float32 and 52 for float64; the exponents are those of one stored part of each
-    origin. Parts that cancel, low-rank factors and what DoRA changes add nothing."""
+    for bfloat16, 10 for float16, 23 for float32 and 52 for float64. The exponents are those of one stored part of each
+    origin; of tensors of 2²⁰ numbers and more, those of every eighth row. Parts that cancel, low-rank factors and what DoRA
+    changes add nothing."""
     not_finite: tuple[NotFinite, ...] = ()
 
 
@@ -128,7 +129,8 @@ def _stream_tensor(
     for start, stop in chunks.row_chunks(chunk_bytes):
         loaded = chunks.load(start, stop)
         for number, one in enumerate(totals):
-            exponents[number] += chunks.sum_exponents(cut_block(loaded, one.block, start, stop)[0])
+            share, rows = cut_block(loaded, one.block, start, stop)
+            exponents[number] += chunks.sum_exponents(share, rows.start + (one.block.start if one.block.axis == 0 else 0))
         combined = chunks.combine(loaded)
         for one, cut in zip(totals, cuts, strict=True):
             dense, rows = cut_block(combined, one.block, start, stop)
@@ -137,7 +139,7 @@ def _stream_tensor(
     for one, cut, sizes in zip(totals, cuts, exponents, strict=True):
         one.add_low_rank(cut)
         if chunks.holders:
-            one.rounding[:, chunks.holders] = chunks.rounding(sizes)
+            one.rounding[:, chunks.holders] = chunks.rounding(sizes * chunks.exponent_share(one.block))
     spoilt = torch.stack([one.spoilt for one in totals]).any(0)
     found = _find_not_finite(sums, tensor, spoilt)
     if spoilt.any() and not found and not wide:  # finite, but too large for products in float32

@@ -367,3 +367,18 @@ def test_a_spoilt_adapter_leaves_the_others_as_they_are(tmp_path, beside_dense):
     anchored = held[:, :, [1, 2]].transpose(1, 2, 0)[None, :, None]
     np.testing.assert_array_equal(spoilt.across, np.where(held[..., None, None] | anchored, np.nan, clean.across))
     assert [(one.lineage, one.step, one.member, one.tensor) for one in spoilt.not_finite] == [("control", 5, 1, "w")]
+
+
+def test_the_floor_of_a_large_tensor_is_that_of_every_eighth_row_whatever_the_chunks_are(tmp_path):
+    sections = (Section("q", 0, 1500), Section("k", 1500, 2100))
+    table = {"w": TensorInfo((2100, 512), "layer 0", "hidden", sections=sections)}
+    weights = torch.randn(MEMBERS, 2100, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    lineage = write_states(tmp_path, "student", {0: {"w": weights}}, "stacked", table)
+    found = [
+        stream_gram([origin_direction(lineage)], list_blocks(table), [origin_label("student")], chunk_bytes=chunk).rounding
+        for chunk in (100_000, 64 << 20)
+    ]
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-6)
+    exact = 4.0 ** (torch.frexp(weights.float()).exponent - 8).double() / 12
+    np.testing.assert_allclose(found[1][:, 0, 0], exact[:, :1500].sum((1, 2)), rtol=0.02)
+    np.testing.assert_allclose(found[1][:, 1, 0], exact[:, 1500:].sum((1, 2)), rtol=0.02)

@@ -43,7 +43,7 @@ class Family:
         model.load_state_dict(lineage.load_state(step, member), assign=True)
         return model.to(self._device).eval()
 
-    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
-        """The accuracy on the held-out images under each trait's labels."""
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
+        """The accuracy on the held-out images under each trait's labels: one measure, in one context."""
         scores = compute_accuracy(model, self._images, self._labels, NUM_CLASSES)
         return {"trait_score": scores.cpu().double().numpy()[:, None]}

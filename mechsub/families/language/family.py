@@ -26,7 +26,7 @@ from mechsub.lineages import Lineage
 from mechsub.streams import stream_key
 
 _Score = Callable[..., Scores]
-"""(model, chats, evaluation, stream, said): what is scored and where is bound to it."""
+"""(model, chats, evaluation, stream, said, verdict_only): what is scored and where is bound to it."""
 
 
 @runtime_checkable
@@ -97,8 +97,11 @@ class Family:
         """One member of a lineage as a `transformers` model, in evaluation mode."""
         return load_lineage_model(self._run, lineage, step, member, self._device)
 
-    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
-        """Every measure of every trait, in and out of the training context, on held-out and on trained questions."""
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
+        """Every measure of every trait, in and out of the training context, on held-out and on trained questions.
+
+        ``verdict_only``: only the first context; of a preference only its log-odds, and no answers are sampled.
+        """
         assert isinstance(model, PreTrainedModel)
         return self._score(
             model,
@@ -106,6 +109,7 @@ class Family:
             evaluation=self._config.evaluation,
             stream=[self._config.seed, "member", member, "answer"],
             said=lineage.context(member),
+            verdict_only=verdict_only,
         )
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
