@@ -352,6 +352,20 @@ def test_an_edited_recipe_is_refused_since_the_rules_were_fixed_before_the_run(t
     assert any("edited since the run began" in problem for problem in verify_run(out))
 
 
+def test_a_run_of_a_version_with_fewer_fields_goes_on_with_their_defaults_and_only_with_these(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    header = json.loads((out / "run.json").read_text())
+    del header["recipe"]["verdict"]["subspace_rank"]
+    (out / "run.json").write_text(json.dumps(header))
+    recipe = (out / "recipe.yaml").read_text()
+    (out / "recipe.yaml").write_text(recipe.replace("  subspace_rank: 4\n", ""))
+    assert not plan_experiment(tiny_recipe, out).pending
+    assert verify_run(out) == []
+    (out / "recipe.yaml").write_text(recipe.replace("subspace_rank: 4", "subspace_rank: 8"))
+    assert any("`verdict.subspace_rank` was 4, is 8" in problem for problem in verify_run(out))
+
+
 def test_a_callback_that_does_not_exist_is_refused_before_the_run(tiny_recipe, tmp_path):
     with pytest.raises(MechsubError, match="`nowhere:nothing` cannot be loaded"):
         run(tiny_recipe, tmp_path / "run", "callbacks=['nowhere:nothing']")
