@@ -623,7 +623,6 @@ def _component_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> F
         variables=_INTERVALS,
         spec=_panels(run, cases, layers),
         select=chosen,
-        headline=True,
     )
 
 

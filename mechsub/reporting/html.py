@@ -1,15 +1,32 @@
 """The report: one self-contained HTML file that tells a newcomer what was run and what came out."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mechsub.findings import Finding
-from mechsub.reporting.charts import draw_figure
+from mechsub.reporting.charts import DrawnFigure, draw_figure
 from mechsub.reporting.page import render_page
 from mechsub.results import Result
 
 _NOT_SETUP = {"name", "description", "members", "conditions", "checkpoints", "callbacks", "threads"}
 """What the first screen says elsewhere, or leaves to the recipe at the end."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One analysis on the page."""
+
+    name: str
+    result: Result
+    figures: Sequence[DrawnFigure]
+    verdicts: Mapping[tuple[str, str], Mapping[str, Finding]]
+    """All of its own; the first screen has the first of them."""
+
+    @property
+    def has_more_verdicts(self) -> bool:
+        """Whether the first screen does not have them all."""
+        return any(len(row) > 1 for row in self.verdicts.values())
 
 
 def render_report(
@@ -31,13 +48,14 @@ def render_report(
         recipe,
         setup=_setup(recipe),
         answers=_answers(findings),
-        verdicts=_verdict_table(findings),
+        verdicts=_verdict_table(_first_screen(results)),
         num_conditions=len({finding.condition for finding in findings if finding.verdict and finding.condition}),
         replicates=_say_replicates(recipe["members"], findings),
         several_traits=len({finding.trait for finding in findings}) > 1,
         conditions=_conditions(results),
         sections=[
-            (name, result, [draw_figure(figure, result) for figure in result.figures]) for name, result in results.items()
+            Section(name, result, [draw_figure(figure, result) for figure in result.figures], _verdict_table(result.findings))
+            for name, result in results.items()
         ],
         findings=findings,
         outgrown=outgrown,
@@ -85,6 +103,16 @@ def _say(value: Any) -> str:
             settings = {name: inner for name, inner in settings.items() if name == chosen or not isinstance(inner, Mapping)}
         return ", ".join(named + [f"{name.replace('_', ' ')} {_say(inner)}" for name, inner in settings.items()])
     return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
+
+
+def _first_screen(results: Mapping[str, Result]) -> list[Finding]:
+    """Verdicts of the first analysis that has any, which answers the title's question; of each other, its first quantity's."""
+    shown: list[Finding] = []
+    for result in results.values():
+        judged = [finding for finding in result.findings if finding.verdict]
+        is_first = not shown
+        shown += [finding for finding in judged if is_first or finding.quantity == judged[0].quantity]
+    return shown
 
 
 def _verdict_table(findings: Sequence[Finding]) -> dict[tuple[str, str], dict[str, Finding]]:
