@@ -184,7 +184,7 @@ def _rows(table: xr.Dataset, dim: str, names: Sequence[str]) -> list[dict[str, A
 
 
 def _load_group(group: h5py.Group) -> xr.Dataset:
-    """A group as xarray reads it, by h5py alone: h5netcdf opens every object dozens of times, seconds in a file of many arrays."""
+    """A group as xarray reads it, by h5py alone: h5netcdf opens every object dozens of times, which takes seconds."""
     variables = {}
     for name, item in group.items():
         if isinstance(item, h5py.Dataset) and not _is_bare_dimension(item):

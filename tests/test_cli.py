@@ -9,6 +9,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from mechsub.api import run_experiment
 from mechsub.cli import app
 from mechsub.rundir import RunDirectory
 
@@ -63,7 +64,7 @@ def test_debug_shows_the_traceback():
 
 def test_verify_exits_with_1_when_a_file_has_changed(tiny_run, tiny_recipe, tmp_path):
     assert invoke("verify", tiny_run.path).exit_code == 0
-    assert invoke("run", tiny_recipe, "--out", tmp_path / "run").exit_code == 0
+    run_experiment(tiny_recipe, tmp_path / "run", device="cpu", workers=0)
     (tmp_path / "run/lineages/reference/lineage.json").write_text("{}")
     found = invoke("verify", tmp_path / "run")
     assert found.exit_code == 1 and "lineage.json has changed" in found.output
