@@ -1,5 +1,6 @@
 """A tiny experiment that every test may use: all conditions, three members, a few steps."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,11 @@ LONG_FILES = (
     "tests/test_cli.py",
 )
 """The longest first, so that no process is left with one of them while the other has nothing to do."""
+
+
+def pytest_configure() -> None:
+    """The processes of these tests share the cores already: further threads would only wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
