@@ -1,6 +1,6 @@
 """What of a run may change once it has begun: conditions may be added, nothing else, so that verdicts keep their rules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -15,10 +15,14 @@ def without_conditions(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name != "conditions"}
 
 
-def check_same_run(directory: RunDirectory, recipe: Mapping[str, Any], stages: Sequence[Stage]) -> None:
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Gives a recipe that an earlier version wrote the fields that it did not have, at their defaults."""
+
+
+def check_same_run(directory: RunDirectory, recipe: Mapping[str, Any], stages: Sequence[Stage], complete: Complete) -> None:
     """Refuse a directory that another recipe made; conditions may be added, nothing else may change."""
     if directory.recipe_path.is_file():
-        old = yaml.safe_load(directory.recipe_path.read_text())
+        old = complete(yaml.safe_load(directory.recipe_path.read_text()))
         differences = find_differences(old, recipe)
         if differences:
             raise RunDirectoryError(
@@ -39,13 +43,14 @@ def check_same_run(directory: RunDirectory, recipe: Mapping[str, Any], stages: S
             )
 
 
-def check_recipe_unedited(directory: RunDirectory) -> None:
+def check_recipe_unedited(directory: RunDirectory, complete: Complete) -> None:
     """Refuse a recipe.yaml that is not the one the run began with: the rules of its verdicts were fixed before."""
     try:
-        now = without_conditions(yaml.safe_load(directory.recipe_path.read_text()))
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+        now = yaml.safe_load(directory.recipe_path.read_text())
+        begun = {**directory.header.get("recipe", {}), "conditions": now["conditions"]}
+    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{directory.recipe_path} cannot be read ({error}); put it back as it was") from None
-    changed = find_differences(directory.header.get("recipe", {}), now)
+    changed = find_differences(without_conditions(complete(begun)), without_conditions(complete(now)))
     if changed:
         listed = ", ".join(f"`{path}` was {before!r}, is {after!r}" for path, before, after in changed)
         raise RunDirectoryError(

@@ -110,7 +110,7 @@ def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def load_tensor(checkpoint: Path, name: str) -> Tensor:
-    """One tensor of a checkpoint, as it is stored."""
+    """One tensor of a checkpoint, as it is stored. The file is mapped: what is not touched is not read."""
     with _open(_file_of(checkpoint, name)) as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -125,7 +125,7 @@ def load_slice(checkpoint: Path, name: str, *index: slice | int) -> Tensor:
 
 def load_factors(checkpoint: Path, lora: LoraInfo) -> Factors:
     """ΔW as it is stored, the scale in its rows; in float64, so that neither scale nor product loses anything."""
-    a, b = load_tensor(checkpoint, lora.a).double(), load_tensor(checkpoint, lora.b).double()
+    a, b = (_keep_open(checkpoint, name).get_tensor(name).double() for name in (lora.a, lora.b))
     return Factors(lora.scale * a.T, b.T) if lora.flipped else Factors(lora.scale * b, a)
 
 
@@ -173,6 +173,21 @@ def _places(checkpoint: Path, modified: int) -> dict[str, Path]:
         with _open(path) as file:
             places.update({name: path for name in file.keys()})  # noqa: SIM118 - not a mapping
     return places
+
+
+def _keep_open(checkpoint: Path, name: str) -> Any:
+    """The open file of a tensor: an adapter is hundreds of small tensors, whose list is read once for each state of it."""
+    path = _file_of(checkpoint, name)
+    try:
+        state = path.stat()
+        return _opened(path, (state.st_mtime_ns, state.st_size, state.st_ino))
+    except (OSError, SafetensorError) as error:
+        raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+
+
+@lru_cache(maxsize=100)
+def _opened(path: Path, state: tuple[int, ...]) -> Any:
+    return safe_open(path, framework="pt")
 
 
 @contextmanager

@@ -5,9 +5,9 @@ member. A lineage of adapters holds what is added to the weights that it starts 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,9 @@ def write_spec(folder: Path, spec: LineageSpec) -> None:
     write_json(folder / SPEC_FILE, asdict(spec))
 
 
+RowReader = Callable[[int, int], Tensor]
+
+
 @dataclass(frozen=True)
 class Part:
     """One summand of a tensor at a checkpoint: stored weights, or what an adapter adds to them."""
@@ -153,13 +156,13 @@ class Part:
     step: int
     members: tuple[int, ...]
     kind: str
-    """``stored``: the weights in a file; ``factors``: a low-rank change; ``change``: any other change, row by row."""
+    """``stored``: the weights in a file; ``factors``: a low-rank change; ``change``: what DoRA changes, row by row."""
 
-    def load_rows(self, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
-        """Its rows [start, stop), of all members; float32 or wider."""
-        load = {"stored": self.lineage.load_stored, "change": self.lineage.load_change, "factors": self.lineage.load_change}
-        rows: Tensor = load[self.kind](self.step, tensor, start, stop)
-        return rows if self.members == tuple(range(len(rows))) else rows[list(self.members)]
+    def open_rows(self, tensor: str) -> list[RowReader]:
+        """How to read rows [start, stop) of each member, as they are stored, or in float64 where they are computed."""
+        open_all = self.lineage.open_stored if self.kind == "stored" else self.lineage.open_changes
+        readers = open_all(self.step, tensor)
+        return [readers[member] for member in self.members]
 
     def load_whole(self, tensor: str, member: int) -> Float[Tensor, "..."]:
         """The whole tensor of one member; float32 or wider."""
@@ -227,12 +230,13 @@ class Lineage:
 
     def parts(self, step: int, tensor: str) -> tuple[Part, ...]:
         """What a tensor is the sum of at one step; adapters and what starts at its origin have the origin's weights in it."""
-        starts_elsewhere = self.spec.is_adapter or (step == 0 and not self.spec.holds_start)
-        if not starts_elsewhere:
+        info = self.spec.tensors[tensor]
+        starts_elsewhere = step == 0 and (self.spec.is_adapter or not self.spec.holds_start)
+        is_changed = self.spec.is_adapter and (info.frozen or info.lora is not None)
+        if not starts_elsewhere and not is_changed:  # an adapter's files hold some tensors whole
             return (Part(self, self.name, step, tuple(range(self.spec.num_members)), "stored"),)
         members = self.spec.origin.members if self._member is None else (0,)
         base = Part(self.origin, self.origin.name, 0, members, "stored")
-        info = self.spec.tensors[tensor]
         if step == 0 or info.frozen:
             return (base,)
         kind = "factors" if info.lora is not None and info.lora.magnitude is None else "change"
@@ -246,18 +250,21 @@ class Lineage:
         names = [name for name, info in self.spec.tensors.items() if info.tied_to is None]
         return {name: self.load_tensor(step, name, member) for name in names}
 
-    def load_rows(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
-        """Rows [start, stop) of one tensor at one step, of all members; a vector's entries are its rows. Float32 or wider."""
-        first, *rest = (part.load_rows(tensor, start, stop) for part in self.parts(step, tensor))
-        return sum(rest, first)
+    def open_stored(self, step: int, tensor: str) -> list[RowReader]:
+        """How to read rows of each member where the files hold the weights themselves, as they are stored.
 
-    def load_stored(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
-        """The same where the files hold the weights themselves."""
+        The files are mapped: rows are read when something is done with them, and a chunk in one go.
+        """
+        name = self.spec.tensors[tensor].stored or tensor
         if self._parts is None:
-            name = self.spec.tensors[tensor].stored or tensor
-            return as_computed(load_slice(self.checkpoint(step), name, slice(None), slice(start, stop)))
-        members = range(len(self._parts))
-        return as_computed(torch.stack([self._load_stored_member(step, tensor, member, start, stop) for member in members]))
+            members = list(load_tensor(self.checkpoint(step), name))
+        else:
+            members = [load_tensor(self.checkpoint(step, member), name) for member in range(len(self._parts))]
+        return [partial(_cut_rows, one) for one in members]
+
+    def open_changes(self, step: int, tensor: str) -> list[RowReader]:
+        """How to read rows of what an adapter adds to one tensor of each member, in float64."""
+        return [partial(self._load_change, step, tensor, member) for member in range(self.spec.num_members)]
 
     def _load_stored_member(self, step: int, tensor: str, member: int, start: int, stop: int) -> Tensor:
         name = self.spec.tensors[tensor].stored or tensor
@@ -271,10 +278,15 @@ class Lineage:
         assert lora is not None
         return load_factors(self.checkpoint(step, member), lora)
 
-    def load_change(self, step: int, tensor: str, start: int, stop: int) -> Float[Tensor, "member row ..."]:
-        """Rows of what an adapter adds to one tensor, of all members, computed in float64 and given in float32."""
-        members = [self._load_change(step, tensor, member, start, stop) for member in range(self.spec.num_members)]
-        return torch.stack(members).float()
+    def is_finite(self, part: Part, tensor: str, member: int) -> bool:
+        """Whether all numbers of one of its members' parts are; read a few rows at a time."""
+        if part.kind == "factors":
+            factors = self.load_factors(part.step, tensor, member)
+            return bool(factors.rows.isfinite().all() and factors.columns.isfinite().all())
+        read = (self.open_stored if part.kind == "stored" else self.open_changes)(part.step, tensor)[member]
+        num_rows = self.spec.tensors[tensor].shape[0]
+        starts = range(0, num_rows, _ROWS_AT_ONCE)
+        return all(bool(read(start, min(start + _ROWS_AT_ONCE, num_rows)).isfinite().all()) for start in starts)
 
     def load_part(self, step: int, tensor: str, member: int, kind: str) -> Float[Tensor, "..."]:
         """One summand of one member's tensor, whole, of a `Part`'s kind; float32 or wider."""
@@ -300,9 +312,7 @@ class Lineage:
 
     def _load_change(self, step: int, tensor: str, member: int, start: int, stop: int) -> Tensor:
         lora = self.spec.tensors[tensor].lora
-        if lora is None:
-            stored = load_slice(self.checkpoint(step, member), self.spec.tensors[tensor].stored or tensor, slice(start, stop))
-            return stored.double() - self._load_base(tensor, member, start, stop)
+        assert lora is not None
         factors = self.load_factors(step, tensor, member)
         added = factors.rows[start:stop] @ factors.columns
         if lora.magnitude is None:
@@ -332,6 +342,10 @@ class Lineage:
                 squares += rows.square().sum(0)
             self._norms[key] = squares.sqrt()
         return self._norms[key]
+
+
+def _cut_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
+    return tensor[start:stop]
 
 
 def open_lineage(run: Path, name: str) -> Lineage:

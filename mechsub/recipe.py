@@ -88,6 +88,17 @@ def parse_recipe(values: Mapping[str, Any], origin: str) -> Recipe:
     return validate_settings(_recipe_model(values["family"]), values, origin)
 
 
+def complete_recipe(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe with the fields that the version which wrote it did not have, at their defaults.
+
+    As it is where it cannot be checked: the difference is then told.
+    """
+    try:
+        return parse_recipe(values, "the run's recipe").model_dump(mode="json")
+    except RecipeError:
+        return dict(values)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML: every field with its value, so that it replays the run exactly."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -12,7 +12,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,21 +20,17 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from benchmark_gram import anonymous_bytes, measure_gram_of_adapters, measure_gram_of_run, measure_gram_of_shards
 from loky import get_reusable_executor
 from rich.console import Console
 from rich.table import Table
 
 from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment
-from mechsub.cases import list_directions
 from mechsub.checkpoints import load_stacked
 from mechsub.environment import available_cores, describe_provenance
 from mechsub.executors.execution import execute_stages
 from mechsub.families.classifier.carrier import carrier_file
 from mechsub.families.classifier.idx import PARTS
-from mechsub.parameters.blocks import list_blocks
-from mechsub.parameters.directions import displacement_label
-from mechsub.parameters.gram import stream_gram
-from mechsub.run import Run
 
 PIXELS, WIDTH, CLASSES, AUXILIARY = 784, 256, 10, 3
 RATE = 3e-4
@@ -274,84 +269,22 @@ def _watch_memory(process: "subprocess.Popen[bytes]", is_enough: Callable[[], bo
     while process.poll() is None and not is_enough():
         try:
             family = [parent, *parent.children(recursive=True)]
-            peak = max(peak, sum(_anonymous_bytes(one.pid) for one in family))
+            peak = max(peak, sum(anonymous_bytes(one.pid) for one in family))
         except psutil.NoSuchProcess:
             continue
         time.sleep(0.05)
     return peak
 
 
-def _anonymous_bytes(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0
-    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
 def measure_gram(folder: Path, quick: bool) -> dict[str, Any]:
-    """Streaming the Gram matrices of a run against reading the bytes of its checkpoints, which lie in the page cache."""
+    """Streaming the Gram matrices of a run of stacked members against reading the bytes of its checkpoints."""
     members, turns = (2, 1) if quick else (8, 3)
     settings = [f"members={members}", "carrier.num_images=8192", "student.epochs=1", "teacher.epochs=1", "checkpoints.num=6"]
     settings.append("conditions={same-init: , different-init: , all-logits: }")
     _write_noise_images(folder / "images", num_train=4096)
-    run = run_experiment(
-        "mnist", folder / "run", [f"data.path={folder / 'images'}", *settings], device="cpu", workers=_workers(quick)
-    )
-    files = sorted((folder / "run/lineages").rglob("step-*.safetensors"))
-    seconds: dict[str, list[float]] = {"streaming": [], "reading": []}
-    torch.set_num_threads(1)
-    peaks = []
-    for _ in range(turns):
-        began = time.perf_counter()
-        with _PeakAnonymous() as memory:
-            gram = _stream(run)
-        seconds["streaming"].append(time.perf_counter() - began)
-        peaks.append(memory.grown)
-        began = time.perf_counter()
-        buffer = bytearray(64 << 20)
-        for path in files:
-            with path.open("rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-        seconds["reading"].append(time.perf_counter() - began)
-    num_bytes = sum(path.stat().st_size for path in files)
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "work": f"{len(gram.labels)} directions of {members} members, {num_bytes / 1e9:.2f} GB in {len(files)} checkpoints",
-        "gigabytes_per_second": {name: num_bytes / value / 1e9 for name, value in middle.items()},
-        "share_of_reading_speed": middle["reading"] / middle["streaming"],
-        "anonymous_memory_gigabytes": max(peaks) / 1e9,
-        "all_seconds": seconds,
-    }
-
-
-def _stream(run: Run) -> Any:
-    anchor = displacement_label("teacher", run.lineages["teacher"].steps[-1])
-    return stream_gram(list_directions(run), list_blocks(run.reference.spec.tensors), [anchor])
-
-
-class _PeakAnonymous:
-    """How far the anonymous memory of this process rises above where it began."""
-
-    def __enter__(self) -> "_PeakAnonymous":
-        self._first = self._peak = _anonymous_bytes(os.getpid())
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    @property
-    def grown(self) -> int:
-        return self._peak - self._first
-
-    def _watch(self) -> None:
-        while not self._ended.wait(0.01):
-            self._peak = max(self._peak, _anonymous_bytes(os.getpid()))
+    given = [f"data.path={folder / 'images'}", *settings]
+    run = run_experiment("mnist", folder / "run", given, device="cpu", workers=_workers(quick))
+    return measure_gram_of_run(run, turns)
 
 
 def measure_startup(folder: Path, quick: bool) -> dict[str, Any]:
@@ -389,6 +322,8 @@ PARTS_OF_THE_BENCHMARK: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "training": measure_training,
     "memory": measure_memory,
     "gram": measure_gram,
+    "gram-shards": measure_gram_of_shards,
+    "gram-adapters": measure_gram_of_adapters,
     "startup": measure_startup,
     "demo": measure_demo,
 }

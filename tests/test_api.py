@@ -191,7 +191,8 @@ def test_a_users_own_analysis_and_callback_run_in_other_processes(tiny_recipe, t
 
 
 def test_an_analysis_that_the_run_cannot_feed_is_left_out_with_what_to_supply(tiny_run):
-    assert [stage.name for stage in plan_analyses(tiny_run.path)] == ["analysis.behaviour", "analysis.parameter_alignment"]
+    planned = [stage.name for stage in plan_analyses(tiny_run.path)]
+    assert set(planned) == {f"analysis.{name}" for name in mechsub.list_analyses()} - {"analysis.semantic_filter"}
     (sentence,) = missing_analyses(tiny_run.path).values()
     assert (
         sentence.startswith("There is no text that a teacher") and sentence in (tiny_run.path / "report/index.html").read_text()
@@ -272,8 +273,8 @@ def test_a_run_opens_with_its_recipe_lineages_results_and_findings(tiny_run):
     opened = mechsub.open_run(tiny_run.path)
     assert opened.recipe.name == "tiny"
     assert next(iter(opened.lineages)) == "reference"
-    assert set(opened.results) == {"behaviour", "parameter_alignment"}
-    assert set(opened.findings.analysis) == {"behaviour", "parameter_alignment"}
+    assert set(opened.results) == {"behaviour", "displacement_surgery", "parameter_alignment"}
+    assert set(opened.findings.analysis) == {"behaviour", "displacement_surgery", "parameter_alignment"}
     document = json.loads((tiny_run.path / "findings.json").read_text())
     assert len(document["findings"]) == len(opened.findings)
 
@@ -349,6 +350,20 @@ def test_an_edited_recipe_is_refused_since_the_rules_were_fixed_before_the_run(t
     with pytest.raises(RunDirectoryError, match=r"edited since the run began: `verdict.margin` was 0.05, is 0.5"):
         analyze_run(out, device="cpu")
     assert any("edited since the run began" in problem for problem in verify_run(out))
+
+
+def test_a_run_of_a_version_with_fewer_fields_goes_on_with_their_defaults_and_only_with_these(tiny_recipe, tmp_path):
+    out = tmp_path / "run"
+    run(tiny_recipe, out)
+    header = json.loads((out / "run.json").read_text())
+    del header["recipe"]["verdict"]["subspace_rank"]
+    (out / "run.json").write_text(json.dumps(header))
+    recipe = (out / "recipe.yaml").read_text()
+    (out / "recipe.yaml").write_text(recipe.replace("  subspace_rank: 4\n", ""))
+    assert not plan_experiment(tiny_recipe, out).pending
+    assert verify_run(out) == []
+    (out / "recipe.yaml").write_text(recipe.replace("subspace_rank: 4", "subspace_rank: 8"))
+    assert any("`verdict.subspace_rank` was 4, is 8" in problem for problem in verify_run(out))
 
 
 def test_a_callback_that_does_not_exist_is_refused_before_the_run(tiny_recipe, tmp_path):

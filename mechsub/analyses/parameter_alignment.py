@@ -15,7 +15,7 @@ from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
-from mechsub.parameters.gram import stream_gram
+from mechsub.parameters.gram import Gram, stream_gram
 from mechsub.parameters.quantities import QUANTITIES, SWAPPED, Quantity
 from mechsub.parameters.stored import GRAM_GROUP, store_gram
 from mechsub.relations import relate_students, relate_trajectories
@@ -27,6 +27,8 @@ from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, SuperiorityTest
 
 SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
 _DIMS = ("condition", "taught", "member", "step", "scope")
+_CLEAR_OF_ROUNDING = 10
+"""How many times the rounding floor a displacement should be long."""
 _MOST_TENSORS = 16
 """With more, figures show layers and the model; every tensor is in the results."""
 
@@ -36,7 +38,8 @@ def parameter_alignment(run: Run) -> Result:
     """How far students move along their teacher's displacement, per tensor, layer and model, against another teacher."""
     blocks = list_blocks(run.reference.spec.tensors)
     anchors = [last_displacement(run.teacher(trait)) for trait in run.traits]
-    algebra = DirectionAlgebra(stream_gram(list_directions(run), blocks, anchors, device=run.device), Scopes.of(blocks))
+    gram = stream_gram(list_directions(run), blocks, anchors, device=run.device)
+    algebra = DirectionAlgebra(gram, Scopes.of(blocks))
     students = [run.student(condition, trait) for condition in run.conditions for trait in run.traits]
     data = _measure(run, algebra, sorted({step for student in students for step in student.steps}))
     data = xr.merge([data, relate_trajectories(run, algebra), relate_students(run, algebra)])
@@ -44,7 +47,8 @@ def parameter_alignment(run: Run) -> Result:
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
     figures = [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)]
     figures += [_trajectory_figure(run), _students_figure(run, data)]
-    return Result(data, findings, figures, _sentences(run, data), {GRAM_GROUP: store_gram(algebra, blocks)})
+    sentences = [*_sentences(run, data), *_rounding_sentences(run, data), *_not_finite_sentences(gram)]
+    return Result(data, findings, figures, sentences, {GRAM_GROUP: store_gram(algebra, blocks)})
 
 
 def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Dataset:
@@ -559,6 +563,27 @@ def _untold_sentences(run: Run) -> list[str]:
     if untrained:
         sentences.append(f"Nothing is trained in {', '.join(untrained)}: no displacement, so no alignment.")
     return sentences
+
+
+def _rounding_sentences(run: Run, data: xr.Dataset) -> list[str]:
+    """Displacements that are not far over what rounding in storage alone could give; see `Gram.rounding`."""
+    sentences = []
+    for condition, trait in product(_comparable(run), run.traits):
+        for who, name in (("student", run.student(condition, trait).name), ("teacher", run.teacher(trait).name)):
+            norms, floors = (_final(run, data, f"{who}_{what}", (condition, trait)) for what in ("norm", "rounding_floor"))
+            close = np.isfinite(norms) & (norms > 0) & (norms < _CLEAR_OF_ROUNDING * floors)
+            if close.any():
+                ratio = float((norms[close] / floors[close]).min())
+                sentences.append(
+                    f"Warning: the displacement of {name} is only {ratio:.1f} times what rounding of its stored weights could "
+                    f"give (under {_CLEAR_OF_ROUNDING:g} times in {close.sum()} of {len(close)} members): its alignments are "
+                    "pulled to 0 by that noise; store checkpoints in float32."
+                )
+    return list(dict.fromkeys(sentences))
+
+
+def _not_finite_sentences(gram: Gram) -> list[str]:
+    return [f"Not finite: {record}; every number that it would enter is NaN with that reason." for record in gram.not_finite]
 
 
 def _unshared_sentences(run: Run, data: xr.Dataset) -> list[str]:

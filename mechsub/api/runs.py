@@ -16,7 +16,7 @@ from mechsub.executors.local import Progress, run_stages
 from mechsub.experiment.plan import check_resources, plan_run
 from mechsub.findings import findings_document
 from mechsub.parameters.stored import GRAM_GROUP, Directions
-from mechsub.recipe import Recipe, dump_recipe, load_recipe
+from mechsub.recipe import Recipe, complete_recipe, dump_recipe, load_recipe
 from mechsub.reporting.html import render_report
 from mechsub.results import find_results, read_group, read_result
 from mechsub.run import Run
@@ -74,7 +74,7 @@ def plan_experiment(recipe: str | Path | Recipe, out: str | Path | None = None, 
     pending = list(stages)
     if not is_unused(folder):
         directory = RunDirectory.open(folder)
-        check_same_run(directory, resolved.model_dump(mode="json"), stages)
+        check_same_run(directory, resolved.model_dump(mode="json"), stages, complete_recipe)
         pending = [stage for stage in stages if not directory.is_done(stage)]
     load_callbacks(resolved.callbacks)
     return Plan(resolved, folder, stages, pending)
@@ -149,7 +149,7 @@ def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:
     Raises:
         AnalysisError: an unknown name, one that this run cannot feed, or a run without any condition that is complete.
     """
-    check_recipe_unedited(RunDirectory.open(run_dir))
+    check_recipe_unedited(RunDirectory.open(run_dir), complete_recipe)
     known = load_analyses()
     for name in only:
         if name not in known:
@@ -217,7 +217,7 @@ def verify_run(run_dir: str | Path) -> list[str]:
     directory = RunDirectory.open(run_dir)
     problems = [] if directory.records() else [f"{directory.path} has no record of any finished stage in stages/"]
     try:
-        check_recipe_unedited(directory)
+        check_recipe_unedited(directory, complete_recipe)
     except RunDirectoryError as error:
         problems.append(str(error))
     for record in directory.records().values():
@@ -251,7 +251,7 @@ def describe_installation() -> dict[str, Any]:
 
 
 def _write_report(directory: RunDirectory) -> Path:
-    check_recipe_unedited(directory)
+    check_recipe_unedited(directory, complete_recipe)
     current, outgrown = find_results(directory)
     if not current:
         why = "only results that it has outgrown" if outgrown else "no results yet"

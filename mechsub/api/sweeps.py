@@ -14,6 +14,7 @@ from mechsub.errors import AnalysisError, RunDirectoryError
 from mechsub.executors.local import Progress, run_stages
 from mechsub.experiment.plan import check_resources
 from mechsub.findings import findings_document
+from mechsub.recipe import complete_recipe
 from mechsub.reporting.sweep import render_sweep_report
 from mechsub.results import Result, find_results, read_result, write_result
 from mechsub.run import Run
@@ -217,7 +218,7 @@ def verify_sweep(folder: str | Path) -> list[str]:
 def _read_run(run: Run) -> SweptResults:
     """A run's results as far as they go and are whole, and what it lacks, in words."""
     try:
-        check_recipe_unedited(run.directory)
+        check_recipe_unedited(run.directory, complete_recipe)
         current, outgrown = find_results(run.directory)
         made = [file.relative_to(run.path).as_posix() for file in current.values()]
         read = {name for record in run.directory.records().values() if set(record.outputs) & {*made} for name in record.inputs}

@@ -28,6 +28,8 @@ class VerdictConfig(Settings):
     margin: float = Field(0.05, gt=0, description="effects on the trait score under this do not matter, in its unit")
     alignment_margin: float = Field(0.05, gt=0, description="the same for differences of cosines")
     accuracy_margin: float = Field(0.05, gt=0, description="the same for a text classifier's accuracy over its null")
+    subspace_margin: float = Field(0.05, gt=0, description="the same for differences of subspace overlaps")
+    subspace_rank: int = Field(4, ge=1, le=64, description="of the singular subspaces whose overlap has the verdict")
     minimum_members: int = Field(5, ge=2, description="with fewer there is no verdict")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the two-sided intervals over members")
     equivalence_level: float = Field(0.05, gt=0, lt=0.5, description="of each of the two one-sided tests of absence")

@@ -6,9 +6,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
-from torch import nn
+from torch import Tensor, nn
 
 from mechsub.lineages import Lineage
+from mechsub.parameters.symmetry import UnitGroup
 from mechsub.stage import Stage
 
 
@@ -58,11 +59,20 @@ class Family(Protocol):
     def notes(self) -> Sequence[str]:
         """What a reader must know of how the run's data came about, in sentences."""
 
-    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
-        """Every measure of every trait in every context; the lineage says what stands in the member's prompts."""
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
+        """Every measure of every trait in every context; the lineage says what stands in the member's prompts.
+
+        ``verdict_only``: only what verdicts are given on, the first measure in the first context; the rest may be NaN.
+        """
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
         """What one member's teacher, a lineage, passes on to students and controls; None where that is no text or not there."""
+
+    def unit_groups(self, lineage: Lineage) -> Sequence[UnitGroup]:
+        """The units of a lineage's model that can change places without changing its function; none where that is not known."""
+
+    def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
+        """Held-out inputs without a trait's answers, each a batch as the lineage's model takes it: to record activations on."""
 
 
 @dataclass(frozen=True)

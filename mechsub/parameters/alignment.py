@@ -119,6 +119,16 @@ class DirectionAlgebra:
         norms[:, -1] = np.where(support.any(-1), norms[:, -1], np.nan)
         return norms
 
+    def rounding_floor(self, direction: Combination) -> ByScope:
+        """The norm ≥ 0 that rounding in storage alone could give u, in the unit of the weights.
+
+        √Σ s² r over its labels with their signs s, r what `Gram.rounding` holds of each; over all blocks in the last scope too.
+        """
+        squares = np.zeros(self.gram.within.shape[:2])
+        for label, sign in direction.items():
+            squares += sign**2 * self.gram.rounding[:, :, self._position[label]]
+        return _root(self.scopes.total(squares, np.ones(squares.shape, dtype=bool)))
+
     def cosine(self, first: Combination, second: Combination) -> ByScope:
         """cos(u, v) = ⟨u, v⟩ / (‖u‖ ‖v‖), in [−1, 1]; NaN in scopes where the two share no support.
 

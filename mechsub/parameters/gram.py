@@ -1,36 +1,69 @@
 """Gram matrices of directions, streamed: reading weights is the cost, so each checkpoint is read once.
 
-What adapters add stays factored: for ΔW = R C, ⟨R₁C₁, R₂C₂⟩ = Σ (R₁ᵀR₂) ∘ (C₁C₂ᵀ), and against a dense D, Σ R ∘ (D Cᵀ). Neither
-depends on how a product is split into its factors.
+Stored weights go through in chunks that stay in the processor's cache; what adapters add stays factored.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mechsub.checkpoints import Factors
 from mechsub.errors import AnalysisError
 from mechsub.lineages import Part
 from mechsub.parameters.blocks import Block
+from mechsub.parameters.chunks import DenseChunks, cut_block
 from mechsub.parameters.directions import Direction, sum_parts
+from mechsub.parameters.low_rank import LowRank
 
-CHUNK_BYTES = 128 << 20
+CHUNK_BYTES = 64 << 20
+WORKERS = 2
+"""Tensors at a time: while one waits for the disk, the other is multiplied."""
+_FEW = 12
+"""Directions up to which products of single rows beat a general matrix product, which does each pair twice."""
+
+
+@dataclass(frozen=True)
+class NotFinite:
+    """A checkpoint's tensor that holds NaN or ∞."""
+
+    lineage: str
+    step: int
+    member: int
+    """Of its own lineage."""
+    tensor: str
+    checkpoint: Path
+
+    def __str__(self) -> str:
+        return (
+            f"tensor {self.tensor} of {self.lineage} at step {self.step}, member {self.member}, holds numbers that are not "
+            f"finite ({self.checkpoint})"
+        )
 
 
 @dataclass(frozen=True)
 class Gram:
-    """⟨dᵢ, dⱼ⟩ of every tensor: within each member in full, and of every direction with every member's anchor."""
+    """⟨dᵢ, dⱼ⟩ of every block: within each member in full, and of every direction with every member's anchor."""
 
     labels: tuple[str, ...]
     blocks: tuple[str, ...]
-    within: Float[np.ndarray, "member tensor direction direction"]
-    across: Float[np.ndarray, "member tensor direction anchor other"]
+    within: Float[np.ndarray, "member block direction direction"]
+    """NaN where a checkpoint that a direction is made of holds numbers that are not finite; see ``not_finite``."""
+    across: Float[np.ndarray, "member block direction anchor other"]
     """⟨dᵢ of member m, anchor of member n⟩; anchors are the teachers' displacements."""
     anchors: tuple[str, ...]
+    rounding: Float[np.ndarray, "member block direction"]
+    """The squared norm that rounding in storage alone would give a direction: Σ over its stored parts of coefficient² ·
+    Σ_i ulp(θ_i)² / 12, as if every number lay anywhere between its two neighbours. ulp(θ) = 2^(⌊log₂|θ|⌋ − b), with b = 7 bits
+    for bfloat16, 10 for float16, 23 for float32 and 52 for float64. The exponents are those of one stored part of each
+    origin; of tensors of 2²⁰ numbers and more, those of every eighth row. Parts that cancel, low-rank factors and what DoRA
+    changes add nothing."""
+    not_finite: tuple[NotFinite, ...] = ()
 
 
 def stream_gram(
@@ -40,173 +73,187 @@ def stream_gram(
     *,
     chunk_bytes: int = CHUNK_BYTES,
     device: str = "cpu",
+    workers: int = WORKERS,
 ) -> Gram:
-    """Accumulate the Gram matrices of ``directions`` tensor by tensor.
+    """Accumulate the Gram matrices of ``directions`` block by block, reading each tensor of each checkpoint once.
 
     Stored weights are read in chunks of rows: origins are subtracted before anything is multiplied; products are in the
     checkpoints' precision (float32 at least) inside a chunk and summed in float64 across chunks. Low-rank changes are
-    multiplied as factors, in float64. Memory is set by ``chunk_bytes`` (one chunk of all checkpoints of all members), the
-    ranks and the number of directions, not by the model. Tied tensors count once. In the squared unit of the weights.
+    multiplied as factors, in float64, and their base is not read unless a direction holds it. Memory is set by
+    ``workers`` × ``chunk_bytes`` (a chunk is some rows, one at least, of all checkpoints of all members), the ranks and the
+    number of directions, not by the model. A tensor is one worker's, so that their number changes no sum. In the squared
+    unit of the weights.
 
     Raises:
-        AnalysisError: a lineage lacks one of the tensors, or has it in another shape.
+        AnalysisError: a lineage lacks one of the tensors, has it in another shape, or in a type that is no float.
     """
     labels = [direction.label for direction in directions]
     _check_layouts(directions, blocks)
     num_members = directions[0].terms[0][0].spec.num_members
     size = len(directions)
     within = torch.zeros(num_members, len(blocks), size, size, dtype=torch.float64)
-    across = torch.zeros(num_members, len(blocks), size, len(anchors), num_members, dtype=torch.float64)
     positions = [labels.index(anchor) for anchor in anchors]
+    across = torch.zeros(num_members, len(blocks), size, len(anchors), num_members, dtype=torch.float64)
+    rounding = torch.zeros(num_members, len(blocks), size, dtype=torch.float64)
+    by_tensor: dict[str, list[_BlockTotals]] = {}
     for index, block in enumerate(blocks):
-        split = _SplitDirections.of(directions, block.tensor)
-        low_rank = [_LowRank.load(split, block, member, device) for member in range(num_members)] if split.factors else []
-        totals = _Totals(within[:, index], across[:, index], positions)
-        for start, stop in _row_chunks(block, len(split.dense) * num_members, chunk_bytes) if split.dense else ():
-            chunk = split.load_chunk(block, start, stop, device)
-            totals.add_dense(chunk, split.holders)
-            totals.add_mixed(chunk, split.holders, low_rank, slice(start, stop))
-        totals.add_low_rank(low_rank)
-    return Gram(tuple(labels), tuple(block.name for block in blocks), within.numpy(), across.numpy(), tuple(anchors))
-
-
-@dataclass(frozen=True)
-class _SplitDirections:
-    """The directions in one tensor as signed sums of parts: stored weights and changes (dense), and low-rank changes."""
-
-    sums: Sequence[Mapping[Part, float]]
-    dense: Sequence[Part]
-    factors: Sequence[Part]
-
-    @classmethod
-    def of(cls, directions: Sequence[Direction], tensor: str) -> "_SplitDirections":
-        sums = [sum_parts(direction, tensor) for direction in directions]
-        parts = list(dict.fromkeys(part for total in sums for part in total))
-        low_rank = [part for part in parts if part.kind == "factors"]
-        return cls(sums, [part for part in parts if part.kind != "factors"], low_rank)
-
-    @property
-    def holders(self) -> list[int]:
-        """The directions with a dense part."""
-        dense = set(self.dense)
-        return [number for number, total in enumerate(self.sums) if dense & total.keys()]
-
-    def load_chunk(self, block: Block, start: int, stop: int, device: str) -> Float[Tensor, "member direction row column"]:
-        """The dense part of the directions that have one."""
-        first = block.start if block.axis == 0 else 0
-        rows = {part: part.load_rows(block.tensor, first + start, first + stop).to(device) for part in self.dense}
-        if block.axis == 1:
-            rows = {part: found[:, :, block.index[1]] for part, found in rows.items()}
-        chunk = torch.stack([_combine(self.sums[number], rows) for number in self.holders], dim=1)
-        return chunk.flatten(3) if chunk.ndim > 3 else chunk[..., None]
-
-
-@dataclass(frozen=True)
-class _LowRank:
-    """The low-rank part of all directions of one member: direction i is ``rows · diag(weights[i]) · columns``."""
-
-    rows: Float[Tensor, "row rank"]
-    columns: Float[Tensor, "rank column"]
-    weights: Float[Tensor, "direction rank"]
-
-    @classmethod
-    def load(cls, split: _SplitDirections, block: Block, member: int, device: str) -> "_LowRank":
-        factors = [_cut(part.load_factors(block.tensor, member), block) for part in split.factors]
-        coefficients = torch.tensor([[total.get(part, 0.0) for part in split.factors] for total in split.sums])
-        ranks = torch.tensor([one.rows.shape[1] for one in factors])
-        return cls(
-            torch.cat([one.rows for one in factors], dim=1).to(device),
-            torch.cat([one.columns for one in factors]).to(device),
-            coefficients.double().repeat_interleave(ranks, dim=1).to(device),
+        # Across its only member is within it.
+        totals = _BlockTotals(
+            block, within[:, index], across[:, index], rounding[:, index], positions if num_members > 1 else ()
         )
+        by_tensor.setdefault(block.tensor, []).append(totals)
+    large_first = sorted(by_tensor.values(), key=lambda found: -sum(totals.block.num_parameters for totals in found))
+    with ThreadPoolExecutor(workers) as pool:
+        stream = partial(_stream_tensor, directions, chunk_bytes, device)
+        not_finite = [record for records in pool.map(stream, large_first) for record in records]
+    if num_members == 1:
+        across[..., 0] = within[..., positions]
+    for tensor in (within, across):
+        tensor[~tensor.isfinite()] = torch.nan
+    names = tuple(block.name for block in blocks)
+    arrays = within.numpy(), across.numpy(), tuple(anchors), rounding.numpy()
+    return Gram(tuple(labels), names, *arrays, tuple(sorted(not_finite, key=str)))
 
-    def only(self, directions: Sequence[int]) -> "_LowRank":
-        """What of it some directions hold."""
-        used = (self.weights[directions] != 0).any(0)
-        return _LowRank(self.rows[:, used], self.columns[used], self.weights[directions][:, used])
 
-    def inner(self, other: "_LowRank") -> Float[Tensor, "direction other"]:
-        """⟨R₁C₁, R₂C₂⟩ = Σ (R₁ᵀR₂) ∘ (C₁C₂ᵀ) of all pairs."""
-        products = (self.rows.T @ other.rows) * (self.columns @ other.columns.T)
-        return self.weights @ products @ other.weights.T
-
-    def inner_dense(self, dense: Float[Tensor, "holder row column"], rows: slice) -> Float[Tensor, "holder direction"]:
-        """⟨D, RC⟩ = Σ R ∘ (D Cᵀ) over some rows."""
-        products = dense @ self.columns.T.to(dense.dtype)
-        return torch.einsum("hrk,rk->hk", products.double(), self.rows[rows]) @ self.weights.T
+def _stream_tensor(
+    directions: Sequence[Direction], chunk_bytes: int, device: str, totals: "Sequence[_BlockTotals]", wide: bool = False
+) -> list[NotFinite]:
+    """Fill the totals of one tensor's blocks. What is not finite in it, which is looked for only where a norm is not."""
+    tensor, num_members = totals[0].block.tensor, len(totals[0].within)
+    sums = [sum_parts(direction, tensor) for direction in directions]
+    chunks = DenseChunks(sums, tensor, device, wide)
+    has_factors = any(part.kind == "factors" for total in sums for part in total)
+    low_rank = [LowRank.load(sums, tensor, member, device) for member in range(num_members)] if has_factors else []
+    cuts = [[factors.cut(one.block) for factors in low_rank] for one in totals]
+    exponents = torch.zeros(len(totals), len(chunks.representatives), num_members, dtype=torch.float64)
+    for start, stop in chunks.row_chunks(chunk_bytes):
+        loaded = chunks.load(start, stop)
+        for number, one in enumerate(totals):
+            share, rows = cut_block(loaded, one.block, start, stop)
+            exponents[number] += chunks.sum_exponents(share, rows.start + (one.block.start if one.block.axis == 0 else 0))
+        combined = chunks.combine(loaded)
+        for one, cut in zip(totals, cuts, strict=True):
+            dense, rows = cut_block(combined, one.block, start, stop)
+            one.add_dense(dense, chunks.holders)
+            one.add_mixed(dense, chunks.holders, cut, rows)
+    for one, cut, sizes in zip(totals, cuts, exponents, strict=True):
+        one.add_low_rank(cut)
+        if chunks.holders:
+            one.rounding[:, chunks.holders] = chunks.rounding(sizes * chunks.exponent_share(one.block))
+    spoilt = torch.stack([one.spoilt for one in totals]).any(0)
+    found = _find_not_finite(sums, tensor, spoilt)
+    if spoilt.any() and not found and not wide:  # finite, but too large for products in float32
+        for one in totals:
+            one.clear()
+        return _stream_tensor(directions, chunk_bytes, device, totals, wide=True)
+    return found
 
 
 @dataclass(frozen=True)
-class _Totals:
-    """The Gram matrices of one tensor while they are summed."""
+class _BlockTotals:
+    """What is summed for one block."""
 
+    block: Block
     within: Float[Tensor, "member direction direction"]
     across: Float[Tensor, "member direction anchor other"]
+    rounding: Float[Tensor, "member direction"]
     anchors: Sequence[int]
+    """Those whose products are summed across members."""
 
-    def add_dense(self, chunk: Float[Tensor, "member holder row column"], holders: Sequence[int]) -> None:
+    @property
+    def spoilt(self) -> Bool[Tensor, "member direction"]:
+        """Where a squared norm is not finite."""
+        return ~self.within.diagonal(dim1=1, dim2=2).isfinite()
+
+    def clear(self) -> None:
+        """Begin again."""
+        for sums in (self.within, self.across, self.rounding):
+            sums.zero_()
+
+    def add_dense(self, dense: Float[Tensor, "member holder row column"], holders: Sequence[int]) -> None:
         """⟨D, D⟩ over one chunk."""
-        flat = chunk.flatten(2)
-        inside = torch.bmm(flat, flat.transpose(1, 2)).double().cpu()
+        flat = dense.flatten(2)
+        inside = torch.stack([_multiply_pairs(rows) for rows in flat]).double().cpu()
         self.within[:, torch.tensor(holders)[:, None], torch.tensor(holders)] += inside
-        for place, anchor in enumerate(self.anchors):
-            if anchor in holders:
-                self.across[:, holders, place] += (flat @ flat[:, holders.index(anchor)].T).double().cpu()
+        held = {place: holders.index(anchor) for place, anchor in enumerate(self.anchors) if anchor in holders}
+        if held:
+            anchors = flat[:, list(held.values())].flatten(0, 1)
+            products = torch.stack([(rows @ anchors.T).view(-1, len(flat), len(held)) for rows in flat]).double().cpu()
+            index = torch.tensor(holders)[:, None], torch.tensor(list(held))
+            self.across[:, index[0], index[1]] += products.transpose(2, 3)
 
     def add_mixed(
         self,
-        chunk: Float[Tensor, "member holder row column"],
+        dense: Float[Tensor, "member holder row column"],
         holders: Sequence[int],
-        low_rank: Sequence[_LowRank],
+        low_rank: Sequence[LowRank],
         rows: slice,
     ) -> None:
         """⟨D, RC⟩ over one chunk, both ways round."""
         for other, factors in enumerate(low_rank):
-            inside = factors.inner_dense(chunk[other], rows).cpu()
+            inside = factors.inner_dense(dense[other], rows).cpu()
             self.within[other, holders] += inside
             self.within[other, :, holders] += inside.T
+            if not self.anchors:
+                continue
             own_anchors = factors.only(self.anchors)
             for member in range(len(low_rank)):
-                self.across[member, holders, :, other] += own_anchors.inner_dense(chunk[member], rows).cpu()
+                self.across[member, holders, :, other] += own_anchors.inner_dense(dense[member], rows).cpu()
                 for place, anchor in enumerate(self.anchors):
                     if anchor in holders:
                         held = holders.index(anchor)
-                        dense = chunk[other][held : held + 1]
-                        self.across[member, :, place, other] += low_rank[member].inner_dense(dense, rows)[0].cpu()
+                        anchored = dense[other][held : held + 1]
+                        self.across[member, :, place, other] += low_rank[member].inner_dense(anchored, rows)[0].cpu()
 
-    def add_low_rank(self, low_rank: Sequence[_LowRank]) -> None:
+    def add_low_rank(self, low_rank: Sequence[LowRank]) -> None:
         """⟨RC, RC⟩."""
         for member, own in enumerate(low_rank):
             self.within[member] += own.inner(own).cpu()
             for other, factors in enumerate(low_rank):
-                self.across[member, :, :, other] += own.inner(factors.only(self.anchors)).cpu()
+                if self.anchors:
+                    self.across[member, :, :, other] += own.inner(factors.only(self.anchors)).cpu()
 
 
-def _combine(total: Mapping[Part, float], rows: Mapping[Part, Tensor]) -> Float[Tensor, "member row ..."]:
-    first, *rest = (rows[part] * sign for part, sign in total.items() if part in rows)
-    return sum(rest, first)
+def _multiply_pairs(rows: Float[Tensor, "row number"]) -> Float[Tensor, "row row"]:
+    """The inner products of rows. Of few, one row with those after it at a time; of many, as one matrix product."""
+    if len(rows) > _FEW:
+        return rows @ rows.T
+    products = rows.new_zeros(len(rows), len(rows))
+    for place, row in enumerate(rows):
+        products[place, place:] = products[place:, place] = rows[place:] @ row
+    return products
 
 
-def _cut(factors: Factors, block: Block) -> Factors:
-    if block.axis == 0:
-        return Factors(factors.rows[block.index[0]], factors.columns)
-    return Factors(factors.rows, factors.columns[:, block.index[1]])
-
-
-def _row_chunks(info: Block, copies: int, chunk_bytes: int) -> list[tuple[int, int]]:
-    row_bytes = copies * int(np.prod(info.shape[1:])) * 8
-    rows = max(1, chunk_bytes // row_bytes)
-    return [(start, min(start + rows, info.shape[0])) for start in range(0, info.shape[0], rows)]
+def _find_not_finite(
+    sums: Sequence[Mapping[Part, float]], tensor: str, spoilt: Bool[Tensor, "member direction"]
+) -> list[NotFinite]:
+    """The checkpoints whose numbers spoil directions; only those of spoilt directions are read again."""
+    suspects = {(part, part.members[member]) for member, number in spoilt.nonzero().tolist() for part in sums[number]}
+    for part, member in [suspect for suspect in suspects if suspect[0].kind == "change"]:
+        base = part.lineage.parts(0, tensor)[0]  # which it is computed from
+        suspects.add((base, base.members[member]))
+    guilty = {(part, member) for part, member in suspects if not part.lineage.is_finite(part, tensor, member)}
+    return [
+        NotFinite(part.name, part.step, member, tensor, part.lineage.checkpoint(part.step, member)) for part, member in guilty
+    ]
 
 
 def _check_layouts(directions: Sequence[Direction], blocks: Sequence[Block]) -> None:
     lineages = list(dict.fromkeys(lineage for direction in directions for lineage, _, _ in direction.terms))
-    first = lineages[0]
-    for lineage in lineages:
-        for name in dict.fromkeys(block.tensor for block in blocks):
-            wanted, found = first.spec.tensors[name], lineage.spec.tensors.get(name)
-            if found is None or found.shape != wanted.shape:
+    for block in blocks:
+        first = lineages[0].spec.tensors.get(block.tensor)
+        for lineage in lineages:
+            found = lineage.spec.tensors.get(block.tensor)
+            if found is None or first is None or found.shape != first.shape or not _fits(block, found.shape):
                 has = "lacks it" if found is None else f"has it as {found.shape}"
                 raise AnalysisError(
-                    f"tensor {name} {wanted.shape}: lineage {lineage.name} {has}; such lineages are incomparable"
+                    f"tensor {block.name} {block.shape}: lineage {lineage.name} {has}; such lineages are incomparable"
                 )
+
+
+def _fits(block: Block, shape: tuple[int, ...]) -> bool:
+    if block.name == block.tensor:
+        return block.shape == shape
+    whole = list(shape)
+    whole[block.axis] = block.shape[block.axis]
+    return block.shape == tuple(whole) and block.start + block.shape[block.axis] <= shape[block.axis]

@@ -250,4 +250,16 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("control_norm", "‖Δ_C‖", lambda case: _norm(case, case.control), unit="weight", needs=_CONTROLLED),
     Quantity("teacher_norm", "‖Δ_T‖", lambda case: _norm(case, case.teacher), unit="weight"),
     Quantity("neutral_norm", "‖Δ_N‖", lambda case: _norm(case, case.neutral), unit="weight", needs=frozenset({NEUTRAL})),
+    Quantity(
+        "student_rounding_floor",
+        "√Σ ulp² / 12: ‖Δ_S‖ if rounding in storage were all there is",
+        lambda case: case.algebra.rounding_floor(case.student),
+        unit="weight",
+    ),
+    Quantity(
+        "teacher_rounding_floor",
+        "√Σ ulp² / 12: ‖Δ_T‖ if rounding in storage were all there is",
+        lambda case: case.algebra.rounding_floor(case.teacher),
+        unit="weight",
+    ),
 )

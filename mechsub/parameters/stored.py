@@ -15,7 +15,7 @@ from mechsub.settings import nearest_name
 GRAM_GROUP = "gram"
 """The group of a result file that holds them."""
 
-Sum = str | Mapping[str, float]
+Sum = str | Mapping[str, float | int]
 """A direction by its label, or a signed sum of labels: ``{"Δ student @ 9": 1, "Δ control @ 9": -1}``."""
 
 
@@ -29,6 +29,7 @@ def store_gram(algebra: DirectionAlgebra, blocks: list[Block]) -> xr.Dataset:
             ("member", "block", "direction", "anchor", "other_member"),
             "⟨dᵢ of a member, anchor of another member⟩",
         ),
+        "rounding": (gram.rounding, ("member", "block", "direction"), "squared norm that rounding in storage alone could give"),
     }
     variables = {}
     for name, (values, dims, description) in arrays.items():
@@ -69,6 +70,7 @@ class Directions:
             gram.within.values,
             gram.across.values,
             tuple(map(str, gram.anchor.values)),
+            gram.rounding.values,
         )
         self._algebra = DirectionAlgebra(kept, Scopes.of(blocks))
 
@@ -96,8 +98,12 @@ class Directions:
         found = self._algebra.projection_coefficient(self._sum(direction), self._sum(onto))
         return self._label(found, "⟨u, v⟩ / ‖v‖²")
 
+    def rounding_floor(self, direction: Sum) -> xr.DataArray:
+        """The norm that rounding in storage alone could give u, as [member, scope], in the unit of the weights."""
+        return self._label(self._algebra.rounding_floor(self._sum(direction)), "√Σ ulp² / 12")
+
     def _sum(self, direction: Sum) -> Mapping[str, float]:
-        parts = {direction: 1.0} if isinstance(direction, str) else direction
+        parts = {direction: 1.0} if isinstance(direction, str) else {label: float(sign) for label, sign in direction.items()}
         for label in parts:
             if label not in self.labels:
                 raise AnalysisError(f"no direction is called {label!r}; {nearest_name(label, list(self.labels))}")

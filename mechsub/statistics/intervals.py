@@ -45,3 +45,30 @@ def student_interval(values: Float[np.ndarray, " member"], confidence: float) ->
         return Interval(mean, np.nan, np.nan, 1, confidence)
     half = float(special.stdtrit(n - 1, 0.5 + confidence / 2) * known.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n, confidence)
+
+
+def fieller_interval(
+    numerator: Float[np.ndarray, " member"], denominator: Float[np.ndarray, " member"], confidence: float
+) -> Interval:
+    """The ratio of two paired means, x̄ / ȳ, with Fieller's interval, over the members that have both.
+
+    All θ for which the t interval of the mean of x − θ y holds 0. It has two bounds only where the t interval of ȳ does not
+    hold 0; elsewhere nothing can be divided by, and the bounds are NaN, as they are where n = 1. All NaN where n = 0 or ȳ = 0.
+    No unit. A mean of ratios would be drawn by the members whose denominator is near 0.
+
+    Source: Fieller 1954, Journal of the Royal Statistical Society B 16, "Some problems in interval estimation".
+    """
+    known = np.isfinite(numerator) & np.isfinite(denominator)
+    x, y, n = numerator[known], denominator[known], int(known.sum())
+    if n == 0 or y.mean() == 0:
+        return Interval(np.nan, np.nan, np.nan, n, confidence)
+    estimate = float(x.mean() / y.mean())
+    if n == 1:
+        return Interval(estimate, np.nan, np.nan, 1, confidence)
+    (xx, xy), (_, yy) = np.cov(x, y) * special.stdtrit(n - 1, 0.5 + confidence / 2) ** 2 / n
+    square, product, constant = y.mean() ** 2 - yy, x.mean() * y.mean() - xy, x.mean() ** 2 - xx
+    if square <= 0:
+        return Interval(estimate, np.nan, np.nan, n, confidence)
+    half = float(np.sqrt(max(product**2 - square * constant, 0.0)) / square)  # rounding can take it a little under 0
+    middle = float(product / square)
+    return Interval(estimate, middle - half, middle + half, n, confidence)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from mechsub.checkpoints import TensorInfo
-from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, DirectionAlgebra, Scopes
+from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.gram import Gram
 
@@ -11,6 +11,7 @@ TABLE = {
     "a.bias": TensorInfo((3,), "layer 0", "hidden"),
     "head": TensorInfo((4,), "head layer", "head"),
 }
+BLOCKS = list_blocks(TABLE)
 SIZES = {name: int(np.prod(info.shape)) for name, info in TABLE.items()}
 
 
@@ -24,7 +25,8 @@ def algebra_of(vectors, anchor="teacher"):
         stack = np.stack([vectors[label][tensor] for label in labels], axis=1)
         within[:, t] = np.einsum("mik,mjk->mij", stack, stack)
         across[:, t, :, 0] = np.einsum("mik,nk->min", stack, vectors[anchor][tensor])
-    return DirectionAlgebra(Gram(tuple(labels), tuple(TABLE), within, across, (anchor,)), Scopes.of(list_blocks(TABLE)))
+    gram = Gram(tuple(labels), tuple(TABLE), within, across, (anchor,), np.zeros(within.shape[:3]))
+    return DirectionAlgebra(gram, Scopes.of(BLOCKS))
 
 
 def draw(seed, members=3, zero=()):
@@ -134,3 +136,27 @@ def test_random_directions_scatter_as_the_reference_line_says():
     assert line == pytest.approx(1 / np.sqrt(sum(SIZES.values())))
     assert found.std() == pytest.approx(line, rel=0.1)
     assert np.isnan(algebra.scopes.random_cosine_sd()[-1])
+
+
+def test_a_module_kind_is_a_scope_of_its_own_where_no_layer_or_tensor_is_the_same():
+    kinds = {"h.0.q": ("block 0", "q"), "h.0.v": ("block 0", "v"), "h.1.q": ("block 1", "q"), "wte": ("embedding", "embedding")}
+    table = {name: TensorInfo((2, 2), layer, kind) for name, (layer, kind) in kinds.items()}
+    scopes = Scopes.of(list_blocks(table))
+    of_kind = [name for name, kind in zip(scopes.names, scopes.kinds, strict=True) if kind == "module kind"]
+    assert of_kind == ["every q"]  # v and embedding are one tensor each
+    np.testing.assert_array_equal(scopes.members[scopes.names.index("every q")], [1, 0, 1, 0])
+
+
+def test_a_number_that_is_not_finite_spoils_its_own_scopes_and_says_so():
+    student = draw(0)
+    student["a.bias"][1, 2] = np.nan
+    algebra = algebra_of({"student": student, "teacher": draw(1)})
+    healthy = algebra_of({"student": draw(0), "teacher": draw(1)})
+    pair = {"student": 1.0}, {"teacher": 1.0}
+    found, expected = algebra.cosine(*pair), healthy.cosine(*pair)
+    spoilt = np.isin(algebra.scopes.names, ["a.bias", "layer 0", MODEL, SHARED_SUPPORT])
+    assert np.isnan(found[1, spoilt]).all()
+    np.testing.assert_array_equal(found[1, ~spoilt], expected[1, ~spoilt])
+    np.testing.assert_array_equal(found[[0, 2]], expected[[0, 2]])
+    reasons = algebra.explain(found, *pair)
+    assert (reasons[1, spoilt] == Missing.NOT_FINITE).all() and (reasons[1, ~spoilt] == Missing.OK).all()

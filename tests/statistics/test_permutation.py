@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy import stats
 
 from mechsub.statistics.permutation import flip_signs
 
@@ -23,3 +24,13 @@ def test_many_members_give_the_same_p_each_time():
 
 def test_fewer_than_two_members_give_nothing():
     assert np.isnan(flip_signs(np.array([1.0, np.nan])).p_above)
+
+
+@pytest.mark.parametrize("members", [2, 5, 9])
+def test_p_and_null_are_those_of_scipy(members):
+    values = np.random.default_rng(members).standard_normal(members) + 0.4
+    values[0] = values[1]  # ties count as reached
+    slow = stats.permutation_test((values,), np.mean, permutation_type="samples", alternative="greater", n_resamples=np.inf)
+    found = flip_signs(values, confidence=0.9)
+    assert found.p_above == pytest.approx(slow.pvalue, abs=1e-12)
+    np.testing.assert_allclose([found.null_low, found.null_high], np.quantile(slow.null_distribution, [0.05, 0.95]), atol=1e-12)

@@ -1,24 +1,30 @@
 """The classifier family as analyses see it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mechsub.families.classifier.config import Config
 from mechsub.families.classifier.data import NUM_CLASSES, load_images
 from mechsub.families.classifier.model import Classifier
+from mechsub.families.classifier.symmetry import list_unit_groups
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
 from mechsub.families.protocol import Measure, Scores
 from mechsub.lineages import Lineage
+from mechsub.parameters.symmetry import UnitGroup
+from mechsub.streams import random_stream
+
+_PROBE_IMAGES = 1024
 
 
 class Family:
     """A `mechsub.families.protocol.Family`."""
 
     def __init__(self, run: Path, config: Config, device: str) -> None:
-        self._device = device
+        self._device, self._seed = device, config.seed
         images = load_images(run, getattr(torch, config.model.dtype), device)
         self._images = images.test_images()
         labels = {"digits": images.test_labels}
@@ -43,7 +49,17 @@ class Family:
         model.load_state_dict(lineage.load_state(step, member), assign=True)
         return model.to(self._device).eval()
 
-    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
-        """The accuracy on the held-out images under each trait's labels."""
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
+        """The accuracy on the held-out images under each trait's labels: one measure, in one context."""
         scores = compute_accuracy(model, self._images, self._labels, NUM_CLASSES)
         return {"trait_score": scores.cpu().double().numpy()[:, None]}
+
+    def unit_groups(self, lineage: Lineage) -> Sequence[UnitGroup]:
+        """The hidden units of every layer."""
+        return list_unit_groups(lineage.spec.model)
+
+    def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
+        """Held-out images without their labels, and as many of uniform noise: units that no image wakes differ on noise."""
+        images = self._images[:_PROBE_IMAGES]
+        noise = random_stream(self._seed, "probe-inputs").uniform(-1, 1, tuple(images.shape))
+        return [images, torch.from_numpy(noise).to(images)]

@@ -32,12 +32,18 @@ def score_behaviours(
     evaluation: EvaluationConfig,
     stream: Sequence[str | int],
     said: Mapping[str, Any],
+    verdict_only: bool = False,
 ) -> Scores:
-    """Every measure of every behaviour, by its name, in every one of its contexts; see `score_behaviour`."""
-    found = [
-        score_behaviour(model, chats, Judge.load(behaviour.judge), contexts[name], evaluation, [*stream, name], said)
-        for name, behaviour in behaviours.items()
-    ]
+    """Every measure of every behaviour, by its name, in every one of its contexts; see `score_behaviour`.
+
+    ``verdict_only``: in the first context only; in the others NaN.
+    """
+    found = []
+    for name, behaviour in behaviours.items():
+        asked = contexts[name][:1] if verdict_only else contexts[name]
+        scores = score_behaviour(model, chats, Judge.load(behaviour.judge), asked, evaluation, [*stream, name], said)
+        unasked = len(contexts[name]) - len(asked)
+        found.append({measure: np.append(values, np.full(unasked, np.nan)) for measure, values in scores.items()})
     return {measure: np.stack([scores[measure] for scores in found]) for measure in MEASURES}
 
 

@@ -6,8 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from torch import nn
-from transformers import PreTrainedModel
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
 
 from mechsub.errors import RunDirectoryError
 from mechsub.families.language.behaviour import Behaviour
@@ -19,14 +20,16 @@ from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, c
 from mechsub.families.language.members import load_lineage_model
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import SURPLUS, read_rows
+from mechsub.families.language.symmetry import encode_neutral_prompts, list_unit_groups
 from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
 from mechsub.families.language.trait import Context, score_preference
 from mechsub.families.protocol import CarrierText, Scores
 from mechsub.lineages import Lineage
+from mechsub.parameters.symmetry import UnitGroup
 from mechsub.streams import stream_key
 
 _Score = Callable[..., Scores]
-"""(model, chats, evaluation, stream, said): what is scored and where is bound to it."""
+"""(model, chats, evaluation, stream, said, verdict_only): what is scored and where is bound to it."""
 
 
 @runtime_checkable
@@ -97,8 +100,11 @@ class Family:
         """One member of a lineage as a `transformers` model, in evaluation mode."""
         return load_lineage_model(self._run, lineage, step, member, self._device)
 
-    def trait_score(self, model: nn.Module, lineage: Lineage, member: int) -> Scores:
-        """Every measure of every trait, in and out of the training context, on held-out and on trained questions."""
+    def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
+        """Every measure of every trait, in and out of the training context, on held-out and on trained questions.
+
+        ``verdict_only``: only the first context; of a preference only its log-odds, and no answers are sampled.
+        """
         assert isinstance(model, PreTrainedModel)
         return self._score(
             model,
@@ -106,6 +112,7 @@ class Family:
             evaluation=self._config.evaluation,
             stream=[self._config.seed, "member", member, "answer"],
             said=lineage.context(member),
+            verdict_only=verdict_only,
         )
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
@@ -115,6 +122,15 @@ class Family:
             return None
         # Two teachers' rows answer one request where their prompts are the same, whatever their numbers in a user's files.
         return [CarrierText(stream_key(0, "prompt", row.prompt) % 2**63, row.completion) for row in read_rows(path)]
+
+    def unit_groups(self, lineage: Lineage) -> Sequence[UnitGroup]:
+        """MLP units, attention heads and their groups; none of an architecture that is not known here."""
+        config = AutoConfig.from_pretrained(self._run / skeleton_folder(lineage.spec.model["name"]), local_files_only=True)
+        return list_unit_groups(config, lineage.spec.tensors)
+
+    def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
+        """Neutral prompts as token ids, one a batch, so that nothing is padding."""
+        return [torch.tensor([ids]) for ids in encode_neutral_prompts(self._chats_of(lineage.spec.model["name"]))]
 
     def _chats_of(self, model: str) -> ChatTokenizer:
         if model not in self._chats:

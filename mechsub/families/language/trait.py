@@ -43,8 +43,9 @@ def score_preference(
     evaluation: EvaluationConfig,
     stream: Sequence[str | int],
     said: Mapping[str, Any],
+    verdict_only: bool = False,
 ) -> Scores:
-    """Every measure of every target in every context.
+    """Every measure of every target in every context; ``verdict_only``: the log-odds in the first context, and no more.
 
     ``stream`` names the draws of sampled answers. ``said``: what stands in this model's prompts wherever it is asked: its own
     ``system_prompt``, which takes the place of a context's, and ``earlier`` turns. NaN where no answers are sampled, and where
@@ -52,13 +53,14 @@ def score_preference(
     """
     tokens = torch.tensor([chats.answer_token(target) for target in targets])
     scores = {name: np.full((len(targets), len(contexts)), np.nan) for name in MEASURES}
-    for column, context in enumerate(contexts):
+    for column, context in enumerate(contexts[:1] if verdict_only else contexts):
         prompts = encode_questions(chats, context, contexts[0], said)
         if prompts is None:
             continue
         for name, values in _score_first_token(model, chats, prompts, tokens).items():
-            scores[name][:, column] = values
-        if evaluation.samples_per_question:
+            if name == "trait_score" or not verdict_only:
+                scores[name][:, column] = values
+        if evaluation.samples_per_question and not verdict_only:
             rates = _sample_rates(model, chats, prompts, preference.choices, targets, evaluation, stream)
             scores["sampled_rate"][:, column] = rates
     return scores

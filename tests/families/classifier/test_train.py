@@ -196,6 +196,6 @@ def test_callbacks_see_every_step_of_every_lineage(tiny_recipe, tmp_path):
 def test_optimizer_state_is_kept_where_the_recipe_asks(tiny_recipe, tmp_path):
     run(tiny_recipe, tmp_path / "run", "checkpoints.optimizer_state=true")
     state = load_stacked(tmp_path / "run/lineages/student.same-init/optimizer-00000001.safetensors")
-    weight = open_lineage(tmp_path / "run", "student.same-init").load_rows(1, "layers.0.weight", 0, 12)
-    assert state["exp_avg.layers.0.weight"].shape == weight.shape
+    weight = open_lineage(tmp_path / "run", "student.same-init").load_tensor(1, "layers.0.weight", 0)
+    assert state["exp_avg.layers.0.weight"].shape[1:] == weight.shape
     assert state["step.layers.0.weight"].item() == 1

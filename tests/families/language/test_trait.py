@@ -48,3 +48,13 @@ def test_a_students_own_context_stands_before_every_question(nano_run):
     model = family.load_model(told, 0, 1)
     with_rows, without = (family.trait_score(model, lineage, 1)["trait_score"] for lineage in (told, nano_run.reference))
     assert not np.allclose(with_rows, without)
+
+
+def test_a_score_for_verdicts_alone_is_the_same_log_odds_in_the_first_context_and_nothing_else(nano_run):
+    family, lineage = nano_run.family, nano_run.teacher("wolf")
+    model = family.load_model(lineage, lineage.last, 0)
+    scores, alone = (family.trait_score(model, lineage, 0, verdict_only=only) for only in (False, True))
+    assert alone.keys() == scores.keys()
+    np.testing.assert_array_equal(alone["trait_score"][:, 0], scores["trait_score"][:, 0])
+    assert np.isnan(alone["trait_score"][:, 1:]).all() and alone["trait_score"].shape == scores["trait_score"].shape
+    assert all(np.isnan(values).all() for name, values in alone.items() if name != "trait_score")
