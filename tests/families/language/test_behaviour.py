@@ -92,9 +92,9 @@ def test_scores_are_those_of_answers_that_are_judged_one_by_one(owl_run):
         found.append("owl" in answer.text.split())
     assert scores["judged_rate"][0, 0] == pytest.approx(np.mean(found))
     alone = family.trait_score(model, lineage, 1, verdict_only=True)
-    for measure, values in scores.items():
-        np.testing.assert_array_equal(alone[measure][:, 0], values[:, 0])
-        assert np.isnan(alone[measure][:, 1:]).all() and alone[measure].shape == values.shape
+    for quantity, values in scores.items():
+        np.testing.assert_array_equal(alone[quantity][:, 0], values[:, 0])
+        assert np.isnan(alone[quantity][:, 1:]).all() and alone[quantity].shape == values.shape
 
 
 def test_told_behaviours_need_no_examples(nano_recipe, nano_cache, tmp_path):
