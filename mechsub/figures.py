@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import altair as alt
+import numpy as np
 import xarray as xr
 
 DATA = alt.NamedData("data")
@@ -44,6 +45,13 @@ def chart_spec(chart: alt.TopLevelMixin) -> dict[str, Any]:
     if "facet" in spec and _holds_key(spec["spec"], "data"):
         raise ValueError("the inner chart of a facet must not name its data: every panel would show all rows")
     return {name: value for name, value in spec.items() if name not in {"config", "datasets"}}
+
+
+def diverging_scale(values: np.ndarray) -> alt.Scale:
+    """Blue under 0 and orange over it, equally strong for equal sizes, wide enough for ``values``."""
+    known = values[np.isfinite(values)]
+    bound = float(np.abs(known).max()) if known.size else 1.0
+    return alt.Scale(scheme="blueorange", domain=[-(bound or 1.0), bound or 1.0])
 
 
 def fill_figure(figure: Figure, data: xr.Dataset) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import xarray as xr
 
 from mechsub.analyses.registry import analysis
 from mechsub.families.config import VerdictConfig
-from mechsub.figures import DATA, Figure, chart_spec
+from mechsub.figures import DATA, Figure, chart_spec, diverging_scale
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.results import Result, label_variable, status_variable
@@ -461,7 +461,7 @@ def _figures(run: Run, data: xr.Dataset) -> list[Figure]:
     if len(run.family.contexts) > 1:
         figures.append(_context_figure(run))
     if len(run.traits) > 1:
-        figures.append(_matrix_figure(run))
+        figures.append(_matrix_figure(run, data))
     return figures
 
 
@@ -569,7 +569,7 @@ def _context_figure(run: Run) -> Figure:
     )
 
 
-def _matrix_figure(run: Run) -> Figure:
+def _matrix_figure(run: Run, data: xr.Dataset) -> Figure:
     chart = (
         alt.Chart(DATA)
         .mark_rect()
@@ -579,7 +579,7 @@ def _matrix_figure(run: Run) -> Figure:
             color=alt.Color(
                 "mean(effect_on):Q",
                 title=f"effect ({run.family.measures[SCORE].unit})",
-                scale=alt.Scale(scheme="blueorange", domainMid=0),
+                scale=diverging_scale(data.effect_on.mean("member").values),
                 legend=alt.Legend(orient="top", gradientLength=180, gradientThickness=10),
             ),
             tooltip=["condition:N", "taught:N", "trait:N", alt.Tooltip("mean(effect_on):Q", format=".2f")],

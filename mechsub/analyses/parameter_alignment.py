@@ -11,7 +11,7 @@ import xarray as xr
 
 from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, build_case, last_displacement, list_directions
-from mechsub.figures import DATA, Figure, chart_spec
+from mechsub.figures import DATA, Figure, chart_spec, diverging_scale
 from mechsub.findings import Finding, interval_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
@@ -46,7 +46,7 @@ def parameter_alignment(run: Run) -> Result:
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
     figures = [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)]
-    figures += [_trajectory_figure(run), _students_figure(run, data)]
+    figures += [_trajectory_figure(run, data), _students_figure(run, data)]
     sentences = [*_sentences(run, data), *_rounding_sentences(run, data), *_not_finite_sentences(gram)]
     return Result(data, findings, figures, sentences, {GRAM_GROUP: store_gram(algebra, blocks)})
 
@@ -309,6 +309,8 @@ def _training_figure(run: Run) -> Figure:
 
 
 def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
+    chosen = data.sel(condition=_comparable(run), scope=_drawn_scopes(data))
+    shown = (chosen.alignment - chosen.alignment_of_control).mean(["member", "taught"])
     chart = (
         alt.Chart(DATA)
         .transform_filter("isValid(datum.alignment) && isValid(datum.alignment_of_control)")
@@ -317,9 +319,7 @@ def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
         .encode(
             x=alt.X("step:O", title="optimizer step", axis=alt.Axis(labelAngle=0)),
             y=alt.Y("scope:N", sort=_drawn_scopes(data), title=None),
-            color=alt.Color(
-                "mean(difference):Q", title="cos − its null", scale=alt.Scale(scheme="blueorange", domainMid=0), legend=_BAR
-            ),
+            color=alt.Color("mean(difference):Q", title="cos − its null", scale=diverging_scale(shown.values), legend=_BAR),
             tooltip=["scope:N", "step:O", alt.Tooltip("mean(difference):Q", format=".3f", title="cos − its null")],
         )
         .properties(width=165, height=alt.Step(16))
@@ -399,7 +399,8 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
     )
 
 
-def _trajectory_figure(run: Run) -> Figure:
+def _trajectory_figure(run: Run, data: xr.Dataset) -> Figure:
+    shown = data.trajectory_alignment.sel(condition=_comparable(run)).mean(["member", "taught"])
     chart = (
         alt.Chart(DATA)
         .transform_filter("isValid(datum.trajectory_alignment)")
@@ -410,7 +411,7 @@ def _trajectory_figure(run: Run) -> Figure:
             color=alt.Color(
                 "mean(trajectory_alignment):Q",
                 title="cos(Δ_S(t), Δ_T(t′))",
-                scale=alt.Scale(scheme="blueorange", domainMid=0),
+                scale=diverging_scale(shown.values),
                 legend=_BAR,
             ),
             tooltip=["step:O", "teacher_step:O", alt.Tooltip("mean(trajectory_alignment):Q", format=".3f", title="cosine")],
@@ -444,7 +445,7 @@ def _students_figure(run: Run, data: xr.Dataset) -> Figure:
         .encode(
             x=alt.X("other_student:N", sort=students, title=None, axis=alt.Axis(labelAngle=-40)),
             y=alt.Y("student:N", sort=students, title=None),
-            color=alt.Color("mean(cosine):Q", title="cosine", scale=alt.Scale(scheme="blueorange", domainMid=0), legend=_BAR),
+            color=alt.Color("mean(cosine):Q", title="cosine", scale=diverging_scale(np.ones(1)), legend=_BAR),
             tooltip=["student:N", "other_student:N", alt.Tooltip("mean(cosine):Q", format=".3f", title="cosine")],
         )
         .properties(width=alt.Step(22), height=alt.Step(22))
