@@ -1,7 +1,7 @@
 """Displacement surgery: which part of what a student has more than its control carries the trait?"""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -9,8 +9,9 @@ from typing import Any
 
 import altair as alt
 import numpy as np
+import torch
 import xarray as xr
-from torch import Tensor
+from torch import Tensor, nn
 
 from mechsub.analyses.registry import analysis
 from mechsub.figures import DATA, Figure, chart_spec
@@ -28,9 +29,13 @@ from mechsub.parameters.edits import (
     NEUTRAL,
     ONLY,
     OTHER,
+    OWN,
     RANDOM,
     RESIDUAL,
+    REST,
     SCAN,
+    STUDENT,
+    SYMBOLS,
     TEACHER,
     TOTAL,
     TRUNCATION,
@@ -44,7 +49,8 @@ from mechsub.parameters.edits import (
     long_as_layerwise,
     long_as_student,
 )
-from mechsub.parameters.surgery import Patient, Subject, Tensors, draw_matched, operate, subtract
+from mechsub.parameters.gram import NotFinite, find_not_finite
+from mechsub.parameters.surgery import Edit, Patient, Subject, Tensors, draw_matched, operate, subtract
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, fieller_interval, student_interval
@@ -52,11 +58,11 @@ from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, judge_effects
 
 SOURCE = "task vectors added and negated: Ilharco et al., arXiv:2212.04089; ratios: Fieller 1954"
 _STATUS = (
-    "ok", "incomparable", "not_trained", "no_control", "zero_displacement", "no_such_direction", "layer_did_not_move",
-    "starts_elsewhere", "no_effect_to_divide", "no_score",
+    "ok", "incomparable", "not_trained", "no_control", "not_finite", "zero_displacement", "no_such_direction",
+    "layer_did_not_move", "starts_elsewhere", "total_effect_not_told_from_0", "no_score",
 )  # fmt: skip
-OK, INCOMPARABLE, UNTRAINED, NO_CONTROL, ZERO, NO_DIRECTION, UNMOVED, ELSEWHERE, NO_EFFECT, NO_SCORE = range(10)
-_INTERVAL_STATUS = (*_STATUS, "one_member_has_no_interval")
+OK, INCOMPARABLE, UNTRAINED, NO_CONTROL, NOT_FINITE, ZERO, NO_DIRECTION, UNMOVED, ELSEWHERE, NOT_TOLD, NO_SCORE = range(11)
+_INTERVAL_STATUS = (*_STATUS, "one_member")
 ONE_MEMBER = len(_STATUS)
 _DRAWS = 2
 """Random directions of a member, over which the effect is averaged."""
@@ -71,7 +77,11 @@ Case = tuple[str, str]
 
 @analysis(needs=("traits",))
 def displacement_surgery(run: Run) -> Result:
-    """Causal test: what of the student's difference from its control carries the trait, and along which direction?"""
+    """Causal test: what of the student's difference from its control carries the trait, and along which direction?
+
+    Of one member are held at a time, as dense weights in float32: the control, the student, their difference, the edited
+    model, and either the difference's leading singular directions or the teacher's displacement with one other direction.
+    """
     table = {name: info for name, info in run.reference.spec.tensors.items() if info.tied_to is None}
     layers = {name: info.layer for name, info in table.items()}
     plan = list_edits(list(dict.fromkeys(layers.values())), [info.shape for info in table.values()])
@@ -97,12 +107,20 @@ class _Measured:
     status: np.ndarray
     coefficient: np.ndarray
     """[condition, taught, member]."""
+    truncation: np.ndarray
+    """‖D − D_k‖ / ‖D‖ as [condition, taught, rank, member]."""
+    not_finite: set[NotFinite]
+    """What was found on the way."""
+    half: dict[str, tuple[str, str]]
+    """Of conditions whose models are held in half precision: in which, and in which they are scored here."""
 
     @classmethod
     def empty(cls, run: Run, plan: Sequence[PlannedEdit]) -> "_Measured":
         shape = (len(run.conditions), len(run.traits), len(plan), run.recipe.members)
         nothing = np.full(shape, np.nan)
-        return cls(run, plan, nothing, nothing.copy(), np.full(shape, OK, np.int8), nothing[:, :, 0].copy())
+        truncation = np.full((*shape[:2], len(_ranks(plan)), shape[-1]), np.nan)
+        status = np.full(shape, OK, np.int8)
+        return cls(run, plan, nothing, nothing.copy(), status, nothing[:, :, 0].copy(), truncation, set(), {})
 
     def place(self, case: Case) -> tuple[int, int]:
         """Where a case stands in the arrays."""
@@ -140,6 +158,27 @@ class _Measured:
         """Of the total effect; NaN where the total effect's interval holds 0."""
         share = fieller_interval(self.effects(case, name), self.effects(case, TOTAL), self.run.recipe.verdict.confidence)
         return share if self.has_effect(case) else Interval(np.nan, np.nan, np.nan, share.n, share.confidence)
+
+    def null_effects(self, case: Case, quantity: str) -> np.ndarray:
+        """Of the same edit with other teachers' displacements as far, the mean over those teachers, member by member.
+
+        All NaN where there is none; NaN for a member that lacks one of them.
+        """
+        weights = {NEUTRAL: 1, OTHER: _num_others(self.run)}
+        names = {who: _JUDGED[quantity].long_as(who) for who in (NEUTRAL, OTHER)}
+        there = [who for who, name in names.items() if np.isfinite(self.effects(case, name)).any()]
+        if not there:
+            return np.full(self.run.recipe.members, np.nan)
+        effects = [self.effects(case, names[who]) for who in there]
+        return np.average(effects, axis=0, weights=[weights[who] for who in there])
+
+    def null_teachers(self, case: Case, quantity: str) -> str:
+        """Whose displacements those are, in words; nothing where there is none."""
+        names = {"the neutral teacher": NEUTRAL, f"{_num_others(self.run)} other traits' teachers": OTHER}
+        if _num_others(self.run) == 1:
+            names = {"the neutral teacher": NEUTRAL, "another trait's teacher": OTHER}
+        there = [words for words, who in names.items() if np.isfinite(self.effects(case, _JUDGED[quantity].long_as(who))).any()]
+        return " and ".join(there)
 
     def has_effect(self, case: Case) -> bool:
         """Whether the interval of the total effect lies on one side of 0."""
@@ -181,6 +220,16 @@ class _Measured:
             self.coefficient, ("condition", "taught", "member"), "how far D goes along Δ_T", "Δ_T", "⟨D, Δ_T⟩ / ‖Δ_T‖²"
         )
         variables["coefficient_status"] = status_variable(missing, ("condition", "taught", "member"), _STATUS, "coefficient")
+        coords["rank"] = _ranks(self.plan)
+        leading = [self._numbers[edit.name] for edit in self.plan if edit.series == LEADING]
+        by_rank = ("condition", "taught", "rank", "member")
+        variables["truncation_error"] = _described(
+            self.truncation, by_rank, "share of D's length that its rank-k part leaves out", "‖D‖", "‖D − D_k‖ / ‖D‖"
+        )
+        missing = np.where(self.status[:, :, leading] == OK, ZERO, self.status[:, :, leading])
+        variables["truncation_error_status"] = status_variable(
+            np.where(np.isnan(self.truncation), missing, OK), by_rank, _STATUS, "truncation_error"
+        )
         variables |= self._intervals("effect", self.interval, unit, "mean over members")
         variables |= self._intervals("share", self.share, "share of the total effect", "mean effect / mean total effect")
         total = variables["effect_mean"][:, :, 0], variables["effect_mean_status"][:, :, 0]
@@ -195,13 +244,16 @@ class _Measured:
         conditions, traits = self.run.conditions, self.run.traits
         found = [[[of((one, trait), edit.name) for edit in self.plan] for trait in traits] for one in conditions]
         variables = {}
-        why_none = self.status.max(-1)  # members without a value share their reason, or have no score
-        no_effect = np.array([[not self.has_effect((one, trait)) for trait in traits] for one in conditions])
+        known = np.isfinite(self.effect).sum(-1)
+        # Where no member has a value: the reason that says most of the case, of those that members have.
+        why = np.where(known == 0, self.status.max(-1), ONE_MEMBER)
+        if name == "share":
+            total = known[:, :, :1]  # members that have the total effect
+            not_told = np.array([[not self.has_effect((one, trait)) for trait in traits] for one in conditions])[:, :, None]
+            why = np.where((known > 1) & (total > 1), NOT_TOLD, why)
+            why = np.where((known > 0) & not_told, np.where(total > 1, NOT_TOLD, ONE_MEMBER), why)
         for part, field in (("mean" if name == "effect" else "estimate", "estimate"), ("low", "low"), ("high", "high")):
             values = np.array([[[getattr(interval, field) for interval in row] for row in block] for block in found])
-            why = np.where(why_none != OK, why_none, ONE_MEMBER)
-            if name == "share":
-                why = np.where((why_none == OK) & no_effect[:, :, None], NO_EFFECT, why)
             variables[f"{name}_{part}"] = _described(values, _EDITS, f"{name} of the edit: {part}", unit, formula)
             variables[f"{name}_{part}_status"] = status_variable(
                 np.where(np.isnan(values), why, OK), _EDITS, _INTERVAL_STATUS, f"{name}_{part}"
@@ -220,28 +272,76 @@ def _operate_on(run: Run, case: Case, layers: Mapping[str, str], measured: _Meas
         measured.status[here] = absent
         return
     student = run.student(*case)
-    ends = []
-    start = run.reference_of(student)
-    with operate(run.family.load_model(start, 0, student.spec.origin.members[0])) as patient:
-        for member in range(run.recipe.members):
-            score = _Scorer(run, patient, student, case[1], member)
-            states = (_load(run, run.control(case[0]), member), _load(run, student, member))
-            ends.append(tuple(map(score, states)))
-        totals = np.array([after - before for before, after in ends])
-        has_effect = _is_told_from_zero(totals, run.recipe.verdict.confidence)
-        for member, (before, after) in enumerate(ends):
-            operation = _operation(run, case, layers, member)
-            score = _Scorer(run, patient, student, case[1], member)
-            known = {frozenset[str](): before, operation.subject.moved: after}
+    module = run.family.load_model(run.reference_of(student), 0, student.spec.origin.members[0])
+    with operate(module, widen=not _needs_half(module)) as patient:
+        if patient.own_type in _HALF:
+            measured.half[case[0]] = _type_name(patient.own_type), _type_name(patient.scored_type)
+        scorers = [_Scorer(run, patient, student, case[1], member) for member in range(run.recipe.members)]
+        ends = [_score_ends(run, case, score, measured) for score in scorers]
+        totals = np.array([np.nan if found is None else found[1] - found[0] for found in ends])
+        is_divided = int(np.isfinite(totals).sum()) == 1 or _is_told_from_zero(totals, run.recipe.verdict.confidence)
+        omitted = np.array([_why_omitted(run, student, planned, is_divided) for planned in measured.plan], np.int8)
+        for score, found in zip(scorers, ends, strict=True):
+            status = measured.status[here][:, score.member]
+            status[:] = omitted if found else np.where(omitted == OK, NOT_FINITE, omitted)
+            if found:
+                _operate_on_member(case, layers, score, found, measured)
+
+
+def _score_ends(run: Run, case: Case, score: "_Scorer", measured: _Measured) -> tuple[float, float] | None:
+    """The scores of a control and its student; None where one of them holds numbers that are not finite."""
+    control = _load(run, run.control(case[0]), score.member, measured=measured)
+    student = _load(run, run.student(*case), score.member, measured=measured)
+    return None if control is None or student is None else (score(control), score(student))
+
+
+def _operate_on_member(
+    case: Case, layers: Mapping[str, str], score: "_Scorer", ends: tuple[float, float], measured: _Measured
+) -> None:
+    """Every edit of one member that is not omitted, direction by direction, so that few are held at once."""
+    run, member, here = score.run, score.member, measured.place(case)
+    control, student = (_load(run, one, member, measured=measured) for one in (run.control(case[0]), run.student(*case)))
+    assert control is not None and student is not None  # both were scored
+    subject, ranks = Subject(control, student, layers), _ranks(measured.plan)
+    outcomes = _Outcomes(score, measured, here, {frozenset[str](): ends[0], subject.moved: ends[1]})
+    stream = ("member", member, "surgery", *case)
+    operation = Operation(subject, {}, run.recipe.seed, stream, top=max(1, *ranks))
+    outcomes.add(operation, STUDENT)
+    if any(outcomes.is_open(edit) for edit in measured.plan if edit.group == TRUNCATION):
+        measured.truncation[here][:, member] = [operation.truncation_error(rank) for rank in ranks]
+    del operation
+    teacher, broken = None, set()
+    for who, direction in _directions(run, case[1], member, measured):
+        if direction is None:
+            broken.add(who)
+            continue
+        operation = Operation(subject, {who: [direction]}, run.recipe.seed, stream, teacher=teacher)
+        if who == TEACHER:
+            teacher = operation.teacher_extent
             measured.coefficient[(*here, member)] = operation.coefficient
-            for number, planned in enumerate(measured.plan):
-                cell = (*here, number, member)
-                measured.status[cell] = _why_omitted(run, student, planned, has_effect, member_count=len(ends))
-                if measured.status[cell] == OK:
-                    effect, norm, status = _apply(operation, planned, score, known)
-                    unscored = status == OK and not np.isfinite(effect - before)  # of the control, if not of the edited model
-                    measured.effect[cell], measured.norm[cell] = effect - before, norm
-                    measured.status[cell] = NO_SCORE if unscored else status
+        outcomes.add(operation, who)
+        del direction, operation
+    outcomes.store(broken)
+
+
+def _directions(run: Run, trait: str, member: int, measured: _Measured) -> Iterator[tuple[str, Tensors | None]]:
+    """One after the other, with whose it is; None for one that holds numbers that are not finite."""
+    teacher, name = _displacement(run, run.teacher(trait), member, measured), run.teacher(trait).name
+    yield TEACHER, teacher
+    for draw in range(_DRAWS):
+        stream = ("member", member, "surgery", name, draw)
+        yield RANDOM, None if teacher is None else draw_matched(teacher, run.recipe.seed, *stream)
+    del teacher
+    if run.neutral is not None:
+        yield NEUTRAL, _displacement(run, run.neutral, member, measured)
+    place = run.traits.index(trait)
+    for offset in range(1, _num_others(run) + 1):
+        yield OTHER, _displacement(run, run.teacher(run.traits[(place + offset) % len(run.traits)]), member, measured)
+
+
+def _num_others(run: Run) -> int:
+    """Traits that stand for all others."""
+    return min(len(run.traits) - 1, _MOST_OTHERS)
 
 
 @dataclass(frozen=True)
@@ -261,56 +361,99 @@ class _Scorer:
         return float(scores[next(iter(family.measures))][list(family.traits).index(self.trait), 0])
 
 
-def _apply(
-    operation: Operation, planned: PlannedEdit, score: _Scorer, known: dict[frozenset[str], float]
-) -> tuple[float, float, int]:
-    """Score, length and status of one edit, the mean over its directions.
+class _Outcomes:
+    """Scores and lengths of one member's edits, each over the directions that it is made with."""
 
-    ``known``: the scores of models that are the student in these layers and the control in the others.
-    """
-    scores, norms = [], []
-    for edit in operation.make(planned):
+    def __init__(self, score: _Scorer, measured: _Measured, here: tuple[int, int], known: dict[frozenset[str], float]) -> None:
+        """``known``: the scores of models that are the student in these layers and the control in the others."""
+        self._score, self._measured, self._known = score, measured, known
+        self._before = known[frozenset()]
+        self._effect, self._norm, self._status = (
+            found[here][:, score.member] for found in (measured.effect, measured.norm, measured.status)
+        )
+        self._open = {edit.name for edit, status in zip(measured.plan, self._status, strict=True) if status == OK}
+        self._found: dict[str, list[tuple[float, float] | None]] = {name: [] for name in self._open}
+
+    def is_open(self, planned: PlannedEdit) -> bool:
+        """Whether it is to be made at all."""
+        return planned.name in self._open
+
+    def add(self, operation: Operation, who: str) -> None:
+        """Make and score every edit of one direction."""
+        needs_teacher = operation.teacher_extent.is_known
+        for planned in self._measured.plan:
+            if planned.direction == who and self.is_open(planned) and (needs_teacher or not planned.needs_teacher):
+                self._found[planned.name] += [self._try(operation, edit) for edit in operation.make(planned)]
+
+    def _try(self, operation: Operation, edit: Edit | None) -> tuple[float, float] | None:
+        """Score and length of one edit; None where it has nothing to be made of."""
         if edit is None:
-            return np.nan, np.nan, UNMOVED if planned.layer else ZERO
+            return None
         weights = operation.subject.build(edit)
-        norms.append(operation.subject.distance(weights))
-        if edit.adds_nothing:
-            if edit.of_student not in known:
-                known[edit.of_student] = score(weights)
-            scores.append(known[edit.of_student])
-        else:
-            scores.append(score(weights))
-    if not scores:
-        return np.nan, np.nan, NO_DIRECTION
-    mean = float(np.mean(scores))
-    return mean, float(np.mean(norms)), OK
+        norm = operation.subject.distance(weights)
+        if not np.isfinite(norm):  # a sum beyond what its data type holds
+            return np.nan, norm
+        if not edit.adds_nothing:
+            return self._score(weights), norm
+        if edit.of_student not in self._known:
+            self._known[edit.of_student] = self._score(weights)
+        return self._known[edit.of_student], norm
+
+    def store(self, broken: Collection[str]) -> None:
+        """The mean over directions of every edit, or why it has none; ``broken`` directions are not finite."""
+        for number, planned in enumerate(self._measured.plan):
+            if not self.is_open(planned):
+                continue
+            found = self._found[planned.name]
+            made = [one for one in found if one is not None]
+            if planned.direction in broken or (planned.needs_teacher and TEACHER in broken):
+                self._status[number] = NOT_FINITE
+            elif not found:
+                self._status[number] = NO_DIRECTION
+            elif len(made) < len(found):
+                self._status[number] = UNMOVED if planned.layer else ZERO
+            else:
+                effect, norm = np.mean([score - self._before for score, _ in made]), np.mean([norm for _, norm in made])
+                if not np.isfinite(norm):
+                    self._status[number] = NOT_FINITE
+                    continue
+                self._effect[number], self._norm[number] = effect, norm
+                self._status[number] = OK if np.isfinite(effect) else NO_SCORE
 
 
-def _operation(run: Run, case: Case, layers: Mapping[str, str], member: int) -> Operation:
-    """One member's student and control, with every direction that its edits are made of."""
-    condition, trait = case
-    subject = Subject(_load(run, run.control(condition), member), _load(run, run.student(*case), member), layers)
-    teacher = _displacement(run, run.teacher(trait), member)
-    place, neutral = run.traits.index(trait), run.neutral
-    others = [run.traits[(place + offset) % len(run.traits)] for offset in range(1, min(len(run.traits), _MOST_OTHERS + 1))]
-    name = run.teacher(trait).name
-    directions = {
-        TEACHER: [teacher],
-        NEUTRAL: [] if neutral is None else [_displacement(run, neutral, member)],
-        OTHER: [_displacement(run, run.teacher(other), member) for other in others],
-        RANDOM: [draw_matched(teacher, run.recipe.seed, "member", member, "surgery", name, draw) for draw in range(_DRAWS)],
-    }
-    return Operation(subject, directions, run.recipe.seed, ("member", member, "surgery", condition, trait))
-
-
-def _load(run: Run, lineage: Lineage | None, member: int, step: int | None = None) -> dict[str, Tensor]:
+def _load(
+    run: Run, lineage: Lineage | None, member: int, step: int | None = None, *, measured: _Measured
+) -> dict[str, Tensor] | None:
+    """One member's weights; None where they are not all finite, which is noted."""
     assert lineage is not None  # cases without a control are not operated on
-    state = lineage.load_state(lineage.last if step is None else step, member)
-    return {name: tensor.to(run.device) for name, tensor in state.items()}
+    at = lineage.last if step is None else step
+    state = lineage.load_state(at, member)
+    spoilt = [name for name, tensor in state.items() if not tensor.isfinite().all()]
+    for name in spoilt:
+        measured.not_finite.update(find_not_finite([(part, member) for part in lineage.parts(at, name)], name))
+    return None if spoilt else {name: tensor.to(run.device) for name, tensor in state.items()}
 
 
-def _displacement(run: Run, lineage: Lineage, member: int) -> dict[str, Tensor]:
-    return subtract(_load(run, lineage, member), _load(run, lineage, member, 0))
+def _displacement(run: Run, lineage: Lineage, member: int, measured: _Measured) -> dict[str, Tensor] | None:
+    end, start = (_load(run, lineage, member, step, measured=measured) for step in (None, 0))
+    return None if end is None or start is None else subtract(end, start)
+
+
+def _type_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+def _needs_half(module: nn.Module) -> bool:
+    """Whether its attention can only be computed in half precision."""
+    return "flash" in (getattr(getattr(module, "config", None), "_attn_implementation", None) or "")
+
+
+def _ranks(plan: Sequence[PlannedEdit]) -> list[int]:
+    """Of the truncations, ascending."""
+    return [edit.rank for edit in plan if edit.series == LEADING]
 
 
 def _why_absent(run: Run, case: Case) -> int:
@@ -322,11 +465,11 @@ def _why_absent(run: Run, case: Case) -> int:
     return NO_CONTROL if run.control(case[0]) is None else OK
 
 
-def _why_omitted(run: Run, student: Lineage, planned: PlannedEdit, has_effect: bool, member_count: int) -> int:
+def _why_omitted(run: Run, student: Lineage, planned: PlannedEdit, is_divided: bool) -> int:
     """Why one edit is not made: its answer would mean nothing there, and each costs an evaluation."""
     if planned.needs_same_start and run.starts_elsewhere(student):
         return ELSEWHERE
-    return NO_EFFECT if planned.needs_effect and not has_effect and member_count > 1 else OK
+    return NOT_TOLD if planned.needs_effect and not is_divided else OK
 
 
 def _is_told_from_zero(values: np.ndarray, confidence: float) -> bool:
@@ -342,22 +485,35 @@ def _unit(run: Run) -> str:
     return next(iter(run.family.measures.values())).unit
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """A quantity with a verdict."""
+
+    edit: str
+    long_as: Callable[[str], str]
+    """Names the same edit with another displacement, as far."""
+    formula: str
+
+
 _JUDGED = {
-    "effect_along": (ALONG, long_as_along(RANDOM), "c Δ_T"),
-    "effect_along_by_layer": (LAYERWISE, long_as_layerwise(RANDOM), "Σ over layers of c_ℓ Δ_Tℓ"),
-    "effect_along_stretched": (long_as_student(TEACHER), long_as_student(RANDOM), "sign(c) ‖D‖ Δ_T / ‖Δ_T‖"),
+    "effect_along": _Judged(ALONG, long_as_along, "c Δ_T"),
+    "effect_along_by_layer": _Judged(LAYERWISE, long_as_layerwise, "Σ over layers of c_ℓ Δ_Tℓ"),
+    "effect_along_stretched": _Judged(long_as_student(TEACHER), long_as_student, "sign(c) ‖D‖ Δ_T / ‖Δ_T‖"),
 }
-"""Quantities with a verdict: the edit, the random one of the same spectrum and length that it is held against, its formula."""
+"""Held against the same with other teachers' displacements; random directions are a line to read by, no null."""
+_NO_NULL = "there is no other teacher to hold it against; a random direction is only a line to read by"
 
 
 def _judge(run: Run, measured: _Measured) -> dict[tuple[str, Case], Judgement]:
-    """Verdicts by quantity and case: the effect minus the random direction's, Holm over conditions and traits."""
+    """Verdicts by quantity and case: the effect minus that of other teachers, Holm over conditions and traits."""
     judgements: dict[tuple[str, Case], Judgement] = {}
-    for quantity, (name, null, _) in _JUDGED.items():
-        effects = {case: measured.effects(case, name) - measured.effects(case, null) for case in measured.told()}
+    for quantity, judged in _JUDGED.items():
+        effects = {
+            case: measured.effects(case, judged.edit) - measured.null_effects(case, quantity) for case in measured.told()
+        }
         effects = {case: values for case, values in effects.items() if np.isfinite(values).any()}
-        judged = judge_effects(effects, run.rules(run.recipe.verdict.margin), AGAINST_NULL)
-        judgements |= {(quantity, case): judgement for case, judgement in judged.items()}
+        found = judge_effects(effects, run.rules(run.recipe.verdict.margin), AGAINST_NULL)
+        judgements |= {(quantity, case): judgement for case, judgement in found.items()}
     return judgements
 
 
@@ -368,11 +524,13 @@ _SHARES = {
     "share_without_by_layer": (WITHOUT_LAYERWISE, "all parameters, a component in every layer"),
 }
 """Quantities that are a share of the total effect: the edit, and the parameters that it covers."""
-_NULLS = {"share_along": long_as_along(RANDOM), "share_along_by_layer": long_as_layerwise(RANDOM)}
-"""What shares are held beside."""
+_NULLS = {"share_along": "effect_along", "share_along_by_layer": "effect_along_by_layer"}
+"""Shares beside which that of other teachers' displacements stands."""
 _WHY = {
     ZERO: "the teacher has no displacement",
-    NO_EFFECT: "the interval of the total effect holds 0: there is no effect to divide",
+    NOT_FINITE: "weights that it needs are not finite",
+    NOT_TOLD: "the total effect is not told from 0, so shares are not given",
+    ELSEWHERE: "students start at other weights than their teacher did",
     NO_SCORE: "no member has a score",
     UNMOVED: "the student moved as its control did in this layer, or the teacher did not move there",
 }
@@ -400,7 +558,7 @@ def _findings(run: Run, measured: _Measured, judgements: Mapping[tuple[str, Case
     ]
     findings += [_judged_finding(run, measured, judgements.get((quantity, case)), case, quantity) for quantity in _JUDGED]
     for quantity, (name, scope) in _SHARES.items():
-        null = measured.share(case, _NULLS[quantity]) if quantity in _NULLS else None
+        null = _null_share(run, measured, case, _NULLS[quantity]) if quantity in _NULLS else None
         findings.append(_share_finding(run, measured, case, name, measured.share(case, name), (quantity, scope), null))
     if measured.has_effect(case):
         for planned in (edit for edit in measured.plan if edit.group == GRAFT):
@@ -414,25 +572,39 @@ def _findings(run: Run, measured: _Measured, judgements: Mapping[tuple[str, Case
 
 
 def _judged_finding(run: Run, measured: _Measured, judgement: Judgement | None, case: Case, quantity: str) -> Finding:
-    name, null, formula = _JUDGED[quantity]
-    against = measured.interval(case, null)
+    judged = _JUDGED[quantity]
+    against = student_interval(measured.null_effects(case, quantity), run.recipe.verdict.confidence)
+    unjudged = _why(measured, case, judged.edit)
+    if np.isfinite(measured.effects(case, judged.edit)).any() and not against.n:
+        unjudged = _NO_NULL
     return Finding(
         quantity=quantity,
         scope="all parameters",
         unit=_unit(run),
-        null=f"a random direction with the teacher's spectrum, as far ({_DRAWS} draws a member)",
+        null=f"{_null_words(measured, case, quantity)} (a line to read by: a random direction with the teacher's spectrum, "
+        f"as far, has {measured.interval(case, judged.long_as(RANDOM))})",
         null_low=against.low,
         null_high=against.high,
         verdict=judgement.verdict if judgement else "",
-        reason=f"difference from the null {judgement.interval}: {judgement.reason}"
-        if judgement
-        else _why(measured, case, name),
+        reason=f"difference from the null {judgement.interval}: {judgement.reason}" if judgement else unjudged,
         rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
         margin=run.recipe.verdict.margin if judgement else float("nan"),
-        formula=_FORMULA.replace("edit", formula),
-        **interval_fields(measured.interval(case, name)),
+        formula=_FORMULA.replace("edit", judged.formula),
+        **interval_fields(measured.interval(case, judged.edit)),
         **_common(run, case),
     )
+
+
+def _null_words(measured: _Measured, case: Case, quantity: str) -> str:
+    teachers = measured.null_teachers(case, quantity)
+    return f"the displacement of {teachers}, as far" if teachers else "none: no other teacher has a displacement"
+
+
+def _null_share(run: Run, measured: _Measured, case: Case, quantity: str) -> Interval:
+    """Of the total effect: what other teachers' displacements have, as far; NaN where the total is not told from 0."""
+    confidence = run.recipe.verdict.confidence
+    share = fieller_interval(measured.null_effects(case, quantity), measured.effects(case, TOTAL), confidence)
+    return share if measured.has_effect(case) else Interval(np.nan, np.nan, np.nan, share.n, confidence)
 
 
 def _share_finding(
@@ -443,7 +615,7 @@ def _share_finding(
         quantity=what[0],
         scope=what[1],
         unit="share of the total effect",
-        null="none: a description" if null is None else "a random direction with the teacher's spectrum, as far",
+        null="none: a description" if null is None else _null_words(measured, case, _NULLS[what[0]]),
         null_low=float("nan") if null is None else null.low,
         null_high=float("nan") if null is None else null.high,
         verdict="",
@@ -461,7 +633,7 @@ def _rank_finding(run: Run, measured: _Measured, case: Case) -> Finding:
     rank = _smallest_rank(measured, case)
     largest = max(edit.rank for edit in measured.plan)
     known = int(np.isfinite(measured.effects(case, TOTAL)).sum())
-    reason = "a description, of the means: it has no interval"
+    reason = "a description, of the means only: it has no interval"
     if rank is None:
         reason = f"no rank up to {largest} reaches it"
     return Finding(
@@ -494,8 +666,11 @@ def _complement(share: Interval) -> Interval:
 
 
 def _why(measured: _Measured, case: Case, name: str) -> str:
-    code = int(measured.statuses(case, name).max())
-    return _WHY.get(code, _WHY[NO_EFFECT]) if code != OK or not measured.has_effect(case) else "one member has no interval"
+    known = np.isfinite(measured.effects(case, name))
+    if not known.any():
+        return _WHY.get(int(measured.statuses(case, name).max()), _WHY[NOT_TOLD])
+    totals = np.isfinite(measured.effects(case, TOTAL))
+    return "one member has no interval" if min(known.sum(), totals.sum()) == 1 else _WHY[NOT_TOLD]
 
 
 def _common(run: Run, case: Case) -> dict[str, Any]:
@@ -551,16 +726,21 @@ def _y(run: Run) -> alt.Y:
     return alt.Y("effect_mean:Q", title=f"effect ({_unit(run)})")
 
 
-def _panels(run: Run, cases: Sequence[Case], layers: alt.LayerChart | alt.FacetChart, columns: int = 3) -> dict[str, Any]:
-    """A panel a condition; with several traits a row each."""
-    conditions = [name for name in run.conditions if name in {case[0] for case in cases}]
-    if len(run.traits) == 1:
-        return chart_spec(layers.facet(facet=alt.Facet("condition:N", sort=conditions, title=None), columns=columns))
-    return chart_spec(
-        layers.facet(
-            row=alt.Row("taught:N", sort=run.traits, title=None), column=alt.Column("condition:N", sort=conditions, title=None)
-        )
-    )
+def _panels(run: Run, cases: Sequence[Case], layers: alt.LayerChart | alt.FacetChart) -> dict[str, Any]:
+    """A panel a condition, and a trait where there are several; three a row."""
+    shown = [case for trait in run.traits for case in cases if case[1] == trait]
+    several = len(run.traits) > 1
+    facet = alt.Facet("panel:N", sort=[_name(run, case) for case in shown], title=None)
+    panel = "datum.condition + ', ' + datum.taught" if several else "datum.condition"
+    return chart_spec(layers.facet(facet=facet, columns=3).transform_calculate(panel=panel).transform_filter(_isin(run, shown)))
+
+
+def _isin(run: Run, cases: Sequence[Case]) -> alt.FieldOneOfPredicate:
+    return alt.FieldOneOfPredicate(field="panel", oneOf=[_name(run, case) for case in cases])
+
+
+def _name(run: Run, case: Case) -> str:
+    return f"{case[0]}, {case[1]}" if len(run.traits) > 1 else case[0]
 
 
 def _select(run: Run, measured: _Measured, group: str, cases: Sequence[Case]) -> dict[str, Any]:
@@ -568,20 +748,33 @@ def _select(run: Run, measured: _Measured, group: str, cases: Sequence[Case]) ->
     return {"condition": conditions, "edit": _edits(measured, group, cases)}
 
 
-def _caption(run: Run, words: str) -> str:
+def _caption(run: Run, measured: _Measured, group: str, cases: Sequence[Case], words: str) -> str:
     percent = f"{100 * run.recipe.verdict.confidence:g} %"
     traits = f", for each of {len(run.traits)} traits" if len(run.traits) > 1 else ""
+    shown = [np.isfinite(measured.effects(case, name)).sum() for case in cases for name in _edits(measured, group, cases)]
+    counts = sorted({int(count) for count in shown} - {0})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    interval = f" with its {percent} interval" if counts[-1] > 1 else ""
+    missing = " What is not there, the results say why." if 0 in shown else ""
     return (
-        f"score(edited model) − score(θ_C) ({_unit(run)}) at the last step, mean over members with its {percent} interval (n = "
-        f"{run.recipe.members}{traits}). D = θ_S − θ_C, the student minus its own control. {words}"
+        f"score(edited model) − score(θ_C) ({_unit(run)}) at the last step, mean over members{interval} (n = {n}{traits}). "
+        f"D = θ_S − θ_C, the student minus its own control. {words}{missing}"
     )
 
 
+def _join(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
 _COLORS = {
-    "the student's difference": "#1d2430", "along the teacher": "#2563eb", "without the teacher": "#0d9488",
-    "sign flip": "#9333ea", "random, same spectrum": "#94a3b8", "neutral teacher": "#d97706", "another trait": "#db2777",
+    "D": "#1d2430", "along Δ_T": "#2563eb", "without Δ_T": "#0d9488", "sign flip": "#9333ea",
+    "random": "#94a3b8", "neutral teacher": "#d97706", "other trait": "#db2777",
 }  # fmt: skip
-_WHO = {TEACHER: "along the teacher", NEUTRAL: "neutral teacher", OTHER: "another trait", RANDOM: "random, same spectrum"}
+_WHO = {STUDENT: "D", TEACHER: "along Δ_T", NEUTRAL: "neutral teacher", OTHER: "other trait", RANDOM: "random"}
+_THEIRS = {
+    NEUTRAL: "the neutral teacher's displacement (null)", OTHER: "other traits' displacements (null)",
+    RANDOM: "random directions with Δ_T's singular values in every matrix (a line to read by)",
+}  # fmt: skip
 
 
 def _colored(names: Mapping[str, str], field: str) -> tuple[alt.Color, dict[str, str]]:
@@ -593,18 +786,36 @@ def _colored(names: Mapping[str, str], field: str) -> tuple[alt.Color, dict[str,
     }
 
 
+def _others_there(edits: Sequence[PlannedEdit]) -> list[str]:
+    """Whose displacements are shown beside the teacher's, in words."""
+    return [words for who, words in _THEIRS.items() if any(edit.direction == who for edit in edits)]
+
+
+def _row_label(edit: PlannedEdit) -> str:
+    """Short: a row under another goes on with its label."""
+    by_layer, stretched = "… by layer", "… stretched to ‖D‖"
+    labels = {
+        TOTAL: "D", ALONG: "D along Δ_T", LAYERWISE: by_layer, FLIPPED: "sign flip", WITHOUT: "D without Δ_T",
+        WITHOUT_LAYERWISE: by_layer, OWN: "D along it", REST: "D without it",
+        long_as_layerwise(edit.direction): by_layer, long_as_student(edit.direction): stretched,
+    } if edit.direction in SYMBOLS else {}  # fmt: skip
+    return labels.get(edit.series, _WHO[edit.direction])
+
+
 def _component_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figure:
     chosen = _select(run, measured, COMPONENT, cases)
-    special = {TOTAL: "the student's difference", FLIPPED: "sign flip"} | dict.fromkeys(
-        (WITHOUT, WITHOUT_LAYERWISE), "without the teacher"
-    )
-    names = {edit.name: special.get(edit.name) or _WHO[edit.direction] for edit in measured.plan if edit.name in chosen["edit"]}
+    edits = [edit for edit in measured.plan if edit.name in chosen["edit"]]
+    special = {FLIPPED: "sign flip"} | dict.fromkeys((WITHOUT, WITHOUT_LAYERWISE), "without Δ_T")
+    names = {edit.name: special.get(edit.name) or _WHO[edit.direction] for edit in edits}
+    labels = json.dumps({edit.name: _row_label(edit) for edit in edits}, ensure_ascii=False)
     color, calculated = _colored(names, "edit")
     base = (
         alt.Chart(DATA)
         .transform_filter("isValid(datum.effect_mean)")
         .transform_calculate(**calculated)
-        .encode(y=alt.Y("edit:N", sort=chosen["edit"], title=None, axis=alt.Axis(labelLimit=340)), color=color)
+        .encode(
+            y=alt.Y("edit:N", sort=chosen["edit"], title=None, axis=alt.Axis(labelExpr=f"({labels})[datum.label]")), color=color
+        )
     )
     bars = base.mark_rule(strokeWidth=2).encode(x=alt.X("effect_low:Q", title=f"effect ({_unit(run)})"), x2="effect_high:Q")
     dots = base.mark_circle(size=42, opacity=1).encode(x=_x(run), tooltip=_tooltip("edit"))
@@ -613,23 +824,31 @@ def _component_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> F
     return Figure(
         name="surgery_components",
         title="What carries the trait: the part of D along the teacher's displacement, or the rest?",
-        caption=_caption(
-            run,
-            "Every row is put into the control: the part of D along Δ_T, c Δ_T with c = ⟨D, Δ_T⟩ / ‖Δ_T‖², over all parameters "
-            "or with a c for every layer; what is left of D without it; the sign flip. The nulls go as far along other "
-            "displacements: random ones with Δ_T's singular values in every matrix, the neutral teacher's, another trait's. "
-            "Stretched ones are as long as D, since a small part can be too short to do anything. Dashed: the total effect.",
-        ),
+        caption=_caption(run, measured, COMPONENT, cases, _component_words(edits)),
         variables=_INTERVALS,
         spec=_panels(run, cases, layers),
         select=chosen,
     )
 
 
+def _component_words(edits: Sequence[PlannedEdit]) -> str:
+    """What the rows are; only of those that are there."""
+    words, others = "Every row is put into the control. ", _others_there(edits)
+    if any(edit.direction == TEACHER for edit in edits):
+        words += (
+            "The part of D along Δ_T is c Δ_T with c = ⟨D, Δ_T⟩ / ‖Δ_T‖², over all parameters or with a c for every layer; "
+            "beside it the sign flip, and what is left of D without it. Stretched ones are as long as D, since a small part "
+            "can be too short to do anything. "
+        )
+    if others:
+        words += f"As far along others: {_join(others)}. "
+    return f"{words}Dashed: the total effect."
+
+
 def _scan_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figure:
     chosen = _select(run, measured, SCAN, cases)
     edits = [edit for edit in measured.plan if edit.name in chosen["edit"]]
-    names = {edit.series: _WHO.get(edit.direction, "the student's difference") for edit in edits}
+    names = {edit.series: _WHO[edit.direction] for edit in edits}
     color, calculated = _colored(names, "edit_series")
     base = (
         alt.Chart(DATA)
@@ -644,17 +863,21 @@ def _scan_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figure
     return Figure(
         name="surgery_scans",
         title="Dose and response: how the trait follows a push along the teacher's displacement, and along D",
-        caption=_caption(
-            run,
-            "Scored is θ_C + α V. For V = Δ_T and D the dose is in units of each of them; the nulls, a random direction of "
-            "Δ_T's spectrum, the neutral teacher's and another trait's displacement, are as long as Δ_T at the same dose. "
-            "Negative doses are the sign flip. Dashed: the total effect, which D has at α = 1.",
-        ),
+        caption=_caption(run, measured, SCAN, cases, _scan_words(edits)),
         variables=_INTERVALS,
         spec=_panels(run, cases, layers),
         select=chosen,
         headline=True,
     )
+
+
+def _scan_words(edits: Sequence[PlannedEdit]) -> str:
+    own = _join([SYMBOLS[who] for who in (TEACHER, STUDENT) if any(edit.direction == who for edit in edits)])
+    others = _others_there(edits)
+    words = f"Scored is θ_C + α V. For V = {own} the dose is in units of its own length. "
+    if others:
+        words += f"As long as Δ_T at the same dose: {_join(others)}. "
+    return f"{words}Negative doses are the sign flip. Dashed: the total effect, which D has at α = 1."
 
 
 def _graft_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figure:
@@ -679,6 +902,9 @@ def _graft_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> Figur
         title="Which layers carry the trait: the student's put into the control, and the control's into the student",
         caption=_caption(
             run,
+            measured,
+            GRAFT,
+            cases,
             "“Only” and “up to” say where the student's weights are enough; “all but” is the student with the control's "
             "weights in that layer, “from” with the control's in all layers before it: where they are needed, little is left. "
             "The null is 0, the control itself. A layer without “only” did not move otherwise than the control's. "
@@ -711,6 +937,9 @@ def _truncation_figure(run: Run, measured: _Measured, cases: Sequence[Case]) -> 
         title="At which rank: the leading singular directions of D, and what is left without them",
         caption=_caption(
             run,
+            measured,
+            TRUNCATION,
+            cases,
             "Leading part: the k largest singular directions of every matrix of D, with the vectors whole (rank 0: vectors "
             "alone). Residual: D without it. The null is 0, the control itself. Dashed: the total effect, all of D.",
         ),
@@ -727,33 +956,56 @@ def _tooltip(*names: str) -> list[Any]:
 
 def _sentences(run: Run, measured: _Measured, judgements: Mapping[tuple[str, Case], Judgement]) -> list[str]:
     sentences = [sentence for case in measured.told() for sentence in _summarise(run, measured, judgements, case)]
-    return sentences + list(_untold_sentences(run, measured))
+    return [
+        *sentences,
+        *_untold_sentences(run, measured),
+        *_not_finite_sentences(measured.not_finite),
+        *_precision_sentences(measured),
+    ]
 
 
 def _summarise(run: Run, measured: _Measured, judgements: Mapping[tuple[str, Case], Judgement], case: Case) -> Iterator[str]:
     """What the edits of one case show, in plain words."""
-    name = f"{case[0]}, {case[1]}" if len(run.traits) > 1 else case[0]
-    total, n = measured.interval(case, TOTAL), f"n = {measured.interval(case, TOTAL).n}"
+    name, total = _name(run, case), measured.interval(case, TOTAL)
+    head = f"{name}: the student's difference from its control, D, changes the score by {total} ({_unit(run)}, n = {total.n})"
     if not measured.has_effect(case):
-        yield (
-            f"{name}: the student's difference from its control changes the score by {total} ({_unit(run)}, {n}): there is no "
-            "effect to divide into parts."
-        )
-        return
-    yield f"{name}: the student's difference from its control, D, changes the score by {total} ({_unit(run)}, {n})."
+        why = "with one member " if total.n == 1 else ""
+        yield f"{head}: {why}the total effect is not told from 0, so shares are not given."
+    else:
+        yield f"{head}."
+        yield from _share_sentences(run, measured, case)
     judged = [judgements[quantity, case].verdict for quantity in _JUDGED if (quantity, case) in judgements]
     if len(judged) == len(_JUDGED):
+        random = [measured.interval(case, one.long_as(RANDOM)) for one in _JUDGED.values()]
+        yield (
+            f"{name}: against the displacement of {measured.null_teachers(case, 'effect_along')}, as far, the part of D along "
+            f"the teacher's displacement is {judged[0]}, the parts of the layers {judged[1]}, and the part stretched to the "
+            f"length of D {judged[2]}. Random directions of the same spectrum, which are only a line to read by, change the "
+            f"score by {random[0]}, {random[1]} and {random[2]}."
+        )
+    elif np.isfinite(measured.effects(case, ALONG)).any():
+        yield f"{name}: no verdict on the part of D along the teacher's displacement: {_NO_NULL}."
+
+
+def _share_sentences(run: Run, measured: _Measured, case: Case) -> Iterator[str]:
+    """Of the total effect: along the teacher, in layers, at ranks."""
+    name = _name(run, case)
+    if np.isfinite(measured.share(case, ALONG).estimate):
         yield (
             f"{name}: the part of D along the teacher's displacement has {measured.share(case, ALONG)} of that effect, "
             f"{measured.share(case, LAYERWISE)} with a part for every layer; D without it has {measured.share(case, WITHOUT)} "
-            f"and {measured.share(case, WITHOUT_LAYERWISE)}. Against random directions of the same spectrum and length, the "
-            f"part is {judged[0]}, the parts of the layers {judged[1]}, and the part stretched to the length of D {judged[2]}."
+            f"and {measured.share(case, WITHOUT_LAYERWISE)}."
         )
     layers = _best_layer(measured, case)
     if layers is not None:
-        rank, largest = _smallest_rank(measured, case), max(edit.rank for edit in measured.plan)
-        reached = f"rank {rank} in every matrix reaches" if rank is not None else f"no rank up to {largest} reaches"
-        yield f"{name}: {layers}; {reached} {100 * _SHARE:g} % of the effect in the mean."
+        rank, ranks = _smallest_rank(measured, case), _ranks(measured.plan)
+        reached = f"rank {rank} in every matrix reaches" if rank is not None else f"no rank up to {ranks[-1]} reaches"
+        shown = ranks[-1] if rank is None else rank
+        missed = student_interval(measured.truncation[measured.place(case)][ranks.index(shown)], run.recipe.verdict.confidence)
+        yield (
+            f"{name}: {layers}; {reached} {100 * _SHARE:g} % of the effect, by the mean over members only. Rank {shown} leaves "
+            f"out ‖D − D_k‖ / ‖D‖ = {missed} of D."
+        )
 
 
 def _best_layer(measured: _Measured, case: Case) -> str | None:
@@ -765,11 +1017,13 @@ def _best_layer(measured: _Measured, case: Case) -> str | None:
             for edit in measured.plan
             if edit.series == series and (measured.statuses(case, edit.name) == OK).any()
         }
+        shares = {layer: share for layer, share in shares.items() if np.isfinite(share.estimate)}
         if not shares:
             return None
         layer, share = (max if series == ONLY else min)(shares.items(), key=lambda item: item[1].estimate)
         found.append(f"{layer} {words} ({share} {'put in' if series == ONLY else 'left without it'})")
-    return ", ".join(found)
+        num = len(shares)
+    return f"{', '.join(found)}: each the extreme of {num} layers, its interval not corrected for the choice"
 
 
 def _untold_sentences(run: Run, measured: _Measured) -> Iterator[str]:
@@ -796,3 +1050,33 @@ def _untold_sentences(run: Run, measured: _Measured) -> Iterator[str]:
         )
     if run.neutral is None and measured.told():
         yield "There is no neutral teacher, so no displacement of one to go along."
+
+
+def _not_finite_sentences(found: Collection[NotFinite]) -> Iterator[str]:
+    """One for every checkpoint of a member."""
+    where = sorted({(record.lineage, record.step, record.member, str(record.checkpoint)) for record in found})
+    for lineage, step, member, path in where:
+        tensors = sorted(
+            record.tensor for record in found if (record.lineage, record.step, record.member) == (lineage, step, member)
+        )
+        more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+        yield (
+            f"Not finite: tensor {tensors[0]}{more} of {lineage} at step {step}, member {member} ({path}); every edit that it "
+            "would enter is NaN with that reason."
+        )
+
+
+def _precision_sentences(measured: _Measured) -> Iterator[str]:
+    """Where a score is not of the very model that its students were."""
+    for own, scored in sorted(set(measured.half.values())):
+        names = ", ".join(name for name, types in measured.half.items() if types == (own, scored))
+        if own == scored:
+            yield (
+                f"Models of {names} are scored in {scored}, which is all that their attention can be computed in: small edits "
+                "are rounded."
+            )
+        else:
+            yield (
+                f"Models of {names} are held in {own} and scored in {scored} here, so that small edits are not rounded; scores "
+                "can differ a little from those of the behaviour."
+            )

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import copysign, hypot, isnan, sqrt
+from math import copysign, hypot, isnan, nan, sqrt
 
-from mechsub.parameters.surgery import Edit, Spectrum, Subject, Tensors, layer_products, list_ranks, project
+from mechsub.parameters.surgery import LARGEST_RANK, Edit, LeadingParts, Subject, Tensors, layer_products, list_ranks, project
 
 TEACHER, NEUTRAL, OTHER, RANDOM, STUDENT = "teacher", "neutral", "other trait", "random", "student"
 COMPONENT, LAYER, GRAFT, TRUNCATION, SCAN = "component", "layer component", "graft", "truncation", "scan"
@@ -14,6 +14,8 @@ TOTAL, ALONG, WITHOUT, FLIPPED = "D (all of it)", "along Δ_T", "D without Δ_T"
 LAYERWISE, WITHOUT_LAYERWISE = "along Δ_T, layer by layer", "D without Δ_T, layer by layer"
 ONLY, ALL_BUT, UP_TO, FROM = "only this layer", "all but this layer", "up to this layer", "from this layer on"
 LEADING, RESIDUAL = "leading part", "residual"
+OWN, REST = "own component", "rest"
+"""Of a null direction: D along it, by its own coefficient, and D without that."""
 DOSES = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
 NULL_DOSES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 STUDENT_DOSES = (-1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
@@ -39,7 +41,12 @@ class PlannedEdit:
     @property
     def needs_same_start(self) -> bool:
         """Whether it only answers something where the student starts at the weights that its teacher started at."""
-        return self.group in {LAYER, SCAN} or (self.group == COMPONENT and self.series.startswith(("own", "rest")))
+        return self.group in {LAYER, SCAN} or (self.group == COMPONENT and self.series in {OWN, REST})
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's displacement, or its length, is in it."""
+        return self.direction != STUDENT and self.series not in {OWN, REST}
 
     @property
     def needs_effect(self) -> bool:
@@ -58,7 +65,7 @@ def list_edits(layers: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list
         names = (long_as_along(null), long_as_layerwise(null), long_as_student(null))
         edits += [PlannedEdit(name, COMPONENT, name, null) for name in names]
     for null in (NEUTRAL, OTHER):
-        for name, series in ((f"along {SYMBOLS[null]}", "own component"), (f"D without {SYMBOLS[null]}", "rest")):
+        for name, series in ((f"along {SYMBOLS[null]}", OWN), (f"D without {SYMBOLS[null]}", REST)):
             edits.append(PlannedEdit(name, COMPONENT, series, null))
     for layer in layers:
         for series in (ALONG, WITHOUT):
@@ -98,16 +105,27 @@ class Operation:
     seed: int
     stream: tuple[str | int, ...]
     """Names the draws of randomised decompositions."""
+    top: int = LARGEST_RANK
+    """The largest rank of a truncation."""
+    teacher: "Extent | None" = None
+    """Of the teacher's displacement, where it is not among ``directions``: others are made as long as it."""
 
     @property
     def coefficient(self) -> float:
         """⟨D, Δ_T⟩ / ‖Δ_T‖²; NaN where the teacher has no displacement."""
-        return self._extents[TEACHER][0].own
+        return self.teacher_extent.own
 
     @cached_property
-    def _extents(self) -> Mapping[str, Sequence["_Extent"]]:
+    def teacher_extent(self) -> "Extent":
+        """Of the teacher's displacement; of nothing where it is not known."""
+        if self.teacher is not None:
+            return self.teacher
+        return self._extents[TEACHER][0] if self.directions.get(TEACHER) else Extent(nan, {}, {})
+
+    @cached_property
+    def _extents(self) -> Mapping[str, Sequence["Extent"]]:
         return {
-            who: [_Extent(*project(self.subject, direction), self._layer_norms(direction)) for direction in found]
+            who: [Extent(*project(self.subject, direction), self._layer_norms(direction)) for direction in found]
             for who, found in self.directions.items()
         }
 
@@ -120,9 +138,9 @@ class Operation:
         if planned.direction == STUDENT:
             yield _OF_STUDENT[planned.group](self, planned)
             return
-        teacher_norm = self._extents[TEACHER][0].norm
+        teacher_norm = self.teacher_extent.norm
         for direction, extent in zip(self.directions[planned.direction], self._extents[planned.direction], strict=True):
-            if teacher_norm == 0 or extent.norm == 0:
+            if extent.norm == 0 or (planned.needs_teacher and teacher_norm == 0):
                 yield None
             elif planned.group == SCAN:
                 yield self.subject.add(direction, self.subject.everywhere(planned.dose * teacher_norm / extent.norm))
@@ -130,7 +148,7 @@ class Operation:
                 yield self.subject.add(direction, self._matched_layers(extent))
             elif planned.group == LAYER or planned.series in {LAYERWISE, WITHOUT_LAYERWISE}:
                 yield self._layerwise(planned, direction, extent)
-            elif planned.series in {WITHOUT, "rest"}:
+            elif planned.series in {WITHOUT, REST}:
                 yield self.subject.remove(direction, self.subject.everywhere(extent.own))
             else:
                 dose = {
@@ -140,16 +158,16 @@ class Operation:
                 }.get(planned.series, extent.own)
                 yield self.subject.add(direction, self.subject.everywhere(dose))
 
-    def _matched_layers(self, extent: "_Extent") -> dict[str, float]:
+    def _matched_layers(self, extent: "Extent") -> dict[str, float]:
         """What makes a direction as long in every layer as D's part along Δ_T is there; nothing where either did not move."""
-        teacher = self._extents[TEACHER][0]
+        teacher = self.teacher_extent
         return {
             layer: value * teacher.layer_norms[layer] / extent.layer_norms[layer]
             for layer, value in teacher.by_layer.items()
             if not isnan(value) and extent.layer_norms[layer] > 0
         }
 
-    def _layerwise(self, planned: PlannedEdit, direction: Tensors, extent: "_Extent") -> Edit | None:
+    def _layerwise(self, planned: PlannedEdit, direction: Tensors, extent: "Extent") -> Edit | None:
         chosen = {layer: value for layer, value in extent.by_layer.items() if not isnan(value)}
         if planned.group == LAYER:
             chosen = {layer: value for layer, value in chosen.items() if layer == planned.layer and layer in self.subject.moved}
@@ -170,7 +188,7 @@ class Operation:
         return self.subject.put_in(frozenset(self.subject.layer_names))
 
     def _truncation(self, planned: PlannedEdit) -> Edit:
-        part, everywhere = self._spectrum.truncate(planned.rank), self.subject.everywhere(1.0)
+        part, everywhere = self._leading_parts.truncate(planned.rank), self.subject.everywhere(1.0)
         return (self.subject.add if planned.series == LEADING else self.subject.remove)(part, everywhere)
 
     def _student_scan(self, planned: PlannedEdit) -> Edit:
@@ -178,13 +196,17 @@ class Operation:
             return self._whole(planned)
         return self.subject.add(self.subject.difference, self.subject.everywhere(planned.dose))
 
+    def truncation_error(self, rank: int) -> float:
+        """‖D − D_k‖ / ‖D‖, in [0, 1]."""
+        return self._leading_parts.relative_error(rank)
+
     @cached_property
-    def _spectrum(self) -> Spectrum:
-        return Spectrum(self.subject.difference, self.seed, *self.stream)
+    def _leading_parts(self) -> LeadingParts:
+        return LeadingParts(self.subject.difference, self.top, self.seed, *self.stream)
 
 
 @dataclass(frozen=True)
-class _Extent:
+class Extent:
     """How long a direction is, and how far D goes along it."""
 
     own: float
@@ -192,7 +214,13 @@ class _Extent:
     layer_norms: Mapping[str, float]
 
     @property
+    def is_known(self) -> bool:
+        """Whether it is of any direction."""
+        return bool(self.layer_norms)
+
+    @property
     def norm(self) -> float:
+        """Of the whole direction, in the unit of the weights."""
         return hypot(*self.layer_norms.values())
 
 

@@ -3,7 +3,7 @@
 Stored weights go through in chunks that stay in the processor's cache; what adapters add stays factored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -228,7 +228,12 @@ def _find_not_finite(
     sums: Sequence[Mapping[Part, float]], tensor: str, spoilt: Bool[Tensor, "member direction"]
 ) -> list[NotFinite]:
     """The checkpoints whose numbers spoil directions; only those of spoilt directions are read again."""
-    suspects = {(part, part.members[member]) for member, number in spoilt.nonzero().tolist() for part in sums[number]}
+    return find_not_finite({(part, member) for member, number in spoilt.nonzero().tolist() for part in sums[number]}, tensor)
+
+
+def find_not_finite(parts: Iterable[tuple[Part, int]], tensor: str) -> list[NotFinite]:
+    """Which of these parts, each of one member, or what they are computed from, are not finite in a tensor."""
+    suspects = {(part, part.members[member]) for part, member in parts}
     for part, member in [suspect for suspect in suspects if suspect[0].kind == "change"]:
         base = part.lineage.parts(0, tensor)[0]  # which it is computed from
         suspects.add((base, base.members[member]))

@@ -1,30 +1,31 @@
 """Surgery: a control's weights changed by parts of what its student has more, as named dense tensors of one member.
 
 With θ_C the control, θ_S the student and D = θ_S − θ_C, every edited model is θ_C, or θ_S in some of its layers, plus a signed
-sum of directions. Products and sums are taken in float64, directions are kept in float32 at least, and edited weights are given
-in the data type of the weights.
+sum of directions. Products and sums are taken in float64; directions and edited weights are kept in float32 at least, and
+scored so: in half precision a small edit would be rounded away.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsub.checkpoints import as_computed
+from mechsub.parameters.subspaces import EXACT_UP_TO, decompose_dense
 from mechsub.streams import random_stream
 
 Tensors = Mapping[str, Tensor]
 """By parameter name; tied parameters once."""
 Coefficients = Mapping[str, float]
 """By layer; a layer that is not there has 0."""
-_EXACT_SIDE = 1024
-"""Matrices whose smaller side is longer have a randomised decomposition, of `LARGEST_RANK` singular triples."""
 LARGEST_RANK = 256
-_OVERSAMPLED, _POWER_ITERATIONS = 16, 4
+"""Of a truncation."""
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,16 @@ class Subject:
         return Edit(self.moved, (({layer: -value for layer, value in coefficients.items()}, direction),))
 
     def build(self, edit: Edit) -> dict[str, Tensor]:
-        """The edited weights. An edit that only chooses layers gives the weights themselves, without any rounding."""
+        """The edited weights. An edit that only chooses layers gives the weights themselves, without any rounding.
+
+        What is added to is given in float32 at least, whatever it was stored in.
+        """
         built = {}
         for name, layer in self.layers.items():
             base = self.student[name] if layer in edit.of_student else self.control[name]
             terms = [(found.get(layer, 0.0), direction[name]) for found, direction in edit.terms]
             added = [coefficient * direction.double() for coefficient, direction in terms if coefficient]
-            built[name] = sum(added, base.double()).to(base.dtype) if added else base
+            built[name] = sum(added, base.double()).to(_kept_type(base)) if added else base
         return built
 
     def distance(self, weights: Tensors) -> float:
@@ -136,23 +140,29 @@ def project(subject: Subject, direction: Tensors) -> tuple[float, dict[str, floa
     return (sum(inner.values()) / total if total else np.nan), by_layer
 
 
-class Spectrum:
-    """The singular value decomposition of every matrix of a direction, from which its leading parts are made.
+class LeadingParts:
+    """The leading singular triples of every matrix of a direction, up to one rank, from which its truncations are made.
 
-    A tensor of more than two axes is a matrix of its first axis by all others. The matrices that no exact decomposition is
-    affordable for have the leading `LARGEST_RANK` triples of a randomised range finder with power iterations.
-    Source: Halko, Martinsson & Tropp, arXiv:0909.4061, Algorithms 4.4 and 5.1.
+    A tensor of more than two axes is a matrix of its first axis by all others. Matrices that no exact decomposition is
+    affordable for have a random sketch; see `mechsub.parameters.subspaces.decompose_dense`.
     """
 
-    def __init__(self, direction: Tensors, seed: int, *stream: str | int) -> None:
+    def __init__(self, direction: Tensors, top: int, seed: int, *stream: str | int, exact_up_to: int = EXACT_UP_TO) -> None:
         self._direction = direction
-        self._parts = {
-            name: tuple(
-                part.to(tensor.dtype) for part in _decompose(tensor.double().flatten(1), random_stream(seed, *stream, name))
-            )
-            for name, tensor in direction.items()
-            if tensor.ndim > 1
-        }
+        self._parts: dict[str, tuple[Tensor, Tensor]] = {}
+        squares = torch.zeros(top, dtype=torch.float64)
+        for name, tensor in direction.items():
+            if tensor.ndim > 1:
+                streams = [random_stream(seed, *stream, name)]
+                found = decompose_dense(tensor.flatten(1)[None], top, streams=streams, exact_up_to=exact_up_to)
+                values = found.values[0, :top]
+                width = len(values)
+                left, right = found.left[0, :, :width] * values, found.right[0, :, :width]
+                self._parts[name] = left.to(tensor.dtype), right.to(tensor.dtype)
+                squares[:width] += values.square().cpu()
+        self._square = norm(direction) ** 2
+        vectors = norm({name: tensor for name, tensor in direction.items() if tensor.ndim <= 1}) ** 2
+        self._missed = [self._square - vectors - float(squares[:rank].sum()) for rank in range(top + 1)]
 
     def truncate(self, rank: int) -> dict[str, Tensor]:
         """The leading ``rank`` singular triples of every matrix, and the vectors whole; rank 0 keeps the vectors only."""
@@ -161,9 +171,18 @@ class Spectrum:
             for name, tensor in self._direction.items()
         }
 
+    def relative_error(self, rank: int) -> float:
+        """‖V − V_k‖ / ‖V‖ over all tensors, in [0, 1]: what the truncation leaves out, from ‖V‖² − Σσ²; NaN where V is 0.
+
+        Of a random sketch too, with what it missed: σ² are then the squares that the found directions do hold. Good to 1e-7.
+        """
+        if self._square == 0:
+            return np.nan
+        return float((max(self._missed[rank], 0.0) / self._square) ** 0.5)
+
     def _leading(self, name: str, rank: int) -> Float[Tensor, "row column"]:
-        left, values, right = self._parts[name]
-        leading: Tensor = (left[:, :rank].double() * values[:rank].double()) @ right[:rank].double()
+        left, right = self._parts[name]
+        leading: Tensor = left[:, :rank].double() @ right[:, :rank].double().T
         return leading.to(left.dtype)
 
 
@@ -193,39 +212,39 @@ def draw_matched(direction: Tensors, seed: int, *stream: str | int) -> dict[str,
 
 @dataclass(frozen=True)
 class Patient:
-    """A module whose parameters are overwritten in place, and given back as they were."""
+    """A module whose parameters are replaced by others, and given back as they were."""
 
     module: nn.Module
+    own_type: torch.dtype
+    """Of its own parameters; it is scored in `scored_type`."""
+
+    @property
+    def scored_type(self) -> torch.dtype:
+        """In which it is scored."""
+        return next(self.module.parameters()).dtype
 
     def install(self, weights: Tensors) -> None:
-        """Copy named weights into the module, in its own data type."""
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                self.module.get_parameter(name).copy_(tensor)
+        """Put named weights in the places of the module's own, in its data type. They are shared, not copied."""
+        for name, tensor in weights.items():
+            parameter = self.module.get_parameter(name)
+            parameter.data = tensor.to(parameter.device, parameter.dtype)
 
 
 @contextmanager
-def operate(module: nn.Module) -> Iterator[Patient]:
-    """A module that may be overwritten: what was in it before is put back at the end, whatever happens."""
-    before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
-    patient = Patient(module)
+def operate(module: nn.Module, *, widen: bool = True) -> Iterator[Patient]:
+    """A module that may be operated on, its own tensors being put back at the end, whatever happens.
+
+    In float32 at least, if ``widen``: in half precision small edits are rounded away.
+    """
+    tensors = [tensor for tensor in chain(module.parameters(), module.buffers()) if tensor.is_floating_point()]
+    before = [tensor.data for tensor in tensors]
     try:
-        yield patient
+        for tensor, own in zip(tensors, before, strict=True):
+            tensor.data = as_computed(own) if widen else own
+        yield Patient(module, before[0].dtype)
     finally:
-        patient.install(before)
-
-
-def _decompose(matrix: Float[Tensor, "row column"], generator: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """U, singular values and Vᵀ, descending."""
-    if min(matrix.shape) <= _EXACT_SIDE:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left, values, right
-    probes = torch.from_numpy(generator.standard_normal((matrix.shape[1], LARGEST_RANK + _OVERSAMPLED))).to(matrix)
-    basis = torch.linalg.qr(matrix @ probes).Q
-    for _ in range(_POWER_ITERATIONS):
-        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    left, values, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ left, values, right
+        for tensor, own in zip(tensors, before, strict=True):
+            tensor.data = own
 
 
 def _draw_haar(rows: int, columns: int, generator: np.random.Generator) -> Float[Tensor, "row column"]:

@@ -1,9 +1,21 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from mechsub.analyses.displacement_surgery import ELSEWHERE, NO_DIRECTION, NO_EFFECT, UNMOVED, ZERO, displacement_surgery
-from mechsub.api import analyze_run, run_experiment
+from mechsub.analyses.displacement_surgery import (
+    ELSEWHERE,
+    NO_DIRECTION,
+    NOT_FINITE,
+    NOT_TOLD,
+    ONE_MEMBER,
+    UNMOVED,
+    ZERO,
+    displacement_surgery,
+)
+from mechsub.api import analyze_run, open_run, run_experiment
 from mechsub.parameters.edits import (
     ALONG,
     COMPONENT,
@@ -23,6 +35,7 @@ from mechsub.parameters.edits import (
 )
 from mechsub.parameters.surgery import draw_matched
 from mechsub.recipe import load_recipe
+from mechsub.results import write_result
 from mechsub.statistics.intervals import fieller_interval, student_interval
 
 RECIPE = [
@@ -146,8 +159,8 @@ def test_what_is_not_answered_says_why(passed, data):
         low, high = (float(data[f"effect_{side}"].sel(condition=condition, edit=TOTAL)) for side in ("low", "high"))
         if low <= 0 <= high:
             cell = data.sel(condition=condition)
-            assert (cell.effect_status[(groups == GRAFT) | (groups == TRUNCATION)] == NO_EFFECT).all()
-            assert np.isnan(cell.share_estimate).all() and cell.share_estimate_status.sel(edit=TOTAL) == NO_EFFECT
+            assert (cell.effect_status[(groups == GRAFT) | (groups == TRUNCATION)] == NOT_TOLD).all()
+            assert np.isnan(cell.share_estimate).all() and cell.share_estimate_status.sel(edit=TOTAL) == NOT_TOLD
             assert np.isfinite(cell.effect.sel(edit=[TOTAL, ALONG, WITHOUT])).all()
 
 
@@ -167,7 +180,13 @@ def test_findings_name_their_null_n_and_verdict(passed):
         "quantity"
     )
     judged = found.loc[["effect_along", "effect_along_by_layer", "effect_along_stretched"]]
-    assert (judged.verdict != "").all() and judged.null.str.contains("random direction").all()
+    assert (judged.verdict != "").all() and judged.null.str.startswith("the displacement of the neutral teacher, as far").all()
+    assert judged.null.str.contains("a line to read by: a random direction").all()
+    shown = passed.results["displacement_surgery"].sel(condition="all-logits", taught="digits")
+    own, null = shown.sel(edit=ALONG), shown.sel(edit=long_as_along(NEUTRAL))
+    assert float(judged.null_low["effect_along"]) == pytest.approx(float(null.effect_low))
+    difference = student_interval(own.effect.values - null.effect.values, 0.95)
+    assert judged.reason["effect_along"].startswith(f"difference from the null {difference}:")
     assert np.isfinite(judged.null_low).all() and (judged.n == 3).all()
     assert (found.loc[["total_effect", "share_along", "share_without"]].verdict == "").all()
     layers = passed.findings.query("condition == 'all-logits' and quantity == 'share_of_layer'")
@@ -215,3 +234,82 @@ def test_teachers_that_do_not_move_leave_only_what_needs_no_direction(tiny_recip
     assert np.isfinite(data.effect.sel(edit=TOTAL)).all() and np.isnan(data.coefficient).all()
     along = [finding for finding in result.findings if finding.quantity == "effect_along"]
     assert [finding.reason for finding in along] == ["the teacher has no displacement"]
+
+
+def spoil(run, lineage, member, step=None):
+    """One NaN in one member's checkpoint."""
+    opened = run.lineages[lineage]
+    path = opened.checkpoint(opened.last if step is None else step, member)
+    tensors = load_file(path)
+    tensors["layers.1.weight"][member, 0, 0] = torch.nan
+    save_file(tensors, path)
+
+
+def test_a_nan_in_a_checkpoint_is_named_and_spoils_its_member_only(passed, data, tmp_path):
+    shutil.copytree(passed.path, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    spoil(run, "student.all-logits", 0)
+    spoil(run, "control.same-init", 1)
+    spoil(run, "teacher", 2)
+    result = displacement_surgery(run)
+    found = result.data.sel(taught="digits")
+    for condition, member in (("all-logits", 0), ("same-init", 1), ("different-init", 2)):
+        cell = found.sel(condition=condition, member=member)
+        assert np.isnan(cell.coefficient) and cell.coefficient_status == NOT_FINITE
+        with_teacher = cell.sel(edit=[ALONG, WITHOUT, long_as_along(NEUTRAL), long_as_student(RANDOM)])
+        assert np.isnan(with_teacher.effect).all() and (with_teacher.effect_status == NOT_FINITE).all()
+        own = cell.sel(edit=[TOTAL])
+        assert np.isnan(own.effect).all() != (member == 2)
+        assert (own.effect_status == (0 if member == 2 else NOT_FINITE)).all()
+    # Nothing else changes; what divides an effect is only made where the total of the members left is told from 0.
+    kept = ~found.edit_group.isin(["layer component", GRAFT, TRUNCATION])
+    for condition, members in (("all-logits", [1]), ("same-init", [0]), ("different-init", [0, 1])):
+        here, before = (one.sel(condition=condition, member=members).isel(edit=kept.values) for one in (found, data))
+        np.testing.assert_array_equal(here.effect, before.effect)
+        np.testing.assert_array_equal(here.effect_status, before.effect_status)
+    named = [sentence for sentence in result.summary if sentence.startswith("Not finite")]
+    assert len(named) == 3 and all("layers.1.weight" in sentence for sentence in named)
+    for words in ("student.all-logits at step", "control.same-init at step", "teacher at step"):
+        assert any(words in sentence for sentence in named)
+    assert [sentence.split("member ")[1][0] for sentence in named] == ["1", "0", "2"]
+    write_result(tmp_path / "result.h5", "displacement_surgery", {}, "0", result)  # refuses a NaN without its reason
+
+
+def test_directions_that_are_not_finite_spoil_only_what_they_are_in(passed, data, tmp_path):
+    shutil.copytree(passed.path, tmp_path / "run")
+    run = open_run(tmp_path / "run")
+    spoil(run, run.neutral.name, 1)
+    found = displacement_surgery(run).data.sel(condition="all-logits", taught="digits")
+    before = data.sel(condition="all-logits")
+    of_neutral = (found.edit_direction == NEUTRAL).values
+    spoilt = found.isel(edit=of_neutral).sel(member=1)
+    assert np.isnan(spoilt.effect).all() and (spoilt.effect_status == NOT_FINITE).all()
+    np.testing.assert_array_equal(found.effect.isel(edit=~of_neutral), before.effect.isel(edit=~of_neutral))
+    np.testing.assert_array_equal(found.effect.sel(member=[0, 2]), before.effect.sel(member=[0, 2]))
+
+
+def test_without_another_teacher_there_is_no_verdict_and_one_member_has_no_shares(tiny_recipe, tmp_path, monkeypatch):
+    recipe = load_recipe(tiny_recipe, [*RECIPE, "members=1", "conditions={all-logits: }"])
+    run = run_experiment(recipe, tmp_path / "run", device="cpu", workers=0)
+    monkeypatch.setattr(type(run), "neutral", None)
+    result = displacement_surgery(run)
+    cell = result.data.sel(condition="all-logits", taught="digits")
+    assert (cell.share_estimate_status.sel(edit=[TOTAL, ALONG]) == ONE_MEMBER).all()
+    assert (cell.effect_low_status.sel(edit=[TOTAL, ALONG]) == ONE_MEMBER).all()
+    assert np.isfinite(cell.effect.sel(edit=[TOTAL, ALONG, long_as_along(RANDOM), "rank 4: residual"])).all()
+    judged = [finding for finding in result.findings if finding.quantity == "effect_along"]
+    assert [(finding.verdict, np.isnan(finding.null_low)) for finding in judged] == [("", True)]
+    assert "no other teacher" in judged[0].null and "no other teacher" in judged[0].reason
+    words = " ".join(result.summary)
+    assert "not told from 0" in words and "no effect" not in words and "no verdict on the part" in words
+    captions = " ".join(figure.caption for figure in result.figures)
+    assert "neutral" not in captions and "interval" not in captions and "(n = 1)" in captions
+
+
+def test_a_truncations_error_is_the_share_of_the_length_that_it_leaves_out(passed, data):
+    cell = data.sel(condition="all-logits", member=0)
+    difference = minus(state(passed, "student.all-logits", 0), state(passed, "control.all-logits", 0))
+    for rank in (0, 4):
+        residual = float(cell.edit_norm.sel(edit=f"rank {rank}: residual"))
+        expected = residual / dot(difference, difference) ** 0.5
+        assert float(cell.truncation_error.sel(rank=rank)) == pytest.approx(expected, rel=1e-4)

@@ -30,7 +30,7 @@ from mechsub.parameters.edits import (
     long_as_layerwise,
     long_as_student,
 )
-from mechsub.parameters.surgery import Spectrum, Subject, draw_matched, list_ranks, norm, operate, subtract
+from mechsub.parameters.surgery import LeadingParts, Subject, draw_matched, list_ranks, norm, operate, subtract
 
 SPEC = {
     "num_pixels": 7,
@@ -152,7 +152,7 @@ def test_a_truncation_and_its_residual_are_the_whole_difference(operation):
 
 def test_a_truncation_is_the_nearest_matrix_of_its_rank_and_keeps_vectors():
     direction = weights(5)
-    spectrum = Spectrum(direction, 0, "test")
+    spectrum = LeadingParts(direction, 4, 0, "test")
     for name, part in spectrum.truncate(2).items():
         if part.ndim == 1:
             assert torch.equal(part, direction[name])
@@ -164,12 +164,26 @@ def test_a_truncation_is_the_nearest_matrix_of_its_rank_and_keeps_vectors():
     assert all(not part.any() for part in spectrum.truncate(0).values() if part.ndim > 1)
 
 
-def test_a_randomised_decomposition_finds_the_leading_part_of_a_long_matrix(monkeypatch):
-    monkeypatch.setattr("mechsub.parameters.surgery._EXACT_SIDE", 8)
-    monkeypatch.setattr("mechsub.parameters.surgery.LARGEST_RANK", 6)
+@pytest.mark.parametrize("exact_up_to", [8, 100])
+def test_the_stated_error_of_a_truncation_is_its_distance_from_the_whole(exact_up_to):
+    """Of exact decompositions, and of sketches of 22 of 60 directions, with what they missed; vectors are whole."""
+    matrix = torch.from_numpy(np.random.default_rng(3).normal(size=(60, 70)))
+    direction = {"w": matrix, "b": torch.full((60,), 2.0, dtype=torch.float64)}
+    parts = LeadingParts(direction, 6, 0, "test", exact_up_to=exact_up_to)
+    whole = norm(direction)
+    for rank in (0, 1, 4, 6):
+        left_out = norm(subtract(direction, parts.truncate(rank))) / whole
+        assert parts.relative_error(rank) == pytest.approx(left_out, rel=1e-9)
+    if exact_up_to == 100:
+        values = np.linalg.svd(matrix.numpy(), compute_uv=False)
+        assert parts.relative_error(4) == pytest.approx(np.linalg.norm(values[4:]) / whole)
+    assert np.isnan(LeadingParts({"w": 0 * matrix}, 2, 0, "test").relative_error(1))
+
+
+def test_a_randomised_decomposition_finds_the_leading_part_of_a_long_matrix():
     left, right = (np.linalg.qr(np.random.default_rng(seed).normal(size=(60, 60)))[0] for seed in (0, 1))
     matrix = torch.from_numpy(left * 0.7 ** np.arange(60) @ right)
-    found = Spectrum({"w": matrix}, 0, "test").truncate(4)["w"]
+    found = LeadingParts({"w": matrix}, 6, 0, "test", exact_up_to=8).truncate(4)["w"]
     exact = (left[:, :4] * 0.7 ** np.arange(4)) @ right[:4]
     np.testing.assert_allclose(found, exact, atol=1e-6)
 
@@ -224,7 +238,25 @@ def test_weights_in_half_precision_are_added_to_in_full():
     subject = Subject(control, student, {"w": "layer"})
     assert subject.difference["w"].dtype == torch.float32
     built = subject.build(subject.add(subject.difference, {"layer": 2.0}))
-    assert built["w"].dtype == torch.bfloat16 and built["w"].tolist() == [2.0, 260.0]
+    assert built["w"].dtype == torch.float32 and built["w"].tolist() == [2.0, 260.0]
+    small = subject.build(subject.add(subject.difference, {"layer": 2.0**-12}))["w"]
+    assert small.tolist() == [1.0 + 2.0**-13, 256.0 + 2.0**-11]  # both would be rounded away in bfloat16
+
+
+def test_a_module_in_half_precision_is_operated_on_in_float32_and_given_back_in_its_own():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False), torch.nn.BatchNorm1d(1)).bfloat16().eval()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with torch.no_grad(), operate(module) as patient:
+        assert (patient.own_type, patient.scored_type) == (torch.bfloat16, torch.float32)
+        weights = {"0.weight": torch.tensor([[1.0 + 2.0**-13, 0.0]])}
+        patient.install(weights)
+        scale = float(module(torch.tensor([[1.0, 0.0]])) / module(torch.tensor([[1.0 + 2.0**-13, 0.0]])))
+        assert scale == pytest.approx(1 / (1 + 2.0**-13), abs=1e-7)
+        assert torch.equal(module[0].weight, weights["0.weight"])
+    with operate(module, widen=False) as patient:
+        assert patient.scored_type == torch.bfloat16
+    after = module.state_dict()
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
 
 
 def linear_effects(operation, trait):
