@@ -185,7 +185,7 @@ class _Rows:
     def _bound(self, variances: Float[Tensor, " member"]) -> Float[Tensor, " member"]:
         """The singular value that rounding could make."""
         shape = self.matrix.shape
-        return (variances.sqrt() * (np.sqrt(shape[0]) + np.sqrt(shape[1]))).to(self.device)
+        return (variances.sqrt() * float(np.sqrt(shape[0]) + np.sqrt(shape[1]))).to(self.device)
 
 
 def _cut_sum(parts: Mapping[Part, float], matrix: Matrix, member: int, device: str) -> Factors:
