@@ -649,8 +649,8 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
             f"of their principal angles, from 0 to 1, no unit) at the last step, of every {_scope_words(data)}; each dot is "
             "one of "
             f"{_members(run, data, 'overlap')}; {_null_words(run)}. Blue: random subspaces, their mean k/d and 5–95 % of "
-            "them, a line to read by, not the null: any training on the same inputs lies over it. A row without dots has no overlap; "
-            "the results say why."
+            "them, a line to read by, not the null: any training on the same inputs lies over it. A row without dots has no "
+            "overlap; the results say why."
         ),
         variables=("overlap", "overlap_of_control", "haar_overlap", "haar_low", "haar_high", "last_step"),
         spec=chart_spec(facets),
@@ -758,7 +758,8 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
             "squared "
             "cosine, no unit) at the last step, mean of both sides and over matrices; each dot is one of "
             f"{_members(run, data, 'specific_overlap')}. {beside} and has no verdict: swapped labels turn both differences "
-            "round and leave their subspaces as they are. Blue: the mean of random subspaces in the matrices of student − control."
+            "round and leave their subspaces as they are. Blue: the mean of random subspaces in the matrices "
+            "of student − control."
         ),
         variables=(*names, "haar_specific_overlap"),
         spec=chart_spec(alt.layer(tick, dots, data=DATA).properties(width=640, height=alt.Step(16))),

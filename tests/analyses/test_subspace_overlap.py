@@ -156,14 +156,9 @@ def test_findings_name_scope_null_and_n(tiny_run):
     assert len(judged) == 7 and (judged.verdict != "").all() and (judged.margin == 0.05).all()
     assert (found[found.quantity != "subspace_overlap"].verdict == "").all() and (found.reason != "").all()
     assert (found.n == 3).all() and (found["null"] != "").all() and (found.formula != "").all()
-    assert (
-        judged[judged.condition == "same-init"].scope
-        == "plain mean over the 2 matrices where student, control and teacher have 4 directions"
-    ).all()
-    assert (
-        judged[judged.condition == "all-logits"].scope
-        == "plain mean over the 3 matrices where student, control and teacher have 4 directions"
-    ).all()
+    for condition, num in (("same-init", 2), ("all-logits", 3)):
+        scope = f"plain mean over the {num} matrices where student, control and teacher have 4 directions"
+        assert (judged[judged.condition == condition].scope == scope).all()
 
 
 def test_a_run_that_was_begun_without_the_settings_of_subspaces_is_analysed(tiny_run, tmp_path):
@@ -238,7 +233,8 @@ def test_a_nan_spoils_the_scopes_that_it_lies_in_and_no_other_number(tiny_run, t
     result = spoil(tiny_run, tmp_path / "spoilt", lineage, step, member, tensor)
     names, conditions = SPOILT[lineage]
     found = result.data.sel(taught="digits")
-    touched = [tensor, str(found.scope.values[found.scope_kind.values == "layer"][0]), "model"]
+    info = tiny_run.reference.spec.tensors[tensor]
+    touched = [name for name in (tensor, info.layer, f"every {info.kind}", "model") if name in found.scope.values]
     for name in {*ALONG_TRAINING, *AT_THE_END, *OF_TEACHERS}:
         is_new = found[f"{name}_status"].isin([NOT_FINITE]) & (data[f"{name}_status"] != NOT_FINITE)
         own = found[name].where(~is_new)
