@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -16,7 +16,8 @@ from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL
-from mechsub.parameters.directions import Direction, displacement, displacement_difference
+from mechsub.parameters.directions import Direction, displacement, displacement_difference, sum_parts
+from mechsub.parameters.gram import NotFinite, find_spoiling
 from mechsub.parameters.matrices import Matrix, MatrixScopes, average_groups, list_matrices, load_spectrum
 from mechsub.parameters.subspace_cases import (
     ALONG_TRAINING,
@@ -33,8 +34,10 @@ from mechsub.parameters.subspace_cases import (
     average_haar,
 )
 from mechsub.parameters.subspaces import (
+    BELOW,
     EXACT_UP_TO,
     INCOMPARABLE,
+    NOT_FINITE,
     NOT_RUN,
     OK,
     SIDES,
@@ -57,7 +60,11 @@ _HAAR_DRAWS = 400
 _MOST_MATRICES = 16
 """With more, figures show layers; every matrix is in the results."""
 _OTHER_TEACHER = "another teacher's student from the same start: the control's value"
-_MEASURE_WORDS = {"effective_rank": "exp(H(σ²/Σσ²))", "stable_rank": "‖ΔW‖_F² / ‖ΔW‖₂²"}
+_MEASURE_WORDS = {
+    "effective_rank": "exp(H(σ²/Σσ²))",
+    "stable_rank": "‖ΔW‖_F² / ‖ΔW‖₂²",
+    "rank": "singular values over the rounding of what was stored",
+}
 _OVERLAP_FORMULA = "‖U_kᵀ W_k‖_F² / k of the k leading singular vectors of"
 CaseName = tuple[str, str]
 """A condition and the trait of the student's teacher."""
@@ -67,6 +74,8 @@ CaseName = tuple[str, str]
 def subspace_overlap(run: Run) -> Result:
     """How many directions displacements have, and whether a student's are its teacher's, against another teacher's student."""
     matrices = list_matrices(run.reference.spec.tensors)
+    if not matrices:
+        return Result(xr.Dataset(), [], [], ["The model has no matrix with two sides over 1, so no directions to compare."])
     scopes = MatrixScopes.of(matrices)
     steps = sorted({step for case in _cases(run) for step in run.student(*case).steps})
     sizes = Sizes(
@@ -78,15 +87,18 @@ def subspace_overlap(run: Run) -> Result:
         tuple(sorted({*RANKS, run.recipe.verdict.subspace_rank})),
         max(min(matrix.shape) for matrix in matrices),
     )
-    measured = Measured.empty(sizes)
+    measured, not_finite = Measured.empty(sizes), set[NotFinite]()
     for place, matrix in enumerate(matrices):
-        _measure_matrix(run, measured, steps, place, matrix)
+        not_finite |= _measure_matrix(run, measured, steps, place, matrix)
         run.report_progress(run.num_checkpoints * (place + 1) // len(matrices))
     data = _label(run, measured, steps, matrices, scopes)
     judgements = _judge(run, data)
-    figures = [_scope_figure(run, data), _spectrum_figure(run, data), _training_figure(run, data), _specific_figure(run, data)]
+    figures = [_scope_figure(run, data), _spectrum_figure(run, data), _training_figure(run, data)]
+    if np.isfinite(data.specific_overlap).any():
+        figures.append(_specific_figure(run, data))
     groups = {"spectra": _spectra(run, measured, matrices), "principal_angles": _angles(run, measured, matrices)}
-    return Result(data, _findings(run, data, judgements), figures, _sentences(run, data, matrices, measured), groups)
+    sentences = [*_sentences(run, data, matrices, measured), *_not_finite_sentences(not_finite)]
+    return Result(data, _findings(run, data, judgements), figures, sentences, groups)
 
 
 @dataclass(frozen=True)
@@ -124,9 +136,17 @@ class _Place:
     teachers: _Teachers
 
 
-def _measure_matrix(run: Run, measured: Measured, steps: Sequence[int], index: int, matrix: Matrix) -> None:
-    """Everything of one matrix."""
-    load = partial(load_spectrum, matrix=matrix, top=max(measured.sizes.ranks), seed=run.recipe.seed, device=run.device)
+def _measure_matrix(run: Run, measured: Measured, steps: Sequence[int], index: int, matrix: Matrix) -> set[NotFinite]:
+    """Everything of one matrix, and what is not finite in it."""
+    not_finite, tensor = set[NotFinite](), matrix.block.tensor
+
+    def load(direction: Direction) -> Spectrum:
+        found = load_spectrum(direction, matrix, max(measured.sizes.ranks), seed=run.recipe.seed, device=run.device)
+        spoilt = found.square.isnan()[:, None]
+        if spoilt.any():
+            not_finite.update(find_spoiling([sum_parts(direction, tensor)], tensor, spoilt))
+        return found
+
     place = _Place(run, measured, steps, index, load, _Teachers.load(run, load))
     for row, trait in enumerate(run.traits):
         if place.teachers.neutral is not None:
@@ -137,6 +157,7 @@ def _measure_matrix(run: Run, measured: Measured, steps: Sequence[int], index: i
             _measure_condition(place, number, condition)
         else:
             measured.set_incomparable(number)
+    return not_finite
 
 
 def _measure_condition(place: _Place, number: int, condition: str) -> None:
@@ -231,7 +252,7 @@ def _label(run: Run, measured: Measured, steps: Sequence[int], matrices: Sequenc
         formula = f"{_OVERLAP_FORMULA} {OVERLAPS[name]}" if is_overlap else _MEASURE_WORDS[name]
         unit = "mean squared cosine" if is_overlap else "dimensions"
         variables |= _variable(name, own, *measured.average(name, scopes), formula, unit)
-    variables |= _label_shares(run, measured, steps, scopes)
+    variables |= _label_shares(measured, scopes)
     variables |= _label_haar(run, measured, steps, matrices, scopes)
     variables["last_step"] = label_variable(
         [[run.student(condition, trait).last for trait in run.traits] for condition in run.conditions],
@@ -261,13 +282,12 @@ def _variable(
     return {name: described, f"{name}_status": status_variable(codes, dims, STATUS, name)}
 
 
-def _label_shares(run: Run, measured: Measured, steps: Sequence[int], scopes: MatrixScopes) -> dict[str, xr.Variable]:
+def _label_shares(measured: Measured, scopes: MatrixScopes) -> dict[str, xr.Variable]:
     """Cumulative shares of the matrices that student and teacher both moved, averaged over traits and members as well."""
     values, codes = measured.values["cumulative_share"], measured.codes["cumulative_share"].copy()
-    for case in product(range(len(run.conditions)), range(len(run.traits))):
-        is_shared = (_last_codes(run, measured, steps, case) == OK).any((0, 2, 3))
-        own = codes[case]
-        own[:, :, ~is_shared] = np.where(own[:, :, ~is_shared] == OK, ZERO, own[:, :, ~is_shared])
+    moved = measured.codes["stable_rank"][:, :, [WHO.index("student"), WHO.index("teacher")], None, :, :, None]
+    codes[(codes == OK) & (moved == ZERO).any(2)] = ZERO
+    codes[((codes == OK) | (codes == ZERO)) & (moved == NOT_FINITE).any(2)] = NOT_FINITE
     values, codes = average_groups(values, codes, scopes.groups, -2)
     known = codes == OK
     counts, sums = known.sum((1, 3)), np.where(known, values, 0.0).sum((1, 3))
@@ -290,32 +310,34 @@ def _label_haar(
             means[row, side, column] = haar_mean(k, length)
             stream = random_stream(seed, "haar", matrix.name, SIDES[side], k)
             draws[:, row, side, column] = sample_haar_overlaps(k, length, _HAAR_DRAWS, stream)
-    names = {
-        "haar_overlap": (means[None], lambda values: values[0], "k/d"),
-        "haar_low": (draws, lambda values: np.quantile(np.nan_to_num(values), 0.05, axis=0), "5 % quantile of samples"),
-        "haar_high": (draws, lambda values: np.quantile(np.nan_to_num(values), 0.95, axis=0), "95 % quantile of samples"),
+    low, high = (lambda values, q=q: np.quantile(np.nan_to_num(values), q, axis=0) for q in (0.05, 0.95))
+    names: dict[str, tuple[str, np.ndarray, Callable[[np.ndarray], np.ndarray], str]] = {
+        "haar_overlap": ("overlap", means[None], lambda values: values[0], "k/d"),
+        "haar_low": ("overlap", draws, low, "5 % quantile of samples"),
+        "haar_high": ("overlap", draws, high, "95 % quantile of samples"),
+        "haar_specific_overlap": ("specific_overlap", means[None], lambda values: values[0], "k/d"),
     }
     variables: dict[str, xr.Variable] = {}
-    for name, (single, reduce, formula) in names.items():
+    for name, (of, single, reduce, formula) in names.items():
         found = [
             [
-                average_haar(single, _last_codes(run, measured, steps, case), scopes, reduce)
+                average_haar(single, _last_codes(run, measured, of, steps, case), scopes, reduce)
                 for case in product([condition], range(len(run.traits)))
             ]
             for condition in range(len(run.conditions))
         ]
         values, codes = (np.array([[cell[part] for cell in row] for row in found]) for part in (0, 1))
         dims = ("condition", "taught", "scope", "side", "k")
-        words = f"of two uniformly random subspaces, over the matrices that have an overlap: {formula}"
+        words = f"of two uniformly random subspaces, over the matrices that have {of.replace('_', ' ')}: {formula}"
         variables |= _variable(name, dims, values, codes, words, "mean squared cosine")
     return variables
 
 
-def _last_codes(run: Run, measured: Measured, steps: Sequence[int], case: tuple[int, int]) -> np.ndarray:
+def _last_codes(run: Run, measured: Measured, name: str, steps: Sequence[int], case: tuple[int, int]) -> np.ndarray:
     """The status of the student's overlaps at its last step as [member, matrix, side, k]."""
+    codes: np.ndarray = measured.codes[name][case]
     last = run.student(run.conditions[case[0]], run.traits[case[1]]).last
-    codes: np.ndarray = measured.codes["overlap"][*case, :, list(steps).index(last)]
-    return codes
+    return codes[:, list(steps).index(last)] if name in ALONG_TRAINING else codes
 
 
 # Groups of a file share its dims by name, so that an axis of another length needs a name of its own.
@@ -415,58 +437,65 @@ _LINES = {
 
 def _overlap_finding(run: Run, data: xr.Dataset, case: CaseName, judgement: Judgement | None) -> Finding:
     confidence = run.recipe.verdict.confidence
-    against = student_interval(_final(run, data, "overlap_of_control", case), confidence)
+    compared = _beside_control(run, case)
+    (own, *against), counts = _compare(run, data, compared, case)
+    interval = student_interval(against[0] if against else np.full(len(own), np.nan), confidence)
     null, reason = _OTHER_TEACHER, "nothing is held against the null"
-    if run.control(case[0]) is None:
+    if not against:
         null, reason = "none: no control was given", "without its null an overlap says nothing; give --control"
     if judgement is not None:
         reason = f"difference from the null {judgement.interval}: {judgement.reason}"
+    lacking = _describe_lack(run, data, case)
+    if not counts.any() and lacking:
+        reason = f"no member has an overlap: {lacking}"
     return Finding(
         quantity="subspace_overlap",
         unit="mean squared cosine",
         null=null,
-        null_low=against.low,
-        null_high=against.high,
+        null_low=interval.low,
+        null_high=interval.high,
         verdict=judgement.verdict if judgement else "",
         reason=reason,
         rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
         margin=run.recipe.verdict.subspace_margin if judgement else float("nan"),
         formula=f"{_OVERLAP_FORMULA} {OVERLAPS['overlap']}, {_rank_words(run)}",
-        **interval_fields(student_interval(_final(run, data, "overlap", case), confidence)),
-        **_common(run, data, case),
+        scope=_scope_of(counts, f"where {_compared_words(against)} have {run.recipe.verdict.subspace_rank} directions"),
+        **interval_fields(student_interval(own, confidence)),
+        **_common(run, case),
     )
 
 
 def _line_finding(run: Run, data: xr.Dataset, name: str, case: CaseName) -> Finding:
     confidence = run.recipe.verdict.confidence
     beside, words, reason = _LINES[name]
-    null = np.full(run.recipe.members, np.nan) if not beside else _final(run, data, beside, case)
-    against = student_interval(null, confidence)
+    has_null = bool(beside) and bool(np.isfinite(_final(run, data, beside, case)).any())
+    (own, *null), counts = _compare(run, data, (name, beside) if has_null else (name,), case)
+    against = student_interval(null[0] if null else np.full(len(own), np.nan), confidence)
     return Finding(
         quantity=f"subspace_{name}",
         unit="mean squared cosine",
-        null=words if against.n or not beside else "none: there is no second control",
+        null=words if has_null or not beside else "none: there is no second control",
         null_low=against.low,
         null_high=against.high,
         verdict="",
-        reason=reason,
+        reason=reason if has_null or not beside else reason.replace("its sham and ", ""),
         rule="",
         margin=float("nan"),
         formula=f"{_OVERLAP_FORMULA} {OVERLAPS[name]}, {_rank_words(run)}",
-        **interval_fields(student_interval(_final(run, data, name, case), confidence)),
-        **_common(run, data, case),
+        scope=_scope_of(counts, "that have this overlap" + (" and what it is held against" if has_null else "")),
+        **interval_fields(student_interval(own, confidence)),
+        **_common(run, case),
     )
 
 
 def _rank_finding(run: Run, data: xr.Dataset, case: CaseName) -> Finding:
     confidence = run.recipe.verdict.confidence
-    own, control = (
-        student_interval(_over_shared(run, data, "effective_rank", case, who), confidence) for who in ("student", "control")
-    )
+    own, counts = _average_rank(run, data, case, "student")
+    control = student_interval(_average_rank(run, data, case, "control")[0], confidence)
     return Finding(
         quantity="displacement_effective_rank",
         unit="dimensions",
-        null=_OTHER_TEACHER if control.n else "none: no control was given",
+        null=_OTHER_TEACHER if control.n else "none: no control has a value",
         null_low=control.low,
         null_high=control.high,
         verdict="",
@@ -474,19 +503,18 @@ def _rank_finding(run: Run, data: xr.Dataset, case: CaseName) -> Finding:
         rule="",
         margin=float("nan"),
         formula=f"{_MEASURE_WORDS['effective_rank']} of Δ_S",
-        **interval_fields(own),
-        **_common(run, data, case),
+        scope=_scope_of(counts, "that student and teacher both moved"),
+        **interval_fields(student_interval(own, confidence)),
+        **_common(run, case),
     )
 
 
-def _common(run: Run, data: xr.Dataset, case: CaseName) -> dict[str, Any]:
-    num = len(_measured_matrices(run, data, [case]))
+def _common(run: Run, case: CaseName) -> dict[str, Any]:
     return {
         "analysis": "subspace_overlap",
         "condition": case[0],
         "trait": case[1],
         "step": run.student(*case).last,
-        "scope": f"plain mean over the {num} matrices that both moved" if num else "all matrices",
         "context": "parameters",
         "num_references": run.recipe.num_references(case[0]),
         "source": SOURCE,
@@ -497,11 +525,76 @@ def _rank_words(run: Run) -> str:
     return f"k = {run.recipe.verdict.subspace_rank}, mean of left and right"
 
 
-def _measured_matrices(run: Run, data: xr.Dataset, cases: Sequence[CaseName]) -> list[str]:
-    """The matrices in which the student and the teacher of some case and member have an overlap."""
-    is_matrix = data.scope_kind.values == "matrix"
-    known = [np.isfinite(_final(run, data, "overlap", case, scope=slice(None)))[:, is_matrix].any(0) for case in cases]
-    return [str(name) for name, there in zip(data.scope.values[is_matrix], np.any(known, axis=0), strict=True) if there]
+def _scope_of(counts: np.ndarray, which: str) -> str:
+    """The matrices behind the members' means, in words."""
+    return f"plain mean over the {_count_words(counts)} {which}" if counts.any() else "no matrix"
+
+
+def _count_words(counts: np.ndarray) -> str:
+    """How many matrices members have, of those with one."""
+    low, high = counts[counts > 0].min(), counts.max()
+    number = f"{low}" if low == high else f"{low} to {high} (by member)"
+    return f"{number} {'matrix' if high == 1 else 'matrices'}"
+
+
+def _compared_words(against: Sequence[object]) -> str:
+    return "student, control and teacher" if against else "student and teacher"
+
+
+def _beside_control(run: Run, case: CaseName) -> tuple[str, ...]:
+    """The overlap and, where there is one, its null."""
+    return ("overlap",) if run.control(case[0]) is None else ("overlap", "overlap_of_control")
+
+
+def _compare(run: Run, data: xr.Dataset, names: Sequence[str], case: CaseName) -> tuple[list[np.ndarray], np.ndarray]:
+    """Overlaps at the last step over the matrices that have all of them, so that differences of means are means of differences.
+
+    ([member] for each name, the number of matrices [member]); NaN in members in which one of them is not finite somewhere.
+    """
+    values = [_final(run, data, name, case, scope=_matrix_names(data)) for name in names]
+    is_spoilt = np.any([_final(run, data, f"{name}_status", case) == NOT_FINITE for name in names], axis=0)
+    known = np.isfinite(values).all(0) & ~is_spoilt[:, None]
+    return [_average_known(own, known) for own in values], known.sum(-1)
+
+
+def _average_rank(run: Run, data: xr.Dataset, case: CaseName, who: str) -> tuple[np.ndarray, np.ndarray]:
+    """The effective rank over the matrices that student and teacher both moved: ([member], the number of matrices [member])."""
+    names, involved = _matrix_names(data), ("student", "teacher", who)
+    moved = [np.isfinite(_final(run, data, "stable_rank", case, who=one, scope=names)) for one in involved[:2]]
+    values = _final(run, data, "effective_rank", case, who=who, scope=names)
+    is_spoilt = np.any([_final(run, data, "stable_rank_status", case, who=one) == NOT_FINITE for one in involved], axis=0)
+    known = np.isfinite(values) & np.all(moved, axis=0) & ~is_spoilt[:, None]
+    return _average_known(values, known), known.sum(-1)
+
+
+def _average_known(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The plain mean of each row's known values; NaN where there is none."""
+    counts = known.sum(-1)
+    sums = np.where(known, values, 0.0).sum(-1)
+    means: np.ndarray = np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+    return means
+
+
+def _matrix_names(data: xr.Dataset) -> list[str]:
+    return [str(name) for name in data.scope.values[data.scope_kind.values == "matrix"]]
+
+
+def _describe_lack(run: Run, data: xr.Dataset, case: CaseName) -> str:
+    """Whose displacements have fewer than k directions in every matrix; empty where overlaps are missing for another reason."""
+    k, names = run.recipe.verdict.subspace_rank, _matrix_names(data)
+    if any((_final(run, data, f"{name}_status", case) == NOT_FINITE).any() for name in _beside_control(run, case)):
+        return ""
+    if not any((_final(run, data, f"{name}_status", case, scope=names) == BELOW).any() for name in _beside_control(run, case)):
+        return ""
+    moved = [np.isfinite(_final(run, data, "stable_rank", case, who=who, scope=names)) for who in ("student", "teacher")]
+    names = [name for name, there in zip(names, np.all(moved, axis=0).any(0), strict=True) if there]
+    parts = []
+    for who in ("student", "control", "teacher"):
+        ranks = _final(run, data, "rank", case, who=who, scope=names)
+        is_whole = ~np.isnan(ranks) | (_final(run, data, "stable_rank_status", case, who=who, scope=names) != OK)
+        if np.isfinite(ranks).any() and is_whole.all() and np.nanmax(ranks) < k:
+            parts.append(f"rank {int(np.nanmax(ranks))} < k = {k} of the {who}")
+    return ", ".join(parts) or f"no matrix has {k} directions in all that are compared (k = {k})"
 
 
 def _long_form(names: Mapping[str, str]) -> alt.Chart:
@@ -555,10 +648,9 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
             "cosine "
             f"of their principal angles, from 0 to 1, no unit) at the last step, of every {_scope_words(data)}; each dot is "
             "one of "
-            f"{_members(run)}; the null is the control, a student of {run.neutral_name} from the same start. Blue: random "
-            "subspaces, their mean k/d and 5–95 % of them, a line to read by, not the null: any training on the same "
-            "inputs lies "
-            "over it. A row without dots has no overlap; the results say why."
+            f"{_members(run, data, 'overlap')}; {_null_words(run)}. Blue: random subspaces, their mean k/d and 5–95 % of "
+            "them, a line to read by, not the null: any training on the same inputs lies over it. A row without dots has no "
+            "overlap; the results say why."
         ),
         variables=("overlap", "overlap_of_control", "haar_overlap", "haar_low", "haar_high", "last_step"),
         spec=chart_spec(facets),
@@ -598,11 +690,14 @@ def _spectrum_figure(run: Run, data: xr.Dataset) -> Figure:
         name="displacement_spectra",
         title="How many directions a displacement needs",
         caption=(
-            "Share of ‖ΔW‖² in its largest singular values, at the last step: plain mean over the matrices that moved and "
-            "over "
-            f"{_members(run)}, of up to {SHOWN_VALUES} values. A line that is high at 1 is one direction; a flat spectrum "
-            "rises "
-            "in proportion. The control is the null: what training on such inputs gives whoever the teacher was."
+            "Share of ‖ΔW‖² in its largest singular values, at the last step: plain mean over the matrices that student and "
+            f"teacher both moved and over {_members(run, data, 'stable_rank')}, of up to {SHOWN_VALUES} values. A line that is "
+            "high at 1 is one direction; a flat spectrum rises in proportion. "
+            + (
+                "The control is the null: what training on such inputs gives whoever the teacher was."
+                if _has_control(run)
+                else "There is no control and so no null."
+            )
         ),
         variables=("cumulative_share",),
         spec=chart_spec(facets),
@@ -627,11 +722,8 @@ def _training_figure(run: Run, data: xr.Dataset) -> Figure:
         title="Overlap with the teacher's leading directions along training",
         caption=(
             f"Overlap of the {run.recipe.verdict.subspace_rank} leading singular vectors of Δ_S and Δ_T (mean squared "
-            "cosine, no "
-            "unit), mean of output and input side and plain mean over the matrices that both moved; against that of its "
-            "control, a "
-            f"student of {run.neutral_name} from the same start (the null). Thin lines are {_members(run)}, thick ones "
-            "their mean. "
+            "cosine, no unit), mean of output and input side and plain mean over the matrices in which both have so many "
+            f"directions; {_null_words(run)}. Thin lines are {_members(run, data, 'overlap')}, thick ones their mean. "
             "Blue: the mean of random subspaces in the same matrices, a line to read by, not the null."
         ),
         variables=("overlap", "overlap_of_control", "haar_overlap"),
@@ -654,20 +746,22 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
             tooltip=["condition:N", "taught:N", "who:N", "member:O", alt.Tooltip("found:Q", format=".3f", title="overlap")],
         )
     )
-    chance = _long_form(names).mark_tick(color=_RANDOM, thickness=1.5, height=14)
-    tick = chance.encode(x="mean(haar_overlap):Q", y=y, yOffset=offset)
+    chance = _long_form({"specific_overlap": names["specific_overlap"]}).mark_tick(color=_RANDOM, thickness=1.5, height=14)
+    tick = chance.encode(x="mean(haar_specific_overlap):Q", y=y, yOffset=offset)
+    has_sham = bool(np.isfinite(data.sham_overlap).any())
+    beside = "It stands beside its sham, two controls in the students' places," if has_sham else "It has no sham beside it"
     return Figure(
         name="specific_subspace_overlap",
         title="Specific overlap: are the directions that only the student took those that only its teacher took?",
         caption=(
             f"Overlap of the {run.recipe.verdict.subspace_rank} leading singular vectors of θ_S − θ_C and Δ_T − Δ_N (mean "
             "squared "
-            f"cosine, no unit) at the last step, mean of both sides and over matrices; each dot is one of {_members(run)}. "
-            "It stands "
-            "beside its sham, two controls in the students' places, and has no verdict: swapped labels turn both differences "
-            "round and leave their subspaces as they are. Blue: the mean of random subspaces."
+            "cosine, no unit) at the last step, mean of both sides and over matrices; each dot is one of "
+            f"{_members(run, data, 'specific_overlap')}. {beside} and has no verdict: swapped labels turn both differences "
+            "round and leave their subspaces as they are. Blue: the mean of random subspaces in the matrices "
+            "of student − control."
         ),
-        variables=(*names, "haar_overlap"),
+        variables=(*names, "haar_specific_overlap"),
         spec=chart_spec(alt.layer(tick, dots, data=DATA).properties(width=640, height=alt.Step(16))),
         select={**_at_rank(run), "scope": [MODEL], "side": ["both"], "condition": _drawn(run)},
     )
@@ -688,13 +782,14 @@ def _drawn(run: Run) -> list[str]:
 
 
 def _drawn_scopes(run: Run, data: xr.Dataset) -> list[str]:
-    """Every matrix that has an overlap somewhere, or the layers where there are many; then the model."""
+    """Every matrix in which a student has an overlap, or the layers where there are many; then the model."""
     kind = "matrix" if _shows_matrices(data) else "layer"
     names = [str(name) for name, own in zip(data.scope.values, data.scope_kind.values, strict=True) if own in {kind, MODEL}]
     cases = [(condition, trait) for condition in _drawn(run) for trait in run.traits]
     if kind == "layer" or not cases:
         return names
-    return [name for name in names if name in {*_measured_matrices(run, data, cases), MODEL}]
+    known = [np.isfinite(_final(run, data, "overlap", case, scope=names)).any(0) for case in cases]
+    return [name for name, there in zip(names, np.any(known, axis=0), strict=True) if there or name == MODEL]
 
 
 def _shows_matrices(data: xr.Dataset) -> bool:
@@ -707,25 +802,33 @@ def _scope_words(data: xr.Dataset) -> str:
     )
 
 
-def _members(run: Run) -> str:
+def _members(run: Run, data: xr.Dataset, name: str) -> str:
+    """The members with a value over the model, in words; for the least and the most of the students that are drawn."""
+    cases = [(condition, trait) for condition in _drawn(run) for trait in run.traits]
+    counts = [int(np.isfinite(_final(run, data, name, case, who="student")).sum()) for case in cases]
+    known = [count for count in counts if count] or [0]
+    number = f"{min(known)}" if min(known) == max(known) else f"{min(known)} to {max(known)}"
     traits = f" of {len(run.traits)} traits each" if len(run.traits) > 1 else ""
-    return f"the members (n = {run.recipe.members}{traits})"
+    return f"the members (n = {number}{traits})"
+
+
+def _has_control(run: Run) -> bool:
+    return any(run.control(condition) is not None for condition in _drawn(run))
+
+
+def _null_words(run: Run) -> str:
+    """What stands beside the student in figures."""
+    if not _has_control(run):
+        return "there is no control and so no null"
+    return f"the null is the control, a student of {run.neutral_name} from the same start"
 
 
 def _sentences(run: Run, data: xr.Dataset, matrices: Sequence[Matrix], measured: Measured) -> list[str]:
+    drawn = [name for name in _drawn(run) if _has_moved(run, data, name)]
     sentences = _untold_sentences(run)
-    for condition in _drawn(run):
-        cases = [(condition, trait) for trait in run.traits]
-        if _measured_matrices(run, data, cases):
-            sentences += [_describe_rank(run, data, cases), _describe_overlap(run, data, cases)]
-        if run.student(*cases[0]).spec.origin.only_permuted:
-            sentences.append(
-                f"{condition}: its hidden units are stored in another order than its teacher's, so that its directions can "
-                "be its "
-                "teacher's only on a side that is not permuted (the inputs of the first layer, the outputs of the last); "
-                "an overlap "
-                "near the random line on the others says nothing against a transfer."
-            )
+    if drawn:
+        sentences.append(_describe_shared(run, data, drawn))
+    sentences += [_describe_condition(run, data, name) for name in drawn]
     sketched = [matrix for matrix in matrices if min(matrix.shape) > EXACT_UP_TO]
     errors = measured.values["backward_error"]
     if sketched and np.isfinite(errors).any():
@@ -739,61 +842,101 @@ def _sentences(run: Run, data: xr.Dataset, matrices: Sequence[Matrix], measured:
     return sentences
 
 
-def _describe_rank(run: Run, data: xr.Dataset, cases: Sequence[CaseName]) -> str:
-    """How many directions the displacements of one condition have; means over traits within members."""
-    confidence = run.recipe.verdict.confidence
-    own, control, teacher = (
-        student_interval(np.mean([_over_shared(run, data, "effective_rank", case, who) for case in cases], axis=0), confidence)
-        for who in ("student", "control", "teacher")
+def _has_moved(run: Run, data: xr.Dataset, condition: str) -> bool:
+    """Whether student and teacher of some trait and member both moved some matrix."""
+    names = _matrix_names(data)
+    cases = [(condition, trait) for trait in run.traits]
+    norms = [[_final(run, data, "stable_rank", case, who=who, scope=names) for who in ("student", "teacher")] for case in cases]
+    return bool(np.isfinite(norms).all(1).any())
+
+
+def _describe_shared(run: Run, data: xr.Dataset, conditions: Sequence[str]) -> str:
+    """What all conditions have in common."""
+    cases = [(condition, trait) for condition in conditions for trait in run.traits]
+    ranks = [student_interval(_average_rank(run, data, case, "teacher")[0], 0.95).estimate for case in cases]
+    chance = [float(_final(run, data, "haar_overlap", case)) for case in cases]
+    text = f"Overlaps are those of the {run.recipe.verdict.subspace_rank} leading directions"
+    if np.isfinite(chance).any():
+        text += f"; of random subspaces in the same matrices they would be {_range_words(chance, 2)}"
+    if np.isfinite(ranks).any():
+        text += f". The teacher's effective rank is {_range_words(ranks, 1)} in the matrices that students moved too"
+    return f"{text}."
+
+
+def _range_words(values: Sequence[float], digits: int) -> str:
+    """From the smallest to the largest, or one number."""
+    low, high = (f"{find(values):.{digits}f}" for find in (np.nanmin, np.nanmax))
+    return low if low == high else f"{low} to {high}"
+
+
+def _describe_condition(run: Run, data: xr.Dataset, condition: str) -> str:
+    """The overlaps and the rank of one condition; means over traits within members."""
+    cases = [(condition, trait) for trait in run.traits]
+    parts = [_describe_overlap(run, data, cases)]
+    names = [name for name in ("specific_overlap", "sham_overlap") if np.isfinite(_final(run, data, name, cases[0])).any()]
+    if "specific_overlap" in names:
+        (specific, *sham), _ = _compare_mean(run, data, names, cases)
+        beside = f" (its sham's {sham[0].estimate:.2f})" if sham else ""
+        parts.append(f"what only the student took overlaps with what only its teacher took by {specific.estimate:.2f}{beside}")
+    own, control = (
+        float(np.nanmean(values)) if np.isfinite(values := _mean_rank(run, data, cases, who)).any() else np.nan
+        for who in ("student", "control")
     )
-    share = float(data.cumulative_share.sel(condition=cases[0][0], who="student", scope=MODEL, value=1))
-    beside = f", its control's {control}" if control.n else ""
-    return (
-        f"{cases[0][0]}: in the matrices that both moved, the student's displacement has an effective rank of {own} on "
-        f"average{beside} and its teacher's {teacher}; its first direction holds {share:.0%} of ‖ΔW‖²."
-    )
+    if np.isfinite(own):
+        beside = f" (its control's {control:.1f})" if np.isfinite(control) else ""
+        share = float(data.cumulative_share.sel(condition=condition, who="student", scope=MODEL, value=1))
+        parts.append(f"effective rank {own:.1f}{beside}, {share:.0%} of ‖ΔW‖² in the first direction")
+    if run.student(*cases[0]).spec.origin.only_permuted:
+        parts.append(
+            "its hidden units are stored in another order, so that only inputs of the first layer and outputs of the last can "
+            "be its teacher's, and a small overlap says nothing against a transfer"
+        )
+    return f"{condition}: {'; '.join(parts)}."
 
 
 def _describe_overlap(run: Run, data: xr.Dataset, cases: Sequence[CaseName]) -> str:
-    """What the overlaps of one condition are, over what, and what chance would give."""
-    condition, k = cases[0][0], run.recipe.verdict.subspace_rank
-    overlap, control, excess = (_mean(run, data, name, cases) for name in ("overlap", "overlap_of_control", "overlap_excess"))
-    chance = float(np.nanmean([_final(run, data, "haar_overlap", case) for case in cases]))
-    told = f"{condition}: its {k} leading directions overlap with its teacher's by {overlap}"
-    if run.control(condition) is None:
-        return (
-            f"{told}; there is no control, so nothing says what any such training would have. Random subspaces: {chance:.3f}."
-        )
-    parts = [
-        f"{told} beside its control's {control} (difference {excess}, {_sign(excess)}); random subspaces would by {chance:.3f}"
-    ]
-    specific, sham = (_mean(run, data, name, cases) for name in ("specific_overlap", "sham_overlap"))
-    if specific.n:
-        beside = f", its sham's {sham}" if sham.n else ""
-        parts.append(f"what only the student took overlaps with what only its teacher took by {specific}{beside}")
-    return f"{'; '.join(parts)}."
+    """The overlap, its null and their difference over the same matrices, or why there is none."""
+    intervals, counts = _compare_mean(run, data, _beside_control(run, cases[0]), cases)
+    if not intervals[0].n:
+        return f"no overlap: {_describe_lack(run, data, cases[0]) or 'the results say why'}"
+    told = f"overlap {intervals[0]} in {_count_words(counts)}"
+    if len(intervals) == 1:
+        return f"{told}; there is no control, so nothing says what any such training would have"
+    excess = intervals[-1]
+    return f"{told} beside its control's {intervals[1]} (difference {excess}, {_sign(excess)})"
 
 
-def _over_shared(run: Run, data: xr.Dataset, name: str, case: CaseName, who: str) -> np.ndarray:
-    """The plain mean over the matrices that student and teacher both moved: [member]."""
-    values = _final(run, data, name, case, who=who, scope=_measured_matrices(run, data, [case]))
-    known = np.isfinite(values)
-    counts = known.sum(-1)
-    means: np.ndarray = np.divide(
-        np.where(known, values, 0.0).sum(-1), counts, out=np.full(len(values), np.nan), where=counts > 0
-    )
+def _compare_mean(
+    run: Run, data: xr.Dataset, names: Sequence[str], cases: Sequence[CaseName]
+) -> tuple[list[Interval], np.ndarray]:
+    """`_compare` with means over traits, and the difference of the first two behind them where there are two."""
+    confidence = run.recipe.verdict.confidence
+    found = [_compare(run, data, names, case) for case in cases]
+    means = [np.mean([values[place] for values, _ in found], axis=0) for place in range(len(names))]
+    if len(means) == 2:
+        means.append(means[0] - means[1])
+    return [student_interval(values, confidence) for values in means], np.concatenate([counts for _, counts in found])
+
+
+def _mean_rank(run: Run, data: xr.Dataset, cases: Sequence[CaseName], who: str) -> np.ndarray:
+    """The effective rank, mean over traits: [member]."""
+    means: np.ndarray = np.mean([_average_rank(run, data, case, who)[0] for case in cases], axis=0)
     return means
 
 
-def _mean(run: Run, data: xr.Dataset, name: str, cases: Sequence[CaseName]) -> Interval:
-    values = np.mean([_final(run, data, name, case) for case in cases], axis=0)
-    return student_interval(values, run.recipe.verdict.confidence)
-
-
 def _sign(interval: Interval) -> str:
+    if interval.n < 2:
+        return "one member"
     if interval.low > 0:
-        return "positive"
-    return "negative" if interval.high < 0 else "not told from 0"
+        return "interval over 0"
+    return "interval under 0" if interval.high < 0 else "interval holds 0"
+
+
+def _not_finite_sentences(not_finite: set[NotFinite]) -> list[str]:
+    return [
+        f"Not finite: {record}; every number that it would enter is NaN with that reason."
+        for record in sorted(not_finite, key=str)
+    ]
 
 
 def _untold_sentences(run: Run) -> list[str]:

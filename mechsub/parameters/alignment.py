@@ -60,16 +60,7 @@ class Scopes:
     @classmethod
     def of(cls, blocks: Sequence[Block]) -> "Scopes":
         """The scopes of a lineage's blocks."""
-        sets = {(block.name, "tensor"): {block.name} for block in blocks}
-        for name, scope_kind, belongs in (
-            ("{}", "layer", [block.layer for block in blocks]),
-            ("every {}", "module kind", [block.kind for block in blocks]),
-        ):
-            for whose in dict.fromkeys(belongs):
-                held = {block.name for block, its in zip(blocks, belongs, strict=True) if its == whose}
-                if scope_kind == "layer" or (held not in sets.values() and len(held) < len(blocks)):
-                    sets[name.format(whose), scope_kind] = held
-        sets[MODEL, "model"] = {block.name for block in blocks}
+        sets = group_blocks(blocks, "tensor")
         return cls(
             (*(name for name, _ in sets), SHARED_SUPPORT),
             (*(kind for _, kind in sets), "model"),
@@ -89,6 +80,21 @@ class Scopes:
     def random_cosine_sd(self) -> Float[np.ndarray, " scope"]:
         """The standard deviation of the cosine of two random directions, 1/√d; NaN for the shared support, which varies."""
         return np.append(1 / np.sqrt(self.members @ np.array(self.sizes, dtype=float)), np.nan)
+
+
+def group_blocks(blocks: Sequence[Block], single: str) -> dict[tuple[str, str], set[str]]:
+    """The fixed scopes: (name, kind) of each set of blocks' names; ``single`` is the kind of a block by itself."""
+    sets = {(block.name, single): {block.name} for block in blocks}
+    for name, scope_kind, belongs in (
+        ("{}", "layer", [block.layer for block in blocks]),
+        ("every {}", "module kind", [block.kind for block in blocks]),
+    ):
+        for whose in dict.fromkeys(belongs):
+            held = {block.name for block, its in zip(blocks, belongs, strict=True) if its == whose}
+            if scope_kind == "layer" or (held not in sets.values() and len(held) < len(blocks)):
+                sets[name.format(whose), scope_kind] = held
+    sets[MODEL, "model"] = {block.name for block in blocks}
+    return sets
 
 
 class DirectionAlgebra:

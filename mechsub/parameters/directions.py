@@ -1,6 +1,7 @@
 """Directions: signed sums of checkpoints of one member, and how one is read from the disk, dense or as factors."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,5 +78,10 @@ def load_low_rank(direction: Direction, tensor: str, member: int) -> Factors | N
     parts = sum_parts(direction, tensor)
     if not parts or any(part.kind != "factors" for part in parts):
         return None
+    return sum_factors(parts, tensor, member)
+
+
+def sum_factors(parts: Mapping[Part, float], tensor: str, member: int) -> Factors:
+    """A signed sum of low-rank changes of one member as a product of two thin matrices in float64; one at least."""
     factors = [(part.load_factors(tensor, member), sign) for part, sign in parts.items()]
     return Factors(torch.cat([sign * one.rows for one, sign in factors], dim=1), torch.cat([one.columns for one, _ in factors]))

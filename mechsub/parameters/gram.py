@@ -141,7 +141,7 @@ def _stream_tensor(
         if chunks.holders:
             one.rounding[:, chunks.holders] = chunks.rounding(sizes * chunks.exponent_share(one.block))
     spoilt = torch.stack([one.spoilt for one in totals]).any(0)
-    found = _find_not_finite(sums, tensor, spoilt)
+    found = find_spoiling(sums, tensor, spoilt)
     if spoilt.any() and not found and not wide:  # finite, but too large for products in float32
         for one in totals:
             one.clear()
@@ -224,10 +224,10 @@ def _multiply_pairs(rows: Float[Tensor, "row number"]) -> Float[Tensor, "row row
     return products
 
 
-def _find_not_finite(
+def find_spoiling(
     sums: Sequence[Mapping[Part, float]], tensor: str, spoilt: Bool[Tensor, "member direction"]
 ) -> list[NotFinite]:
-    """The checkpoints whose numbers spoil directions; only those of spoilt directions are read again."""
+    """The checkpoints whose numbers spoil directions, which are sums of parts; only those of spoilt ones are read again."""
     return find_not_finite({(part, member) for member, number in spoilt.nonzero().tolist() for part in sums[number]}, tensor)
 
 

@@ -1,22 +1,34 @@
 """The matrices of a model, their directions' spectra read one tensor at a time, and means over several matrices."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechsub.checkpoints import Factors, TensorInfo, as_computed
-from mechsub.parameters.alignment import MODEL
+from mechsub.checkpoints import Factors, TensorInfo
+from mechsub.lineages import Part, RowReader
+from mechsub.parameters.alignment import group_blocks
 from mechsub.parameters.blocks import Block, list_blocks
-from mechsub.parameters.directions import Direction, load_low_rank, sum_parts
-from mechsub.parameters.subspaces import OK, Spectrum, decompose_dense, decompose_low_rank
+from mechsub.parameters.directions import Direction, sum_factors, sum_parts
+from mechsub.parameters.subspaces import (
+    EXACT_UP_TO,
+    NOT_FINITE,
+    OK,
+    Products,
+    Spectrum,
+    decompose_dense,
+    decompose_low_rank,
+    decompose_products,
+)
 from mechsub.streams import random_stream
 
 _BYTES_AT_ONCE = 256 << 20
 """Members of a tensor are read and decomposed together up to this size in float64; above it one by one."""
+_SKETCHED_BYTES = 32 << 20
+"""Rows in float64 that are multiplied at a time where a matrix is too large to be held."""
 
 
 @dataclass(frozen=True)
@@ -63,47 +75,122 @@ def load_spectrum(direction: Direction, matrix: Matrix, top: int, *, seed: int, 
     rounding, uniform over the spacing of the stored type at each weight, could make singular values up to about
     sd · (√out + √in), which then do not count for the rank. Sketches of large matrices draw from streams of their own,
     named by direction, matrix and member.
+
+    Memory: a matrix with at most `EXACT_UP_TO` rows or columns is held once in float64 (8 bytes a number), of all members
+    together up to 256 MiB. A larger one is read 32 MiB at a time for each of the sketch's products, of which it holds
+    (out + in) × (``top`` + `OVERSAMPLING`) numbers each.
     """
     num_members = direction.terms[0][0].spec.num_members
     tensor = matrix.block.tensor
-    if not sum_parts(direction, tensor):
+    parts = sum_parts(direction, tensor)
+    if not parts:
         return _zero(matrix, num_members, top, device)
-    if load_low_rank(direction, tensor, 0) is not None:
-        return Spectrum.join(
-            [
-                decompose_low_rank(_move(matrix.cut_factors(factors), device), top)
-                for factors in (load_low_rank(direction, tensor, member) for member in range(num_members))
-                if factors is not None
-            ]
-        )
+    if all(part.kind == "factors" for part in parts):
+        factors = (_cut_sum(parts, matrix, member, device) for member in range(num_members))
+        return Spectrum.join([decompose_low_rank(one, top) for one in factors])
+    readers = {part: part.open_rows(tensor) for part in parts if part.kind != "factors"}
+    at_once = matrix.block.num_parameters * 8 * num_members <= _BYTES_AT_ONCE
     found = []
-    for members, whole, noise in _load_members(direction, tensor, num_members):
-        streams = [random_stream(seed, "sketch", direction.label, matrix.name, member) for member in members]
-        own = matrix.cut(whole.to(device))
-        bound = noise * (np.sqrt(matrix.shape[0]) + np.sqrt(matrix.shape[1]))
-        found.append(decompose_dense(own, top, noise=bound.to(device), streams=streams))
+    for members in [range(num_members)] if at_once else [range(member, member + 1) for member in range(num_members)]:
+        rows = _Rows(matrix, parts, readers, members, device)
+        if min(matrix.shape) > EXACT_UP_TO:
+            streams = [random_stream(seed, "sketch", direction.label, matrix.name, member) for member in members]
+            found += [rows.only(member).sketch(top, stream) for member, stream in zip(members, streams, strict=True)]
+        else:
+            found.append(rows.decompose(top))
     return Spectrum.join(found)
 
 
-def _load_members(
-    direction: Direction, tensor: str, num_members: int
-) -> Iterator[tuple[Sequence[int], Float[Tensor, "member row column"], Float[Tensor, " member"]]]:
-    """(members, their tensor of the direction, the standard deviation of its rounding), all at once where they are small."""
-    shape = direction.terms[0][0].spec.tensors[tensor].shape
-    at_once = int(np.prod(shape)) * 8 * num_members <= _BYTES_AT_ONCE
-    parts = {part: (sign, part.open_rows(tensor)) for part, sign in sum_parts(direction, tensor).items()}
-    for members in [range(num_members)] if at_once else [[member] for member in range(num_members)]:
-        total, variance = torch.zeros(len(members), *shape), torch.zeros(len(members), dtype=torch.float64)
-        for part, (sign, readers) in parts.items():
-            stored = torch.stack([readers[member](0, shape[0]) for member in members])
-            total = total + sign * as_computed(stored)
+@dataclass(frozen=True)
+class _Rows:
+    """A direction in one matrix of some members, read a few rows at a time; rows are those of the stored tensor."""
+
+    matrix: Matrix
+    parts: Mapping[Part, float]
+    readers: Mapping[Part, Sequence[RowReader]]
+    """Of the parts that are no factors, for all members."""
+    members: range
+    device: str
+
+    def only(self, member: int) -> "_Rows":
+        """Of one member."""
+        return replace(self, members=range(member, member + 1))
+
+    def decompose(self, top: int) -> Spectrum:
+        """Whole, in float64."""
+        num_rows = self.matrix.block.shape[0]
+        whole, variances = self._load(0, num_rows)
+        for place, member in enumerate(self.members):
+            if (factors := self._load_factors(member)) is not None:
+                whole[place] += factors.rows @ factors.columns
+        whole = whole.mT if self.matrix.transposed else whole
+        return decompose_dense(whole, top, noise=self._bound(variances))
+
+    def sketch(self, top: int, stream: np.random.Generator) -> Spectrum:
+        """Of one member, from products with thin matrices; low-rank changes stay factored."""
+        num_rows, num_columns = self.matrix.block.shape
+        step = max(1, _SKETCHED_BYTES // (8 * num_columns))
+        spans = [(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
+        factors = self._load_factors(self.members[0])
+
+        def times(thin: Tensor) -> Tensor:
+            found = torch.cat([self._load(*span)[0][0] @ thin for span in spans])
+            return found if factors is None else found + factors.rows @ (factors.columns @ thin)
+
+        def transposed_times(thin: Tensor) -> Tensor:
+            found = thin.new_zeros(num_columns, thin.shape[1])
+            for start, stop in spans:
+                found += self._load(start, stop)[0][0].mT @ thin[start:stop]
+            return found if factors is None else found + factors.columns.mT @ (factors.rows.mT @ thin)
+
+        square, variances = self._sum_squares(spans, factors)
+        shape = (num_rows, num_columns)
+        products = Products(shape, times, transposed_times, square)
+        if self.matrix.transposed:
+            products = Products(shape[::-1], transposed_times, times, square)
+        return decompose_products(products, top, stream, self._bound(variances)[0])
+
+    def _sum_squares(self, spans: Sequence[tuple[int, int]], factors: Factors | None) -> tuple[Tensor, Tensor]:
+        """(‖ΔW‖², the mean variance of the rounding) of one member."""
+        square, variances = torch.zeros((), dtype=torch.float64, device=self.device), torch.zeros(1, dtype=torch.float64)
+        for start, stop in spans:
+            rows, own = self._load(start, stop)
+            variances += own * (stop - start) / self.matrix.block.shape[0]
+            whole = rows[0] if factors is None else rows[0] + factors.rows[start:stop] @ factors.columns
+            square += torch.linalg.vector_norm(whole).square()
+        return square, variances
+
+    def _load(self, start: int, stop: int) -> tuple[Float[Tensor, "member row column"], Float[Tensor, " member"]]:
+        """(some rows of the block without its low-rank changes, the mean variance of their rounding)."""
+        block = self.matrix.block
+        first = block.start if block.axis == 0 else 0
+        columns = slice(None) if block.axis == 0 else block.index[1]
+        total = torch.zeros(len(self.members), stop - start, block.shape[1], dtype=torch.float64)
+        variances = torch.zeros(len(self.members), dtype=torch.float64)
+        for part, readers in self.readers.items():
+            rows = [readers[member](first + start, first + stop)[:, columns] for member in self.members]
+            stored = rows[0][None] if len(rows) == 1 else torch.stack(rows)
+            total.add_(stored, alpha=self.parts[part])
             if part.kind == "stored":
                 spacing = torch.finfo(stored.dtype).eps  # between neighbouring numbers, as a share of the number
-                variance += (sign * spacing) ** 2 / 12 * as_computed(stored).double().square().mean((1, 2))
-        yield list(members), total, variance.sqrt()
+                squares = torch.linalg.vector_norm(stored, dim=(1, 2), dtype=torch.float64).square()
+                variances += (self.parts[part] * spacing) ** 2 / 12 * squares / stored[0].numel()
+        return total.to(self.device), variances
+
+    def _load_factors(self, member: int) -> Factors | None:
+        """What adapters add to the block of one member, as it is stored."""
+        low_rank = {part: sign for part, sign in self.parts.items() if part.kind == "factors"}
+        return _cut_sum(low_rank, replace(self.matrix, transposed=False), member, self.device) if low_rank else None
+
+    def _bound(self, variances: Float[Tensor, " member"]) -> Float[Tensor, " member"]:
+        """The singular value that rounding could make."""
+        shape = self.matrix.shape
+        return (variances.sqrt() * float(np.sqrt(shape[0]) + np.sqrt(shape[1]))).to(self.device)
 
 
-def _move(factors: Factors, device: str) -> Factors:
+def _cut_sum(parts: Mapping[Part, float], matrix: Matrix, member: int, device: str) -> Factors:
+    """The low-rank changes of one member in a matrix."""
+    factors = matrix.cut_factors(sum_factors(parts, matrix.block.tensor, member))
     return Factors(factors.rows.to(device), factors.columns.to(device))
 
 
@@ -126,22 +213,10 @@ class MatrixScopes:
 
     @classmethod
     def of(cls, matrices: Sequence[Matrix]) -> "MatrixScopes":
-        """Of a model's matrices."""
-        layers, kinds = ([getattr(matrix.block, name) for matrix in matrices] for name in ("layer", "kind"))
-        rows = list(np.eye(len(matrices), dtype=bool))
-        rows += [np.array(layers) == layer for layer in dict.fromkeys(layers)]
-        rows += [np.array(kinds) == kind for kind in dict.fromkeys(kinds)]
-        rows += [np.ones(len(matrices), dtype=bool)]
-        return cls(
-            (
-                *(matrix.name for matrix in matrices),
-                *dict.fromkeys(layers),
-                *(f"every {kind}" for kind in dict.fromkeys(kinds)),
-                MODEL,
-            ),
-            (*["matrix"] * len(matrices), *["layer"] * len(set(layers)), *["module kind"] * len(set(kinds)), "model"),
-            np.stack(rows),
-        )
+        """Of a model's matrices, by the rule of `mechsub.parameters.alignment.Scopes`."""
+        sets = group_blocks([matrix.block for matrix in matrices], "matrix")
+        groups = np.array([[matrix.name in held for matrix in matrices] for held in sets.values()])
+        return cls(tuple(name for name, _ in sets), tuple(kind for _, kind in sets), groups)
 
 
 def average_groups(
@@ -149,13 +224,15 @@ def average_groups(
 ) -> tuple[Float[np.ndarray, "..."], Int[np.ndarray, "..."]]:
     """Plain means over groups of the entries of one axis, of those that have a value (code 0), with their codes.
 
-    A mean of nothing is NaN with the largest code of the group's entries.
+    A mean of nothing is NaN with the largest code of the group's entries. An entry that is not finite spoils the groups that
+    it lies in: without it, members would be averaged over different entries.
     """
     values, codes = np.moveaxis(values, axis, -1), np.moveaxis(codes, axis, -1)
     known = codes == OK
-    counts = known.astype(float) @ groups.T
+    spoilt = (codes == NOT_FINITE).astype(float) @ groups.T > 0
+    counts = np.where(spoilt, 0.0, known.astype(float) @ groups.T)
     sums = np.where(known, values, 0.0) @ groups.T
     means = np.divide(sums, counts, out=np.full_like(sums, np.nan), where=counts > 0)
     worst = np.stack([codes[..., group].max(-1) for group in groups], axis=-1)
-    found = np.where(counts > 0, OK, worst).astype(np.int8)
+    found = np.where(counts > 0, OK, np.where(spoilt, NOT_FINITE, worst)).astype(np.int8)
     return np.moveaxis(means, -1, axis), np.moveaxis(found, -1, axis)

@@ -78,6 +78,7 @@ class Measured:
             **{name: (*case, sizes.members, *pair) for name in AT_THE_END},
             **{name: (sizes.traits, sizes.members, *pair) for name in OF_TEACHERS},
             "effective_rank": who,
+            "rank": who,
             "stable_rank": who,
             "cumulative_share": (*who, min(sizes.longest, SHOWN_VALUES)),
             "singular_values": (*who, kept),
@@ -130,12 +131,14 @@ class Measured:
         values[:, : known.shape[1]] = np.where(codes[:, None] == OK, known, np.nan)
         found: dict[str, np.ndarray] = {
             "effective_rank": effective_rank(spectrum),
+            "rank": spectrum.rank.cpu().numpy(),
             "stable_rank": stable_rank(spectrum),
             "cumulative_share": top_shares(spectrum, shown),
             "singular_values": values,
             "backward_error": spectrum.backward_error.cpu().numpy(),
             "tail": spectrum.tail.cpu().numpy(),
         }
+        found["rank"] = np.where(spectrum.is_whole | (found["rank"] < known.shape[1]), found["rank"], np.nan)
         unknown = NO_VALUE if spectrum.is_whole else TRUNCATED
         for name, array in found.items():
             own = codes.reshape(-1, *[1] * (array.ndim - 1)) * np.ones(array.shape, dtype=np.int8)

@@ -3,7 +3,7 @@
 Left is the output side, the rows of a matrix [out, in]; right is the input side, its columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +80,25 @@ class Spectrum:
         return cls(values=torch.cat(values), **joined, is_whole=all(one.is_whole for one in spectra))
 
 
+@dataclass(frozen=True)
+class Products:
+    """One matrix A [row, column] that is known by its products with thin matrices alone; in float64."""
+
+    shape: tuple[int, int]
+    times: Callable[[Tensor], Tensor]
+    """X [column, any] to A X."""
+    transposed_times: Callable[[Tensor], Tensor]
+    """Y [row, any] to Aᵀ Y."""
+    square: Tensor
+    """‖A‖_F², a scalar; where it is not finite, nothing is multiplied."""
+
+    @classmethod
+    def of(cls, matrix: Float[Tensor, "row column"]) -> "Products":
+        """Those of a matrix in memory."""
+        square = torch.linalg.vector_norm(matrix).square()
+        return cls((matrix.shape[0], matrix.shape[1]), matrix.__matmul__, matrix.mT.__matmul__, square)
+
+
 def decompose_dense(
     matrices: Float[Tensor, "matrix row column"],
     top: int,
@@ -92,9 +111,10 @@ def decompose_dense(
 
     Up to ``exact_up_to`` exactly, from the eigenvectors of the smaller of A Aᵀ and Aᵀ A in float64: a value σ is then good
     to about ε σ₁²/σ with ε = 2e-16, which is ≤ 1e-8 σ₁ and under the tolerance of `Spectrum.rank`; it takes half of the
-    time of an SVD. Over it by a random sketch with power iterations (Halko, Martinsson & Tropp 2011, algorithms 4.4 and
-    5.1); `Spectrum.backward_error` is its error as it came out. Each matrix wants a stream of its own there: with a common
-    sketch, the errors of two matrices lie in common directions, and noise seems to overlap.
+    time of an SVD. Over it by `decompose_products`. Each matrix wants a stream of its own there: with a common sketch, the
+    errors of two matrices lie in common directions, and noise seems to overlap.
+
+    Memory: matrices in float64 are not copied; their products with themselves take two times shorter side² × 8 bytes each.
 
     Raises:
         ValueError: a sketch is needed and there is not a stream for each matrix.
@@ -103,18 +123,37 @@ def decompose_dense(
     if not exact and len(streams) != len(matrices):
         raise ValueError(f"{len(matrices)} matrices {tuple(matrices.shape[1:])} need a random stream each, not {len(streams)}")
     matrices = matrices.double()
-    square = matrices.square().sum((1, 2))
+    noise = matrices.new_zeros(len(matrices)) if noise is None else noise.to(matrices)
+    if not exact:
+        wanted = zip(matrices, streams, noise, strict=True)
+        return Spectrum.join([decompose_products(Products.of(matrix), top, stream, own) for matrix, stream, own in wanted])
+    square = torch.linalg.vector_norm(matrices, dim=(1, 2)).square()
     finite = torch.isfinite(square)
-    matrices = torch.where(finite[:, None, None], matrices, 0.0)
-    if exact:
-        values, left, right = _decompose_exactly(matrices, top)
-    else:
-        found = [_sketch(matrix, top, stream) for matrix, stream in zip(matrices, streams, strict=True)]
-        values, left, right = (torch.stack(parts) for parts in zip(*found, strict=True))
+    if not finite.all():
+        matrices = torch.where(finite[:, None, None], matrices, 0.0)
+    values, left, right = _decompose_exactly(matrices, top)
     missed = matrices @ right - left * _pad(values, top)[:, None, :]
     square = torch.where(finite, square, torch.nan)
-    noise = torch.zeros_like(square) if noise is None else noise.to(square)
-    return Spectrum(values, left, right, square, _relative(missed, square), noise, exact)
+    return Spectrum(values, left, right, square, _relative(missed, square), noise, True)
+
+
+def decompose_products(products: Products, top: int, stream: np.random.Generator, noise: Float[Tensor, ""]) -> Spectrum:
+    """The ``top`` leading singular values and vectors of one matrix by a random sketch with power iterations.
+
+    `Spectrum.backward_error` is its error as it came out. The matrix is gone through 2 · `POWER_ITERATIONS` + 3 times.
+    Source: Halko, Martinsson & Tropp 2011, algorithms 4.4 and 5.1.
+    """
+    square = products.square
+    if torch.isfinite(square):
+        values, left, right = _sketch(products, top, stream)
+        missed = products.times(right) - left * values
+    else:
+        square = torch.full_like(square, torch.nan)
+        values = square.new_zeros(top)
+        left, right = (square.new_zeros(length, top) for length in products.shape)
+        missed = left
+    error = _relative(missed[None], square[None])
+    return Spectrum(values[None], left[None], right[None], square[None], error, noise.to(square)[None], False)
 
 
 def decompose_low_rank(factors: Factors, top: int) -> Spectrum:
@@ -147,14 +186,14 @@ def _decompose_exactly(matrices: Float[Tensor, "matrix row column"], top: int) -
     return (values, far, near) if flip else (values, near, far)
 
 
-def _sketch(matrix: Float[Tensor, "row column"], top: int, stream: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _sketch(products: Products, top: int, stream: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(values, left, right) of one large matrix from a random sketch of its columns' span."""
-    width = min(top + OVERSAMPLING, *matrix.shape)
-    sketch = torch.from_numpy(stream.standard_normal((matrix.shape[1], width))).to(matrix)
-    base = torch.linalg.qr(matrix @ sketch).Q
+    width = min(top + OVERSAMPLING, *products.shape)
+    sketch = torch.from_numpy(stream.standard_normal((products.shape[1], width))).to(products.square)
+    base = torch.linalg.qr(products.times(sketch)).Q
     for _ in range(POWER_ITERATIONS):  # orthonormal in between, or all columns turn to the leading one
-        base = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ base).Q).Q
-    small, values, right = torch.linalg.svd(base.mT @ matrix, full_matrices=False)
+        base = torch.linalg.qr(products.times(torch.linalg.qr(products.transposed_times(base)).Q)).Q
+    small, values, right = torch.linalg.svd(products.transposed_times(base).mT, full_matrices=False)
     kept = (values > 0).to(values)[:top]
     return _pad(values[:top], top), _pad(base @ small[:, :top] * kept, top), _pad(right.mT[:, :top] * kept, top)
 

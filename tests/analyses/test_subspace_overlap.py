@@ -1,15 +1,22 @@
 import json
+import re
 import shutil
 from functools import partial
 
 import numpy as np
 import pytest
+import torch
+import xarray as xr
 import yaml
+from safetensors.torch import load_file
 
 from mechsub.analyses.subspace_overlap import subspace_overlap
 from mechsub.api import analyze_run, open_run
-from mechsub.parameters.subspaces import NOT_RUN, OK, SPANS, ZERO
-from mechsub.results import read_group, write_result
+from mechsub.checkpoints import write_tensors
+from mechsub.lineages import checkpoint_name
+from mechsub.parameters.subspace_cases import ALONG_TRAINING, AT_THE_END, OF_TEACHERS
+from mechsub.parameters.subspaces import NOT_FINITE, NOT_RUN, OK, SPANS, ZERO
+from mechsub.results import read_group, read_result, write_result
 from mechsub.run import Run
 
 MATRICES = ("layers.0.weight", "layers.1.weight")
@@ -149,8 +156,9 @@ def test_findings_name_scope_null_and_n(tiny_run):
     assert len(judged) == 7 and (judged.verdict != "").all() and (judged.margin == 0.05).all()
     assert (found[found.quantity != "subspace_overlap"].verdict == "").all() and (found.reason != "").all()
     assert (found.n == 3).all() and (found["null"] != "").all() and (found.formula != "").all()
-    assert (judged[judged.condition == "same-init"].scope == "plain mean over the 2 matrices that both moved").all()
-    assert (judged[judged.condition == "all-logits"].scope == "plain mean over the 3 matrices that both moved").all()
+    for condition, num in (("same-init", 2), ("all-logits", 3)):
+        scope = f"plain mean over the {num} matrices where student, control and teacher have 4 directions"
+        assert (judged[judged.condition == condition].scope == scope).all()
 
 
 def test_a_run_that_was_begun_without_the_settings_of_subspaces_is_analysed(tiny_run, tmp_path):
@@ -189,3 +197,134 @@ def test_a_run_without_controls_has_overlaps_and_no_verdict(tiny_run, tmp_path):
     assert "give --control" in result.findings[0].reason
     assert any("there is no control" in sentence for sentence in result.summary)
     write_result(tmp_path / "result.h5", "subspace_overlap", {}, "0", result)  # it refuses a NaN without a reason
+
+
+def test_a_run_without_controls_names_no_null_in_its_captions(tiny_run):
+    figures = subspace_overlap(Uncontrolled(tiny_run.directory)).figures
+    assert [figure.name for figure in figures] == [
+        "subspace_overlap_scopes",
+        "displacement_spectra",
+        "subspace_overlap_training",
+    ]
+    for figure in figures:
+        assert "there is no control" in figure.caption.lower() and "the null is" not in figure.caption.lower()
+
+
+def spoil(run, path, lineage, step, member, tensor):
+    """A copy of a run in which one number of one checkpoint is NaN; its analyses are called directly."""
+    shutil.copytree(run.path, path)
+    file = path / checkpoint_name(lineage, step)
+    tensors = load_file(file)
+    tensors[tensor][member, 0, 0] = np.nan
+    write_tensors(file, tensors, {})
+    return subspace_overlap(open_run(path))
+
+
+SPOILT = {
+    "student.same-init": ({"overlap", "overlap_excess", "overlap_with_neutral", "specific_overlap"}, ["same-init"]),
+    "control.same-init": ({"overlap_of_control", "overlap_excess", "specific_overlap", "sham_overlap"}, ["same-init"]),
+    "teacher": ({*ALONG_TRAINING, *AT_THE_END, *OF_TEACHERS} - {"overlap_with_neutral", "overlap_with_other_traits"}, None),
+}
+
+
+@pytest.mark.parametrize("lineage", SPOILT)
+def test_a_nan_spoils_the_scopes_that_it_lies_in_and_no_other_number(tiny_run, tmp_path, data, lineage):
+    step, member, tensor = last(tiny_run, lineage), 1, MATRICES[0]
+    result = spoil(tiny_run, tmp_path / "spoilt", lineage, step, member, tensor)
+    names, conditions = SPOILT[lineage]
+    found = result.data.sel(taught="digits")
+    info = tiny_run.reference.spec.tensors[tensor]
+    touched = [name for name in (tensor, info.layer, f"every {info.kind}", "model") if name in found.scope.values]
+    for name in {*ALONG_TRAINING, *AT_THE_END, *OF_TEACHERS}:
+        is_new = found[f"{name}_status"].isin([NOT_FINITE]) & (data[f"{name}_status"] != NOT_FINITE)
+        own = found[name].where(~is_new)
+        xr.testing.assert_allclose(own, data[name].where(~is_new))
+        assert is_new.any() == (name in names), name
+        assert not is_new.sel(member=[0, 2]).any() and not is_new.drop_sel(scope=touched).any()
+        if name in names:
+            chosen = is_new.sel(member=member, scope=touched)
+            if "condition" in chosen.dims and conditions:
+                assert not chosen.drop_sel(condition=conditions).any()
+                chosen = chosen.sel(condition=conditions)
+            at_end = chosen.isel(step=-1) if "step" in chosen.dims else chosen
+            assert at_end.sel(k=1).isel(condition=[0]).all() if "condition" in at_end.dims else at_end.sel(k=1).all()
+    told = [sentence for sentence in result.summary if sentence.startswith("Not finite")]
+    assert len(told) == 1
+    for word in (f"tensor {tensor}", f"of {lineage} at step {step}", f"member {member}", ".safetensors"):
+        assert word in told[0]
+    judged = {finding.condition: finding for finding in result.findings if finding.quantity == "subspace_overlap"}
+    assert {name for name, finding in judged.items() if finding.n == 2} == set(conditions or judged)
+    write_result(tmp_path / "result.h5", "subspace_overlap", {}, "0", result)
+    assert any(re.search(r"n = 2( to 3)?\)", figure.caption) for figure in result.figures)
+
+
+def make_low_rank(path, lineage, tensor, members, rank):
+    """Leave the leading directions of what a lineage's last step moved in one tensor."""
+    steps = open_run(path).lineages[lineage].steps
+    start, end = (load_file(path / checkpoint_name(lineage, step)) for step in (steps[0], steps[-1]))
+    for member in members:
+        left, values, right = torch.linalg.svd((end[tensor][member] - start[tensor][member]).double(), full_matrices=False)
+        moved = (left[:, :rank] * values[:rank]) @ right[:rank]
+        end[tensor][member] = (start[tensor][member].double() + moved).to(end[tensor].dtype)
+    write_tensors(path / checkpoint_name(lineage, steps[-1]), end, {})
+
+
+def test_estimate_null_and_difference_are_of_the_same_matrices(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.path, tmp_path / "run")
+    make_low_rank(tmp_path / "run", "control.same-init", MATRICES[1], [0], rank=2)
+    make_low_rank(tmp_path / "run", "student.same-init", MATRICES[0], [2], rank=3)
+    result = subspace_overlap(open_run(tmp_path / "run"))
+    found = next(one for one in result.findings if (one.quantity, one.condition) == ("subspace_overlap", "same-init"))
+    run, step = open_run(tmp_path / "run"), last(tiny_run, "student.same-init")
+    expected = [[], []]
+    for member, tensors in enumerate((MATRICES[:1], MATRICES, MATRICES[1:])):
+        for values, role in zip(expected, ("student", "control"), strict=True):
+            pairs = [(moved(run, f"{role}.same-init", member, t), moved(run, "teacher", member, t)) for t in tensors]
+            values.append(np.mean([overlap(*pair, 4).mean() for pair in pairs]))
+    assert found.estimate == pytest.approx(np.mean(expected[0]), abs=1e-4)
+    assert (found.null_low + found.null_high) / 2 == pytest.approx(np.mean(expected[1]), abs=1e-4)
+    excess = result.data.overlap_excess.sel(condition="same-init", taught="digits", step=step, scope="model", side="both", k=4)
+    np.testing.assert_allclose(excess, np.subtract(*expected), atol=1e-4)
+    assert "over the 1 to 2 (by member) matrices" in found.scope
+    sentence = next(one for one in result.summary if one.startswith("same-init"))
+    told = [
+        float(number.replace("−", "-")) for number in re.findall(r"(?:overlap|control's|difference) ([−\d.]+) \[", sentence)
+    ]
+    assert told[0] - told[1] == pytest.approx(told[2], abs=0.0011) and "1 to 2 (by member)" in sentence
+
+
+def test_displacements_of_fewer_directions_than_k_have_a_rank_and_a_reason(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.path, tmp_path / "run")
+    for tensor in MATRICES:
+        make_low_rank(tmp_path / "run", "student.same-init", tensor, range(3), rank=2)
+    result = subspace_overlap(open_run(tmp_path / "run"))
+    found = {one.quantity: one for one in result.findings if one.condition == "same-init"}
+    assert found["subspace_overlap"].n == 0 and "rank 2 < k = 4 of the student" in found["subspace_overlap"].reason
+    assert found["displacement_effective_rank"].n == 3 and 1 < found["displacement_effective_rank"].estimate <= 2
+    sentence = next(one for one in result.summary if one.startswith("same-init"))
+    assert "rank 2 < k = 4 of the student" in sentence and "effective rank" in sentence
+
+
+def test_the_random_line_of_specific_overlap_is_that_of_its_own_matrices(tiny_run, tmp_path):
+    shutil.copytree(tiny_run.path, tmp_path / "run")
+    make_low_rank(tmp_path / "run", "student.same-init", MATRICES[0], range(3), rank=2)
+    data = subspace_overlap(open_run(tmp_path / "run")).data.sel(
+        taught="digits", condition="same-init", scope="model", side="both"
+    )
+    assert float(data.haar_overlap.sel(k=4)) == pytest.approx(np.mean([4 / 8, 4 / 12]))
+    assert float(data.haar_specific_overlap.sel(k=4)) == pytest.approx(np.mean([4 / 12, 4 / 64, 4 / 8, 4 / 12]))
+
+
+def test_a_model_without_matrices_has_a_result_that_says_so(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("mechsub.analyses.subspace_overlap.list_matrices", lambda tensors: [])
+    result = subspace_overlap(open_run(tiny_run.path))
+    assert not result.findings and "no matrix" in result.summary[0]
+    write_result(tmp_path / "result.h5", "subspace_overlap", {}, "0", result)
+    assert list(read_result(tmp_path / "result.h5").summary) == list(result.summary)
+
+
+def test_there_is_one_sentence_a_condition(tiny_run):
+    summary = subspace_overlap(tiny_run).summary
+    for condition in tiny_run.conditions:
+        told = [sentence for sentence in summary if sentence.startswith(f"{condition}:")]
+        assert len(told) == 1 and "positive" not in told[0]
