@@ -3,7 +3,7 @@
 Stored weights go through in chunks that stay in the processor's cache; what adapters add stays factored.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -228,14 +228,24 @@ def _find_not_finite(
     sums: Sequence[Mapping[Part, float]], tensor: str, spoilt: Bool[Tensor, "member direction"]
 ) -> list[NotFinite]:
     """The checkpoints whose numbers spoil directions; only those of spoilt directions are read again."""
-    suspects = {(part, part.members[member]) for member, number in spoilt.nonzero().tolist() for part in sums[number]}
+    suspects = {part.locate(member) for member, number in spoilt.nonzero().tolist() for part in sums[number]}
     for part, member in [suspect for suspect in suspects if suspect[0].kind == "change"]:
         base = part.lineage.parts(0, tensor)[0]  # which it is computed from
         suspects.add((base, base.members[member]))
-    guilty = {(part, member) for part, member in suspects if not part.lineage.is_finite(part, tensor, member)}
-    return [
-        NotFinite(part.name, part.step, member, tensor, part.lineage.checkpoint(part.step, member)) for part, member in guilty
-    ]
+    return list({record for part, member in suspects if (record := find_not_finite(part, tensor, member)) is not None})
+
+
+def find_not_finite(part: Part, tensor: str, member: int) -> NotFinite | None:
+    """Whether one tensor of a part on disk, of one member of its lineage, holds NaN or ∞; it is read."""
+    if part.lineage.is_finite(part, tensor, member):
+        return None
+    return NotFinite(part.name, part.step, member, tensor, part.lineage.checkpoint(part.step, member))
+
+
+def describe_not_finite(records: Iterable[NotFinite]) -> list[str]:
+    """A sentence for each checkpoint's tensor, each once."""
+    sentences = (f"Not finite: {record}; every number that it would enter is NaN with that reason." for record in records)
+    return list(dict.fromkeys(sentences))
 
 
 def _check_layouts(directions: Sequence[Direction], blocks: Sequence[Block]) -> None:
