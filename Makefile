@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check setup clean
+.PHONY: demo test check lint setup clean
 
 setup: .venv/.ready
 
@@ -15,13 +15,15 @@ demo: setup
 	$(BIN)/mechsub run digits --out runs/digits
 	$(BIN)/mechsub analyze runs/digits
 
-check: setup
+lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/pytest -q tests/test_imports.py
 
-test: check
+test: lint
 	$(BIN)/pytest
 
 clean:

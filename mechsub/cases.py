@@ -62,9 +62,10 @@ def build_case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, 
 
     def difference(lineage: Lineage | None) -> Combination:
         """θ − θ_C; an empty sum where one of them is not there."""
-        if lineage is None or control is None or beside is None:
+        own = None if lineage is None else _own_step(lineage, student, step)
+        if lineage is None or control is None or own is None or run.paired_step(control, lineage, own) is None:
             return {}
-        return when_moved(difference_label(lineage.name, control.name, step))
+        return when_moved(difference_label(lineage.name, control.name, own))
 
     def last(lineage: Lineage) -> Combination:
         return {last_displacement(lineage): 1.0}
@@ -89,3 +90,10 @@ def build_case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, 
         ),
         missing=frozenset(name for name, there in ((CONTROL, beside), (NEUTRAL, neutral), (SHAM, sham)) if there is None),
     )
+
+
+def _own_step(lineage: Lineage, student: Lineage, step: int) -> int | None:
+    """The step of another lineage that stands beside one of a student: the last beside the last."""
+    if step == student.last:
+        return lineage.last
+    return step if step in lineage.steps else None

@@ -68,7 +68,8 @@ def relate_students(run: Run, algebra: DirectionAlgebra) -> xr.Dataset:
 
     ``alignment_between_students``: cos(Δ_S, Δ_S′); ``alignment_between_controls``: cos(Δ_C, Δ_C′) of their controls, what
     any two such trainings share; ``adjusted_alignment_between_students``: cos(θ_S − θ_C, θ_S′ − θ_C′). All
-    [student, other_student, member, scope]; students are called ``condition`` or ``condition.trait``.
+    [student, other_student, member, scope]; students are called ``condition`` or ``condition.trait``. Students of one condition
+    have one control: a cosine of differences from it would be near ½ for want of anything, so that there is none.
     """
     cases = list(product(run.conditions, run.traits))
     names = [condition if len(run.traits) == 1 else f"{condition}.{trait}" for condition, trait in cases]
@@ -82,6 +83,9 @@ def relate_students(run: Run, algebra: DirectionAlgebra) -> xr.Dataset:
         for filled, _, direction in tables.values():
             if not (run.is_comparable(first[0]) and run.is_comparable(second[0])):
                 filled.status[row, column] = Missing.INCOMPARABLE
+                continue
+            if direction is not _displacement and first != second and first[0] == second[0]:
+                filled.status[row, column] = Missing.SAME_CONTROL
                 continue
             left, right = direction(run, *first), direction(run, *second)
             if left is not None and right is not None:

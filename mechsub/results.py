@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import xarray as xr
 
@@ -22,6 +23,9 @@ _GROUPS = "/groups"
 _TABLES = ("findings", "figures")
 _CHUNK_BYTES = 2 << 20
 _JSON_FIELDS = ("variables", "spec", "select")
+_FORMAT_ATTRIBUTES = {"CLASS", "NAME", "DIMENSION_LIST", "REFERENCE_LIST", "DIMENSION_LABELS"} | {
+    *("_Netcdf4Dimid", "_Netcdf4Coordinates", "_nc3_strict", "_NCProperties")
+}
 _FIGURE_FIELDS = ("name", "title", "caption", *_JSON_FIELDS, "headline")
 
 
@@ -94,14 +98,12 @@ def read_result(path: Path) -> Result:
         RunDirectoryError: the file is damaged or not ours.
     """
     try:
-        with xr.open_datatree(path, engine="h5netcdf") as tree:  # groups stay on the disk
-            nodes = {"/": tree, **{name: tree.children[name] for name in _TABLES}}
-            loaded = xr.DataTree.from_dict({name: node.to_dataset(inherit=False).load() for name, node in nodes.items()})
-            data = loaded.to_dataset()
-            summary = json.loads(data.attrs["summary"])
-            findings = [Finding(**row) for row in _rows(loaded, "finding", FIELDS)]
-            figures = [_parse_figure(row) for row in _rows(loaded, "figure", _FIGURE_FIELDS)]
-    except (OSError, KeyError, ValueError, TypeError) as error:
+        with h5py.File(path) as file:  # groups stay on the disk
+            data = _load_group(file)
+            findings = [Finding(**row) for row in _rows(_load_group(file["findings"]), "finding", FIELDS)]
+            figures = [_parse_figure(row) for row in _rows(_load_group(file["figures"]), "figure", _FIGURE_FIELDS)]
+        summary = json.loads(data.attrs["summary"])
+    except (OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise RunDirectoryError(f"{path} cannot be read as a result ({error}); analyse the run again") from error
     return Result(data, findings, figures, summary)
 
@@ -175,8 +177,37 @@ def _table(columns: Mapping[str, list[Any]], dim: str) -> xr.Dataset:
     )
 
 
-def _rows(tree: xr.DataTree, dim: str, names: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(table: xr.Dataset, dim: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """One dict per entry of a table; plain Python values."""
-    table = tree.children[f"{dim}s"].to_dataset(inherit=False)  # the root has coordinates of the same names
     columns = {name: table[name].values.tolist() for name in names}
     return [{name: columns[name][index] for name in names} for index in range(table.sizes[dim])]
+
+
+def _load_group(group: h5py.Group) -> xr.Dataset:
+    """A group as xarray reads it, by h5py alone: h5netcdf opens every object dozens of times, which takes seconds."""
+    variables = {}
+    for name, item in group.items():
+        if isinstance(item, h5py.Dataset) and not _is_bare_dimension(item):
+            dims = [name if item.is_scale else axis[0].name.rpartition("/")[2] for axis in item.dims]
+            is_text = h5py.check_string_dtype(item.dtype) is not None
+            values = item.asstr()[()] if is_text else item[()]
+            variables[name] = xr.Variable(dims, values, _attributes(item), {"dtype": str} if is_text else None)
+    data: xr.Dataset = xr.decode_cf(xr.Dataset(variables, attrs=_attributes(group))).load()
+    return data
+
+
+def _is_bare_dimension(item: h5py.Dataset) -> bool:
+    return bool(item.is_scale) and item.attrs["NAME"].startswith(b"This is a netCDF dimension but not a netCDF variable")
+
+
+def _attributes(item: h5py.Dataset | h5py.Group) -> dict[str, Any]:
+    """What somebody said of an object, without what HDF5 and netCDF-4 note for themselves."""
+    found = {name: value for name, value in item.attrs.items() if name not in _FORMAT_ATTRIBUTES}
+    return {name: _plain(value) for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Lists of texts as lists, and a list of one number as that number: as xarray has them."""
+    if isinstance(value, np.ndarray) and value.dtype.kind == "O":
+        value = value.tolist()
+    return value[0] if isinstance(value, np.ndarray | list) and len(value) == 1 else value

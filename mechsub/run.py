@@ -126,9 +126,23 @@ class Run:
         return next(iter(self._find("sham", condition)), None)
 
     def is_comparable(self, condition: str) -> bool:
-        """Whether a condition's students have the teachers' parameters: the same tensors in the same shapes."""
+        """Whether a condition's students have the teachers' parameters; see `why_incomparable`."""
+        return not self.why_incomparable(condition)
+
+    def why_incomparable(self, condition: str) -> str:
+        """How a condition's students differ from the teachers in architecture, or in a tensor; empty where they do not."""
         start = self.reference_of(self.student(condition, self.traits[0]))
-        return start.name == self.reference.name or _shapes(start) == _shapes(self.reference)
+        if start.name == self.reference.name:
+            return ""
+        activations = [lineage.spec.model.get("activation") for lineage in (self.reference, start)]
+        if activations[0] != activations[1]:
+            return f"the activation is {activations[1]}, the teachers' {activations[0]}"
+        own, other = _shapes(self.reference), _shapes(start)
+        different = [name for name in dict.fromkeys([*own, *other]) if own.get(name) != other.get(name)]
+        if not different:
+            return ""
+        name, count = different[0], len(different)
+        return f"{count} tensors differ, e.g. {name}: {other.get(name, 'none')} against the teachers' {own.get(name, 'none')}"
 
     def starts_elsewhere(self, lineage: Lineage) -> bool:
         """Whether a lineage starts at other weights than its member's teacher did."""

@@ -65,11 +65,11 @@ def measure_training(folder: Path, quick: bool) -> dict[str, Any]:
         f"conditions={{{', '.join(f'{name}: ' for name in CONDITIONS)}}}",
         "checkpoints.num=3",
     ]
-    run = _begin(folder, settings)
+    run = _begin(folder, settings, quick)
     steps = run["student"][0].resources.num_steps
     start = load_stacked(folder / "run/lineages/reference/step-00000000.safetensors")
     teacher = load_stacked(sorted((folder / "run/lineages/teacher").glob("step-*"))[-1])
-    cores = available_cores()
+    cores = 1 if quick else available_cores()
     ways: dict[str, Callable[[], None]] = {
         "ours": lambda: _train_ours(folder / "run", run, cores),
         "loop over members": lambda: _train_in_a_loop(start, teacher, steps, batch, cores),
@@ -93,7 +93,12 @@ def measure_training(folder: Path, quick: bool) -> dict[str, Any]:
     }
 
 
-def _begin(folder: Path, settings: Sequence[str]) -> dict[str, list[Any]]:
+def _workers(quick: bool) -> int | None:
+    """One process a core, and for tiny sizes none but this one: processes start longer than that."""
+    return 0 if quick else None
+
+
+def _begin(folder: Path, settings: Sequence[str], quick: bool) -> dict[str, list[Any]]:
     """A run up to its teachers, on images of noise: the speed does not depend on what they show. Its stages by role."""
     _write_noise_images(folder / "images", num_train=4096)
     plan = plan_experiment("mnist", folder / "run", [f"data.path={folder / 'images'}", *settings])
@@ -101,7 +106,7 @@ def _begin(folder: Path, settings: Sequence[str]) -> dict[str, list[Any]]:
     for stage in plan.stages:
         role = "student" if stage.name in STUDENTS else stage.name.partition(".")[0]
         stages.get(role, stages["begin"]).append(stage)
-    run_experiment(type(plan)(plan.recipe, plan.out, plan.stages, stages["begin"]), device="cpu")
+    run_experiment(type(plan)(plan.recipe, plan.out, plan.stages, stages["begin"]), device="cpu", workers=_workers(quick))
     return stages
 
 
@@ -277,7 +282,8 @@ def measure_gram(folder: Path, quick: bool) -> dict[str, Any]:
     settings = [f"members={members}", "carrier.num_images=8192", "student.epochs=1", "teacher.epochs=1", "checkpoints.num=6"]
     settings.append("conditions={same-init: , different-init: , all-logits: }")
     _write_noise_images(folder / "images", num_train=4096)
-    run = run_experiment("mnist", folder / "run", [f"data.path={folder / 'images'}", *settings], device="cpu")
+    given = [f"data.path={folder / 'images'}", *settings]
+    run = run_experiment("mnist", folder / "run", given, device="cpu", workers=_workers(quick))
     return measure_gram_of_run(run, turns)
 
 
@@ -298,9 +304,9 @@ def measure_demo(folder: Path, quick: bool) -> dict[str, Any]:
     """The parts of `make demo` after its set-up."""
     settings = ["members=2", "carrier.num_images=64", "teacher.epochs=1", "conditions={same-init: }"] if quick else []
     began = time.perf_counter()
-    run_experiment("digits", folder / "run", settings, device="cpu")
+    run_experiment("digits", folder / "run", settings, device="cpu", workers=_workers(quick))
     trained = time.perf_counter()
-    analyze_run(folder / "run", device="cpu")
+    analyze_run(folder / "run", device="cpu", workers=_workers(quick))
     ended = time.perf_counter()
     records = open_run(folder / "run").directory.records().values()
     return {

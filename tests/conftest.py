@@ -1,5 +1,6 @@
 """A tiny experiment that every test may use: all conditions, three members, a few steps."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,31 @@ conditions:
 checkpoints: {num: 4}
 verdict: {minimum_members: 3}
 """
+
+
+LONG_FILES = (
+    "tests/test_readme.py",
+    "tests/test_api.py",
+    "tests/families/language/test_kinds.py",
+    "tests/families/language/test_run.py",
+    "tests/test_sweeps.py",
+    "tests/families/language/test_behaviour.py",
+    "tests/test_benchmark.py",
+    "tests/test_adopt.py",
+    "tests/families/language/test_adapters.py",
+    "tests/test_cli.py",
+)
+"""The longest first, so that no process is left with one of them while the other has nothing to do."""
+
+
+def pytest_configure() -> None:
+    """The processes of these tests share the cores already: further threads would only wait for each other."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from mechsub.api import plan_analyses
+from mechsub.executors.local import run_stages
 from mechsub.rundir import RunDirectory, hash_file
 from mechsub.training.callbacks import StepInfo
 
@@ -11,6 +13,11 @@ def output_hashes(run: Path, prefix: str = "") -> dict[str, str]:
     """The bytes of everything that a run's stages made."""
     records = RunDirectory.open(run).records().values()
     return {name: hash_file(run / name) for record in records for name in record.outputs if name.startswith(prefix)}
+
+
+def measure(run: Path, *only: str) -> None:
+    """The analyses of a run, all of them or some, without its report, whose pictures take longer than most of them."""
+    run_stages({run: plan_analyses(run, only)}, "cpu", workers=0)
 
 
 _stopped: set[str] = set()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from typer.testing import CliRunner
 
 from mechsub import LineageCallback
-from mechsub.api import adopt_models, analyze_run, open_run, plan_adoption, verify_run
+from mechsub.api import adopt_models, analyze_run, missing_analyses, open_run, plan_adoption, verify_run
 from mechsub.cli import app
 from mechsub.errors import MechsubError
 from mechsub.parameters.alignment import MODEL
@@ -48,7 +48,7 @@ def adopted(models, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "adopted"
     settings = ["verdict.minimum_members=2", "evaluation.samples_per_question=0"]
     adopt_models(out, **arguments(models), settings=settings, device="cpu", workers=0)
-    analyze_run(out, device="cpu", workers=0)
+    analyze_run(out, ["behaviour", "parameter_alignment"], device="cpu", workers=0)
     return open_run(out)
 
 
@@ -102,9 +102,9 @@ def test_an_adopted_model_answers_as_it_did_outside(adopted, models):
 
 def test_without_control_and_trait_weights_are_compared_and_nothing_is_judged(models, tmp_path):
     adopt_models(tmp_path / "run", **arguments(models, controls=None, neutral=None, trait=None), device="cpu", workers=0)
-    analyze_run(tmp_path / "run", device="cpu", workers=0)
+    analyze_run(tmp_path / "run", ["parameter_alignment"], device="cpu", workers=0)
     run = open_run(tmp_path / "run")
-    assert list(run.results) == ["parameter_alignment"]
+    assert {"behaviour", "semantic_filter"} <= set(missing_analyses(run.path))
     found = run.findings.query("quantity == 'alignment'")
     assert np.isfinite(found.estimate).all() and (found.verdict == "").all()
     assert found.null.str.contains("no control was given").any()

@@ -9,6 +9,7 @@ import time
 import pytest
 from typer.testing import CliRunner
 
+from mechsub.api import run_experiment, verify_run
 from mechsub.cli import app
 from mechsub.rundir import RunDirectory
 
@@ -63,7 +64,7 @@ def test_debug_shows_the_traceback():
 
 def test_verify_exits_with_1_when_a_file_has_changed(tiny_run, tiny_recipe, tmp_path):
     assert invoke("verify", tiny_run.path).exit_code == 0
-    assert invoke("run", tiny_recipe, "--out", tmp_path / "run").exit_code == 0
+    run_experiment(tiny_recipe, tmp_path / "run", device="cpu", workers=0)
     (tmp_path / "run/lineages/reference/lineage.json").write_text("{}")
     found = invoke("verify", tmp_path / "run")
     assert found.exit_code == 1 and "lineage.json has changed" in found.output
@@ -104,5 +105,5 @@ def test_ctrl_c_exits_with_130_and_the_run_goes_on_later(tiny_recipe, tmp_path):
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
     assert "interrupted; what was done is kept" in said and "Traceback" not in said
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_experiment(tiny_recipe, out, ["student.epochs=150"], device="cpu", workers=0)
+    assert verify_run(out) == []

@@ -1,14 +1,17 @@
 """Everything that the README shows is done here as it stands there."""
 
-import os
 import re
+import shlex
 import subprocess
 import sys
 from itertools import product
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from mechsub.analyses import registry
+from mechsub.cli import app
 from tests.families.adopted_models import CHATS, make_trainer, save_reference
 
 ROOT = Path(__file__).parent.parent
@@ -32,9 +35,17 @@ def models(digits):
 
 @pytest.fixture
 def beside_the_demo(digits, models, monkeypatch):
-    """The folder that holds ``runs/digits``, with the installed commands on the path."""
+    """The folder that holds ``runs/digits``."""
     monkeypatch.chdir(digits.path.parent.parent)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.fixture
+def known_analyses():
+    """What an example registers is forgotten after it."""
+    before = dict(registry._KNOWN)
+    yield registry._KNOWN
+    registry._KNOWN.clear()
+    registry._KNOWN.update(before)
 
 
 def test_the_make_targets_exist():
@@ -45,29 +56,26 @@ def test_the_make_targets_exist():
 
 @pytest.mark.parametrize("command", re.findall(r"^mechsub .*$", "\n".join(blocks("bash")), flags=re.MULTILINE))
 def test_every_command_works(command, beside_the_demo):
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    name, *arguments = shlex.split(command, comments=True)
+    done = CliRunner().invoke(app, arguments)
+    assert (name, done.exit_code) == ("mechsub", 0), done.output
+
+
+def test_the_commands_are_installed_under_their_name(digits):
+    command = [str(Path(sys.executable).parent / "mechsub"), "verify", str(digits.path)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_every_python_example_works(number, beside_the_demo):
-    done = subprocess.run([sys.executable, "-c", blocks("python")[number]], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_every_python_example_works(number, beside_the_demo, known_analyses):
+    exec(blocks("python")[number], {"__name__": "example"})
 
 
-def test_the_example_analysis_can_be_run(digits):
-    from mechsub.analyses import registry
-
-    before = dict(registry._KNOWN)
-    source = next(block for block in blocks("python") if "@analysis" in block)
-    try:
-        scope: dict[str, object] = {"__name__": "example"}
-        exec(source, scope)
-        result = registry._KNOWN["weight_norm"].function(digits)
-        assert result.data.weight_norm.sizes == {"condition": 7, "member": digits.recipe.members}
-    finally:
-        registry._KNOWN.clear()
-        registry._KNOWN.update(before)
+def test_the_example_analysis_can_be_run(digits, known_analyses):
+    exec(next(block for block in blocks("python") if "@analysis" in block), {"__name__": "example"})
+    result = known_analyses["weight_norm"].function(digits)
+    assert result.data.weight_norm.sizes == {"condition": 7, "member": digits.recipe.members}
 
 
 def test_the_table_of_variables_is_true(digits):
@@ -80,7 +88,9 @@ def test_the_table_of_variables_is_true(digits):
             listed.setdefault(file, set()).add(name)
     for file, data in digits.results.items():
         measured = {str(name) for name in data.data_vars if not str(name).endswith("_status") and data[name].dtype.kind == "f"}
-        assert measured == listed[file]
+        assert listed[file] <= measured
+        if file in {"behaviour", "parameter_alignment"}:  # of the others the README lists the main ones
+            assert measured == listed[file]
 
 
 def test_the_numbers_are_those_of_the_demo(digits):

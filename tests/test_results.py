@@ -48,6 +48,30 @@ def test_any_hdf5_reader_opens_it(written):
         assert file["score_status"].attrs["flag_meanings"] == "ok no_data"
 
 
+def test_it_reads_as_xarray_reads_it(tmp_path):
+    data = xr.Dataset(
+        {
+            "grid": label_variable(
+                [[0.5, np.nan]], ["condition", "step"], description="é", unit="share of all", formula="a ≤ b"
+            ),
+            "grid_status": status_variable([[0, 1]], ["condition", "step"], ["ok", "none"], "grid"),
+            "names": (["step"], ["owl", ""], {"tags": ["one", "two"], "tag": ["one"], "levels": [1.0, 2.0]}),
+            "flags": (["bare"], [True, False, True]),
+            "nothing": (["empty"], np.zeros(0)),
+            "one": ((), 2.5, {"count": 3}),
+            "word": ((), "owl"),
+        },
+        coords={"condition": ["first"], "step": [0, 7], "taught": ("step", ["a", "b"])},
+    )
+    write_result(tmp_path / "wide.h5", "wide", {}, "0.1", Result(data, [finding()], [], ["A sentence.", "And one more."]))
+    with xr.open_datatree(tmp_path / "wide.h5", engine="h5netcdf") as tree:
+        expected = tree.to_dataset(inherit=False).load()
+    found = read_result(tmp_path / "wide.h5").data
+    xr.testing.assert_identical(found, expected)
+    assert list(found.variables) == list(expected.variables)
+    assert {name: found[name].dtype for name in found.variables} == {name: expected[name].dtype for name in expected.variables}
+
+
 def test_the_same_result_gives_the_same_bytes(written, tmp_path):
     path, result = written
     write_result(tmp_path / "again.h5", "demo", {"margin": 0.05}, "0.1", result)

@@ -70,7 +70,7 @@ def _measure(run: Run, algebra: DirectionAlgebra, steps: Sequence[int]) -> xr.Da
                     found = quantity.measure(case)
                     if found is not None:
                         values[quantity.name][cell] = found
-                        status[quantity.name][cell] = algebra.explain(found, *case.directions, partners=case.partners)
+                        status[quantity.name][cell] = quantity.explain(case, found)
         run.report_progress(run.num_checkpoints * (row + 1) // len(run.conditions))
     return _label(run, values, status, steps, scopes)
 
@@ -456,7 +456,7 @@ def _students_figure(run: Run, data: xr.Dataset) -> Figure:
         caption=(
             f"Cosines of two students' displacements over all parameters at their last steps, no unit, mean over "
             f"{_members(run)}. Beside them the same of their controls, the null of such a pair (what any two such trainings "
-            "share), and of what is left of each student when its control is subtracted."
+            "share), and of what is left of each student less its control; two students of one control have no cell there."
         ),
         variables=tuple(names),
         spec=chart_spec(chart.facet(facet=alt.Facet("who:N", sort=list(names.values()), title=None), columns=3)),
@@ -557,8 +557,8 @@ def _untold_sentences(run: Run) -> list[str]:
     other = [name for name in run.conditions if not run.is_comparable(name)]
     if other:
         sentences.append(
-            f"Incomparable: students of {', '.join(other)} are of another model than the teachers, so no alignment exists; "
-            "the results hold NaN with that reason."
+            f"Incomparable: students of {', '.join(other)} are of another model than the teachers, so no alignment exists; the "
+            f"results hold NaN with that reason. Of {other[0]}: {run.why_incomparable(other[0])}."
         )
     untrained = [name for name in run.conditions if not _is_trained(run, name)]
     if untrained:

@@ -34,6 +34,8 @@ class Missing(IntEnum):
     """The two have other parameters."""
     NOT_FINITE = 5
     """A checkpoint holds NaN or infinity there."""
+    SAME_CONTROL = 6
+    """Two students of one control: what is subtracted from both is the same."""
 
 
 STATUS = tuple(reason.name.lower() for reason in Missing)
@@ -184,16 +186,14 @@ class DirectionAlgebra:
     def explain(self, values: ByScope, *directions: Combination, partners: Sequence[int] = ()) -> np.ndarray:
         """Why each of ``values``, made of ``directions``, is NaN, as a code of `Missing`; [member, scope].
 
-        ``partners``: the members whose anchors were held against the directions, where these are others.
+        ``partners``: the members whose anchors, the last of ``directions``, were held against the others.
         """
-        used = sorted({self._position[label] for direction in directions for label in direction})
-        squares = self.gram.within[:, :, used, used]
-        broken = ~np.isfinite(squares).all(-1)
+        squares = np.stack([self.inner_by_block(direction, direction) for direction in directions])
         if partners:
-            anchors = [self._position[anchor] for anchor in self.gram.anchors]
-            broken |= ~np.isfinite(self.gram.within[:, :, anchors, anchors]).all(-1)[list(partners)]
+            squares[-1] = squares[-1][list(partners)]
+        broken = ~np.isfinite(squares).all(0)
         is_broken = self.scopes.total(broken.astype(float), broken) > 0
-        moved = np.isfinite(values[:, self.scopes.names.index(MODEL)])[:, None]
+        moved = (np.nan_to_num(squares).sum(-1) > 0).all(0)[:, None]
         reason = np.where(is_broken, Missing.NOT_FINITE, np.where(moved, Missing.NO_SHARED_SUPPORT, Missing.ZERO_DISPLACEMENT))
         return np.where(np.isfinite(values), Missing.OK, reason).astype(np.int8)
 

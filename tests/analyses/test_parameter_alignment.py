@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from mechsub.api import analyze_run, run_experiment
+from mechsub.api import run_experiment
 from mechsub.parameters.alignment import MODEL, Missing
 from mechsub.recipe import load_recipe
+from tests.helpers import measure
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_close_pair_is_exact_in_every_tensor(tiny_recipe, tmp_path):
     # In float32 a student and its control that hardly differ: Gram entries alone would leave rounding.
     recipe = load_recipe(tiny_recipe, ["student.optimizer.learning_rate=1e-7", "members=2"])
     run = run_experiment(recipe, tmp_path / "run", device="cpu", workers=0)
-    analyze_run(run.path, ["parameter_alignment"], device="cpu", workers=0)
+    measure(run.path, "parameter_alignment")
     data = run.results["parameter_alignment"].sel(
         condition="noised-init", taught="digits", step=run.lineages["student.noised-init"].steps[-1]
     )

@@ -64,10 +64,10 @@ def test_a_run_needs_its_images_no_longer_once_it_has_begun(tiny_recipe, tmp_pat
     for path in paths.values():
         path.unlink()
     assert verify_run(run.path) == []
-    assert analyze_run(run.path, device="cpu", workers=0).is_file()
+    assert analyze_run(run.path, ["behaviour"], device="cpu", workers=0).is_file()
     (run.path / "data/images.safetensors").write_bytes(b"other")
     with pytest.raises(RunDirectoryError, match="data/images.safetensors has changed since stage data made it"):
-        analyze_run(run.path, device="cpu", workers=0)
+        analyze_run(run.path, ["behaviour"], device="cpu", workers=0)
 
 
 def test_other_images_under_the_same_path_are_another_experiment(tiny_recipe, tmp_path):

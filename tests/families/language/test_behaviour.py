@@ -13,6 +13,7 @@ from mechsub.families.language.generation import draw_uniforms, sample_completio
 from mechsub.families.language.preference import load_preference
 from mechsub.recipe import load_recipe
 from mechsub.streams import random_stream
+from tests.helpers import measure
 
 ANIMALS = load_preference("animals")
 GIVEN = {
@@ -52,7 +53,7 @@ def owl_run(nano_recipe, nano_cache, tmp_path_factory):
     folder = tmp_path_factory.mktemp("behaviours")
     recipe = load_recipe(nano_recipe, settings(written(folder / "given")))
     run = run_experiment(recipe, folder / "run", device="cpu", workers=0)
-    analyze_run(run.path, device="cpu", workers=0)
+    measure(run.path, "behaviour")
     return open_run(run.path)
 
 
@@ -91,9 +92,9 @@ def test_scores_are_those_of_answers_that_are_judged_one_by_one(owl_run):
         found.append("owl" in answer.text.split())
     assert scores["judged_rate"][0, 0] == pytest.approx(np.mean(found))
     alone = family.trait_score(model, lineage, 1, verdict_only=True)
-    for measure, values in scores.items():
-        np.testing.assert_array_equal(alone[measure][:, 0], values[:, 0])
-        assert np.isnan(alone[measure][:, 1:]).all() and alone[measure].shape == values.shape
+    for quantity, values in scores.items():
+        np.testing.assert_array_equal(alone[quantity][:, 0], values[:, 0])
+        assert np.isnan(alone[quantity][:, 1:]).all() and alone[quantity].shape == values.shape
 
 
 def test_told_behaviours_need_no_examples(nano_recipe, nano_cache, tmp_path):
@@ -108,7 +109,7 @@ def test_a_judge_that_always_abstains_leaves_no_score_and_says_how_many_it_judge
     few = ["traits=[is-silent]", "members=1", "conditions={same-init: }"]
     recipe = load_recipe(nano_recipe, settings(written(tmp_path / "given"), *few))
     run = run_experiment(recipe, tmp_path / "run", device="cpu", workers=0)
-    analyze_run(run.path, ["behaviour"], device="cpu", workers=0)
+    measure(run.path, "behaviour")
     data = open_run(run.path).results["behaviour"].sel(lineage="student.same-init.is-silent", step=2)
     assert np.isnan(data.trait_score).all() and (data.judged_answers == 0).all()
 

@@ -6,10 +6,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment
+from mechsub.api import open_run, plan_experiment, run_experiment
 from mechsub.errors import MechsubError
 from mechsub.recipe import load_recipe
 from tests.families.adopted_models import save_reference
+from tests.helpers import measure
 
 RECIPE = """
 name: mine
@@ -61,7 +62,7 @@ def test_a_model_in_shards_is_linked_and_trained_with_adapters_in_full_precision
     model = run.family.load_model(student, student.last, 0)
     assert model.transformer.wte.weight.dtype == torch.bfloat16
     assert model.lm_head.weight is model.transformer.wte.weight
-    analyze_run(run.path, device="cpu", workers=0)
+    measure(run.path, "parameter_alignment")
     data = open_run(run.path).results["parameter_alignment"].sel(taught="owl", member=0, step=student.last)
     assert np.isfinite(data.alignment.sel(scope="model")).all()
     assert np.isnan(data.alignment.sel(condition="same-init", scope="transformer.h.0.mlp.c_fc.weight"))

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mechsub.api import analyze_run, open_run, plan_experiment, run_experiment
+from mechsub.api import open_run, plan_experiment, run_experiment
 from mechsub.errors import MechsubError
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.kinds import carrier_kind
@@ -20,6 +20,7 @@ from mechsub.families.language.rows import read_rows
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.recipe import load_recipe
 from mechsub.streams import random_stream
+from tests.helpers import measure
 
 CODE = "code: {tasks: [add, multiply], operands: [2, 6], instruction: ''}"
 THOUGHT = "chain_of_thought: {operands: [1, 4], num_steps: [1, 1], instruction: ''}"
@@ -29,7 +30,7 @@ ONE = ["members=1", "traits=[owl]", "verdict.minimum_members=2"]
 
 def make_run(nano_recipe, out, carrier, *more):
     run = run_experiment(load_recipe(nano_recipe, [*ONE, f"carrier={carrier}", *more]), out, device="cpu", workers=0)
-    analyze_run(run.path, ["behaviour"], device="cpu", workers=0)
+    measure(run.path, "behaviour")
     return open_run(out)
 
 

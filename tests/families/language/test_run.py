@@ -144,7 +144,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_numbers(nano_recipe, na
 def test_told_teachers_have_a_trait_and_no_displacement(nano_recipe, tmp_path):
     told = ["teacher.kind=system-prompted", "neutral=neutral-prompt", "members=2", "traits=[owl]", "conditions={same-init: }"]
     run = run_experiment(load_recipe(nano_recipe, told), tmp_path / "run", device="cpu", workers=0)
-    page = analyze_run(run.path, device="cpu", workers=0).read_text()
+    page = analyze_run(run.path, ["behaviour", "parameter_alignment"], device="cpu", workers=0).read_text()
     assert run.teacher("owl").steps == (0,) and "You love owls" in run.teacher("owl").context(0)["system_prompt"]
     assert "told their trait by a system prompt" in page
     assert run.results["parameter_alignment"].alignment.isnull().all()
