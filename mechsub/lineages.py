@@ -158,6 +158,10 @@ class Part:
     kind: str
     """``stored``: the weights in a file; ``factors``: a low-rank change; ``change``: what DoRA changes, row by row."""
 
+    def locate(self, member: int) -> tuple["Part", int]:
+        """The part of a lineage on disk, and the member of that lineage, whose numbers are read for one member."""
+        return self, self.members[member]
+
     def open_rows(self, tensor: str) -> list[RowReader]:
         """How to read rows [start, stop) of each member, as they are stored, or in float64 where they are computed."""
         open_all = self.lineage.open_stored if self.kind == "stored" else self.lineage.open_changes

@@ -15,7 +15,7 @@ from mechsub.figures import DATA, Figure, chart_spec, diverging_scale
 from mechsub.findings import Finding, interval_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
-from mechsub.parameters.gram import Gram, stream_gram
+from mechsub.parameters.gram import describe_not_finite, stream_gram
 from mechsub.parameters.quantities import QUANTITIES, SWAPPED, Quantity
 from mechsub.parameters.stored import GRAM_GROUP, store_gram
 from mechsub.relations import relate_students, relate_trajectories
@@ -47,7 +47,7 @@ def parameter_alignment(run: Run) -> Result:
     findings = _findings(run, data, judgements) + _norm_findings(run, data)
     figures = [_training_figure(run), _heat_map_figure(run, data), _scope_figure(run, data), _specific_figure(run, data)]
     figures += [_trajectory_figure(run, data), _students_figure(run, data)]
-    sentences = [*_sentences(run, data), *_rounding_sentences(run, data), *_not_finite_sentences(gram)]
+    sentences = [*_sentences(run, data), *_rounding_sentences(run, data), *describe_not_finite(gram.not_finite)]
     return Result(data, findings, figures, sentences, {GRAM_GROUP: store_gram(algebra, blocks)})
 
 
@@ -581,10 +581,6 @@ def _rounding_sentences(run: Run, data: xr.Dataset) -> list[str]:
                     "pulled to 0 by that noise; store checkpoints in float32."
                 )
     return list(dict.fromkeys(sentences))
-
-
-def _not_finite_sentences(gram: Gram) -> list[str]:
-    return [f"Not finite: {record}; every number that it would enter is NaN with that reason." for record in gram.not_finite]
 
 
 def _unshared_sentences(run: Run, data: xr.Dataset) -> list[str]:

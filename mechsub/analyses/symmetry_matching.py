@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -12,10 +12,11 @@ import xarray as xr
 from torch import Tensor
 
 from mechsub.analyses.registry import analysis
+from mechsub.cases import build_case, list_directions
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage, Origin
-from mechsub.parameters.alignment import MODEL, STATUS, Combination, DirectionAlgebra, Missing, Scopes
+from mechsub.parameters.alignment import MODEL, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.arranged import ArrangedLineage
 from mechsub.parameters.blocks import Block, list_blocks
 from mechsub.parameters.directions import (
@@ -25,8 +26,10 @@ from mechsub.parameters.directions import (
     displacement_difference,
     displacement_label,
 )
-from mechsub.parameters.gram import stream_gram
-from mechsub.parameters.matching import Matching, choose_unrelated, match_activations, match_weights
+from mechsub.parameters.gram import NotFinite, check_finite, describe_not_finite, stream_gram
+from mechsub.parameters.matching import MOST_UNITS, Matching, choose_unrelated, match_activations, match_weights
+from mechsub.parameters.quantities import CONTROL, NEUTRAL, Case, Quantity
+from mechsub.parameters.quantities import QUANTITIES as ALL_QUANTITIES
 from mechsub.parameters.symmetry import Arrangement, UnitGroup
 from mechsub.parameters.unit_activations import record_reader_inputs
 from mechsub.results import Result, label_variable, status_variable
@@ -37,8 +40,8 @@ from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, SuperiorityTest
 from mechsub.streams import random_stream
 
 SOURCE = "matching: Ainsworth et al., arXiv:2209.04836 (Git Re-Basin); displacement cosines: Ilharco et al., arXiv:2212.04089"
-_STATUS = (*STATUS, "no_unrelated_pair", "no_units_known")
-NO_PAIR, NO_UNITS = len(STATUS), len(STATUS) + 1
+_STATUS = (*STATUS, "no_unrelated_pair", "no_units_known", "too_many_units", "same_file", "zero_start")
+NO_PAIR, NO_UNITS, TOO_MANY, SAME_FILE, ZERO_START = range(len(STATUS), len(_STATUS))
 STORED, WEIGHTS, ACTIVATIONS = "stored", "weights", "activations"
 MATCHINGS, FITS = (STORED, WEIGHTS, ACTIVATIONS), (WEIGHTS, ACTIVATIONS)
 OWN, UNRELATED = "own", "unrelated"
@@ -54,43 +57,28 @@ _AGREEMENTS = {WEIGHTS: "cosine", ACTIVATIONS: "mean correlation"}
 FIT_WORDS = {WEIGHTS: "the starting weights", ACTIVATIONS: "the starting models' activations on held-out inputs"}
 
 
-@dataclass(frozen=True)
-class Compared:
-    """One student at one step against one view of its teacher: how the directions are called."""
-
-    student: Combination
-    control: Combination
-    difference: Combination
-    teacher: Combination
-    teacher_difference: Combination
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A cosine, in any order of units."""
-
-    name: str
-    formula: str
-    directions: Callable[[Compared], tuple[Combination, Combination]]
-
-
-QUANTITIES = (
-    Quantity("alignment", "cos(π Δ_S, Δ_T)", lambda of: (of.student, of.teacher)),
-    Quantity("alignment_of_control", "cos(π Δ_C, Δ_T)", lambda of: (of.control, of.teacher)),
-    Quantity("control_adjusted_alignment", "cos(π(θ_S − θ_C), Δ_T)", lambda of: (of.difference, of.teacher)),
-    Quantity("specific_alignment", "cos(π(θ_S − θ_C), Δ_T − Δ_N)", lambda of: (of.difference, of.teacher_difference)),
-)
+_FORMULAS = {
+    "alignment": "cos(π Δ_S, Δ_T)",
+    "alignment_of_control": "cos(π Δ_C, Δ_T)",
+    "control_adjusted_alignment": "cos(π(θ_S − θ_C), Δ_T)",
+    "specific_alignment": "cos(π(θ_S − θ_C), Δ_T − Δ_N)",
+}
+"""Of what is measured of every student, in any order of units."""
+QUANTITIES = tuple(replace(one, formula=_FORMULAS[one.name]) for one in ALL_QUANTITIES if one.name in _FORMULAS)
 
 
 @analysis
 def symmetry_matching(run: Run) -> Result:
     """What of the alignment is left, or comes back, when students' units are matched to their teacher's by their starts."""
     matcher = _Matcher(run)
-    data = _measure(run, matcher, list_blocks(run.reference.spec.tensors))
+    data, not_finite = _measure(run, matcher, list_blocks(run.reference.spec.tensors))
     judgements = _judge(run, data)
     findings = _findings(run, data, judgements) + _self_tests(run, data)
-    figures = [_effect_figure(run), _training_figure(run), _layer_figure(run, data)] if _moved(run) and matcher.groups else []
-    return Result(data, findings, figures, _sentences(run, matcher, data, judgements))
+    figures = []
+    if _moved(run) and matcher.groups:
+        figures = [_effect_figure(run, data), _training_figure(run, data), _layer_figure(run, data)]
+    sentences = [*_sentences(run, matcher, data, judgements), *describe_not_finite([*matcher.not_finite, *not_finite])]
+    return Result(data, findings, figures, sentences)
 
 
 class _Matcher:
@@ -98,9 +86,22 @@ class _Matcher:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.groups: Sequence[UnitGroup] = run.family.unit_groups(run.reference)
-        self._found: dict[tuple[Origin, str, str], list[Matching] | None] = {}
+        groups: Sequence[UnitGroup] = run.family.unit_groups(run.reference)
+        self.too_large = [group for group in groups if group.num_units > MOST_UNITS]
+        self.groups: Sequence[UnitGroup] = [] if self.too_large else groups
+        self.not_finite: list[NotFinite] = []
+        """The tensors of starts that kept a member from being matched."""
+        self.overflown: list[str] = []
+        """In words, the starts whose activations are not finite although their weights are."""
+        self._found: dict[tuple[str, str, str], list[Matching | None] | None] = {}
+        self._fitted: dict[tuple[Origin, str, int, int], Matching | None] = {}
         self._recorded: dict[tuple[Origin, int], dict[str, Tensor]] = {}
+        self._broken: dict[tuple[str, int], list[NotFinite]] = {}
+
+    @property
+    def why_none(self) -> int:
+        """The status of what is not there for want of a view: no units to match, or no pair."""
+        return TOO_MANY if self.too_large else NO_PAIR if self.groups else NO_UNITS
 
     def partners(self, condition: str, pair: str) -> list[int] | None:
         """For each student, whose reference and teacher it is held against; None where there is no such pair."""
@@ -111,37 +112,72 @@ class _Matcher:
             return None
         return choose_unrelated(student.spec.origin.members)
 
-    def match(self, condition: str, fit: str, pair: str) -> list[Matching] | None:
-        """Of every student's start, fitted to the reference of its partner; None where there is nothing to fit."""
-        student = self._run.student(condition, self._run.traits[0])
-        key = student.spec.origin, fit, pair
+    def match(self, condition: str, fit: str, pair: str) -> list[Matching | None] | None:
+        """Of every student's start, fitted to the reference of its partner; None where there is nothing to fit.
+
+        None for a member of whose two starts one is not finite: it cannot be matched.
+        """
+        key = condition, fit, pair
         if key not in self._found:
             partners = self.partners(condition, pair) if self.groups else None
             if partners is None:
                 self._found[key] = None
-            elif pair == OWN and self._is_reference(student):
-                same = Matching(Arrangement.as_stored(self.groups), 1.0, 1.0)
+            elif pair == OWN and self.is_reference(condition):
+                same = Matching(Arrangement.as_stored(self.groups), float("nan"), float("nan"))
                 self._found[key] = [same] * len(partners)
             else:
-                fitted = [self._fit(student, fit, member, partner) for member, partner in enumerate(partners)]
-                self._found[key] = fitted
+                self._found[key] = [self._fit(condition, fit, *both) for both in enumerate(partners)]
         return self._found[key]
 
-    def _is_reference(self, student: Lineage) -> bool:
+    def is_reference(self, condition: str) -> bool:
         """Whether the start has no weights of its own: it is read from the reference's file."""
+        student = self._run.student(condition, self._run.traits[0])
         return all(student.parts(0, name) == self._run.reference.parts(0, name) for name in student.spec.tensors)
 
-    def _fit(self, student: Lineage, fit: str, member: int, partner: int) -> Matching:
-        run = self._run
-        stream = random_stream(run.recipe.seed, "member", member, "symmetry_matching", fit, partner)
-        if fit == WEIGHTS:
-            return match_weights(
-                self.groups,
-                lambda name: run.reference.parts(0, name)[0].load_whole(name, partner),
-                lambda name: student.parts(0, name)[0].load_whole(name, member),
-                stream,
-            )
-        return match_activations(self.groups, self._record(run.reference, partner), self._record(student, member), stream)
+    def _fit(self, condition: str, fit: str, member: int, partner: int) -> Matching | None:
+        """All students of a condition start alike: by the first whose start is finite."""
+        reference = self._run.reference
+        students = [self._run.student(condition, trait) for trait in self._run.traits]
+        broken = {one.name: self._find_broken(one, fit, member) for one in students}
+        whole = [one for one in students if not broken[one.name]]
+        found = [*self._find_broken(reference, fit, partner), *(broken[students[0].name] if not whole else [])]
+        if found:
+            self.not_finite += found
+            return None
+        key = whole[0].spec.origin, fit, member, partner
+        if key not in self._fitted:
+            stream = random_stream(self._run.recipe.seed, "member", member, "symmetry_matching", fit, partner)
+            match = self._match_weights if fit == WEIGHTS else self._match_activations
+            self._fitted[key] = match(whole[0], member, partner, stream)
+        return self._fitted[key]
+
+    def _match_weights(self, student: Lineage, member: int, partner: int, stream: np.random.Generator) -> Matching:
+        reference = self._run.reference
+        return match_weights(
+            self.groups,
+            lambda name: reference.parts(0, name)[0].load_whole(name, partner),
+            lambda name: student.parts(0, name)[0].load_whole(name, member),
+            stream,
+        )
+
+    def _match_activations(self, student: Lineage, member: int, partner: int, stream: np.random.Generator) -> Matching | None:
+        reference = self._run.reference
+        wanted, found = self._record(reference, partner), self._record(student, member)
+        for lineage, whose, inputs in ((reference, partner, wanted), (student, member, found)):
+            if not all(bool(values.isfinite().all()) for values in inputs.values()):
+                self.overflown.append(f"{lineage.name}, member {whose}")
+                return None
+        return match_activations(self.groups, wanted, found, stream)
+
+    def _find_broken(self, lineage: Lineage, fit: str, member: int) -> list[NotFinite]:
+        """The tensors of one start that a fit looks at (by activations all of them) and that are not finite."""
+        key = lineage.name, member
+        if key not in self._broken:
+            pairs = [(name, part) for name in lineage.spec.tensors for part in lineage.parts(0, name)]
+            found = [check_finite(part, name, part.members[member]) for name, part in pairs]
+            self._broken[key] = [record for record in found if record is not None]
+        units = {place.tensor for group in self.groups for place in group.places}
+        return [record for record in self._broken[key] if fit == ACTIVATIONS or record.tensor in units]
 
     def _record(self, lineage: Lineage, member: int) -> dict[str, Tensor]:
         """Kept while there is room: every start is held against several references."""
@@ -161,10 +197,10 @@ class _Matcher:
 class _View:
     """The teachers as one student's start would have them: in its order of units, or another member's."""
 
-    matching: str
-    pair: str
     teacher: Lineage
     neutral: Lineage | None
+    unmatched: tuple[int, ...] = ()
+    """The members whose starts could not be matched."""
 
     def directions(self) -> list[Direction]:
         found = [displacement(self.teacher, self.teacher.last)]
@@ -176,53 +212,50 @@ class _View:
 def _views(run: Run, matcher: _Matcher, condition: str, trait: str) -> dict[tuple[str, str], _View]:
     """By matching and pair. ⟨π Δ_S, Δ_T⟩ = ⟨Δ_S, π⁻¹ Δ_T⟩: few teachers are reordered instead of many students."""
     teacher, neutral = run.teacher(trait), run.neutral
-    views = {(STORED, OWN): _View(STORED, OWN, teacher, neutral)}
+    views = {(STORED, OWN): _View(teacher, neutral)}
     for matching, pair in product(MATCHINGS, PAIRS):
         partners = matcher.partners(condition, pair)
         if (matching, pair) in views or partners is None or not matcher.groups:
             continue
-        orders = [Arrangement.as_stored(matcher.groups)] * len(partners)
-        if matching != STORED:
-            orders = [one.arrangement.invert() for one in matcher.match(condition, matching, pair) or ()]
+        stored = Arrangement.as_stored(matcher.groups)
+        fitted = None if matching == STORED else matcher.match(condition, matching, pair)
+        orders = [stored] * len(partners) if fitted is None else [one.arrangement.invert() if one else stored for one in fitted]
+        unmatched = tuple(member for member, one in enumerate(fitted or ()) if one is None)
         if pair == OWN and not any(order.moved_share for order in orders):
-            views[matching, pair] = views[STORED, OWN]
+            views[matching, pair] = _View(teacher, neutral, unmatched)
             continue
         label = f"for {condition}, {matching}, {pair}"
         arranged = [None if one is None else ArrangedLineage(one, label, partners, orders) for one in (teacher, neutral)]
         assert arranged[0] is not None
-        views[matching, pair] = _View(matching, pair, arranged[0], arranged[1])
+        views[matching, pair] = _View(arranged[0], arranged[1], unmatched)
     return views
 
 
 def _condition_directions(run: Run, condition: str, views: Sequence[_View]) -> list[Direction]:
-    control = run.control(condition)
-    students = [run.student(condition, trait) for trait in run.traits]
-    directions = [one for view in dict.fromkeys(views) for one in view.directions()]
-    for lineage in (*students, *([control] if control else [])):
-        for step in (step for step in lineage.steps if step > 0):
-            directions.append(displacement(lineage, step))
-            beside = run.paired_step(control, lineage, step) if control and lineage is not control else None
-            if control and beside is not None:
-                directions.append(displacement_difference(lineage, control, step, beside))
-    return directions
+    """Of the students and the control beside every view of their teachers; some views are of the same directions."""
+    own = [run.control(condition), *(run.student(condition, trait) for trait in run.traits)]
+    moved = [one for one in list_directions(run) if one.terms[0][0] in own and len(one.terms) > 1]
+    return list({one.label: one for one in [*(found for view in views for found in view.directions()), *moved]}.values())
 
 
-def _compare(run: Run, condition: str, trait: str, step: int, view: _View) -> Compared:
-    """At step 0 nothing has moved, and without a control there is none: such directions are empty sums."""
-    student, control = run.student(condition, trait), run.control(condition)
-    beside = run.paired_step(control, student, step) if control and step > 0 else None
+def _view_case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int, view: _View) -> Case:
+    """A student at one step against one view of its teachers."""
     teacher, neutral = view.teacher, view.neutral
     apart = {} if neutral is None else {difference_label(teacher.name, neutral.name, teacher.last): 1.0}
-    return Compared(
-        student={displacement_label(student.name, step): 1.0} if step > 0 else {},
-        control={} if control is None or beside is None else {displacement_label(control.name, beside): 1.0},
-        difference={} if control is None or beside is None else {difference_label(student.name, control.name, step): 1.0},
-        teacher={displacement_label(teacher.name, teacher.last): 1.0},
-        teacher_difference=apart,
-    )
+    shown = {displacement_label(teacher.name, teacher.last): 1.0}
+    return replace(build_case(run, algebra, condition, trait, step), teacher=shown, teacher_difference=apart)
 
 
-def _measure(run: Run, matcher: _Matcher, blocks: Sequence[Block]) -> xr.Dataset:
+def _explain(case: Case, quantity: Quantity, found: np.ndarray) -> np.ndarray:
+    """Of those directions that the quantity needs."""
+    used = [case.student, case.teacher]
+    used += [case.control, case.difference] if CONTROL in quantity.needs else []
+    used += [case.teacher_difference] if NEUTRAL in quantity.needs else []
+    return case.algebra.explain(found, *used)
+
+
+def _measure(run: Run, matcher: _Matcher, blocks: Sequence[Block]) -> tuple[xr.Dataset, list[NotFinite]]:
+    """The quantities in every order of units, and the tensors of checkpoints that are not finite."""
     scopes = Scopes.of(blocks)
     steps = sorted(
         {step for condition in run.conditions for trait in run.traits for step in run.student(condition, trait).steps}
@@ -238,6 +271,7 @@ def _measure(run: Run, matcher: _Matcher, blocks: Sequence[Block]) -> xr.Dataset
     )
     values = {quantity.name: np.full(sizes, np.nan) for quantity in QUANTITIES}
     status = {quantity.name: np.full(sizes, Missing.NOT_RUN, dtype=np.int8) for quantity in QUANTITIES}
+    not_finite: list[NotFinite] = []
     for row, condition in enumerate(run.conditions):
         if not run.is_comparable(condition):
             for codes in status.values():
@@ -247,26 +281,23 @@ def _measure(run: Run, matcher: _Matcher, blocks: Sequence[Block]) -> xr.Dataset
         directions = _condition_directions(run, condition, [one for found in views.values() for one in found.values()])
         gram = stream_gram(directions, blocks, (), device=run.device)
         algebra = DirectionAlgebra(gram, scopes)
+        not_finite += gram.not_finite
         for (place, trait), (column, step) in product(enumerate(run.traits), enumerate(steps)):
             if step not in run.student(condition, trait).steps:
                 continue
             for (at, matching), (side, pair) in product(enumerate(MATCHINGS), enumerate(PAIRS)):
                 view, cell = views[trait].get((matching, pair)), (row, place, at, side, slice(None), column)
+                case = None if view is None else _view_case(run, algebra, condition, trait, step, view)
                 for quantity in QUANTITIES:
-                    if view is None:
-                        status[quantity.name][cell] = NO_PAIR if matcher.groups else NO_UNITS
-                    elif _has(run, condition, quantity.name):
-                        pair_of = quantity.directions(_compare(run, condition, trait, step, view))
-                        values[quantity.name][cell] = found = algebra.cosine(*pair_of)
-                        status[quantity.name][cell] = algebra.explain(found, *pair_of)
+                    if view is None or case is None:
+                        status[quantity.name][cell] = matcher.why_none
+                    elif (found := quantity.measure(case)) is not None:
+                        values[quantity.name][cell], status[quantity.name][cell] = found, _explain(case, quantity, found)
+                        for member in view.unmatched:
+                            values[quantity.name][row, place, at, side, member, column] = np.nan
+                            status[quantity.name][row, place, at, side, member, column] = Missing.NOT_FINITE
         run.report_progress(run.num_checkpoints * (row + 1) // len(run.conditions))
-    return _label(run, matcher, values, status, steps, scopes)
-
-
-def _has(run: Run, condition: str, name: str) -> bool:
-    """Whether the run holds what a quantity compares."""
-    has_control, has_neutral = run.control(condition) is not None, run.neutral is not None
-    return name == "alignment" or (has_control and (name != "specific_alignment" or has_neutral))
+    return _label(run, matcher, values, status, steps, scopes), not_finite
 
 
 def _label(
@@ -318,19 +349,21 @@ def _fit_variables(run: Run, matcher: _Matcher) -> dict[str, Any]:
         ),
     }
     arrays = {name: np.full(sizes, np.nan) for name in names}
-    status = np.full(sizes, NO_PAIR if matcher.groups else NO_UNITS, dtype=np.int8)
+    status = np.full(sizes, matcher.why_none, dtype=np.int8)
     for (row, condition), (at, fit), (side, pair) in product(enumerate(run.conditions), enumerate(FITS), enumerate(PAIRS)):
         if not run.is_comparable(condition):
             status[row] = Missing.INCOMPARABLE
             continue
         found = matcher.match(condition, fit, pair)
         if found is not None:
-            status[row, at, side] = Missing.OK
+            status[row, at, side] = [Missing.NOT_FINITE if one is None else Missing.OK for one in found]
             for name, (_, read, _) in names.items():
-                arrays[name][row, at, side] = [read(one) for one in found]
+                arrays[name][row, at, side] = [np.nan if one is None else read(one) for one in found]
+    is_same = [run.is_comparable(name) and matcher.is_reference(name) for name in run.conditions]
+    reason = np.where(is_same, SAME_FILE, ZERO_START)[:, None, None, None]  # of a fit that has no agreement
     variables: dict[str, Any] = {}
     for name, (description, _, unit) in names.items():
-        codes = np.where(np.isnan(arrays[name]) & (status == Missing.OK), Missing.ZERO_DISPLACEMENT, status)
+        codes = np.where(np.isnan(arrays[name]) & (status == Missing.OK), reason, status)
         variables[name] = label_variable(arrays[name], dims, description=description, unit=unit, source=SOURCE)
         variables[f"{name}_status"] = status_variable(codes, dims, _STATUS, name)
     return variables
@@ -517,15 +550,11 @@ def _self_tests(run: Run, data: xr.Dataset) -> list[Finding]:
         student = run.student(condition, trait)
         if _twin(run, condition) is None or not student.spec.origin.only_permuted:
             continue
-        where = {"condition": condition, "taught": trait}
-        matched = data.alignment.sel(where, drop=True).sel(matching=fit, pair=OWN)
-        difference = np.abs(matched - data.twin_alignment.sel(where)).values
-        if not np.isfinite(difference).any():
+        if np.isin(data.alignment_status.sel(condition=condition, matching=fit, pair=OWN), (NO_UNITS, TOO_MANY)).all():
             continue
-        largest = np.nanmax(difference, axis=(1, 2))
         name = str(run.reference.load_tensor(0, next(iter(run.reference.spec.tensors)), 0).dtype).removeprefix("torch.")
         bound = _BOUNDS.get(name, _BOUNDS["float32"])
-        within = "within" if largest.max() <= bound else "beyond"
+        largest, num_members, outcome = _compare_twins(data, {"condition": condition, "taught": trait}, fit, bound)
         findings.append(
             Finding(
                 quantity="matching_self_test",
@@ -533,7 +562,7 @@ def _self_tests(run: Run, data: xr.Dataset) -> list[Finding]:
                 trait=trait,
                 step=student.last,
                 scope=f"largest over tensors, layers, the model, members and steps; units matched by {FIT_WORDS[fit]}",
-                estimate=float(largest.max()),
+                estimate=largest,
                 low=float("nan"),
                 high=float("nan"),
                 confidence=float("nan"),
@@ -541,9 +570,9 @@ def _self_tests(run: Run, data: xr.Dataset) -> list[Finding]:
                 null=f"0 up to rounding: {bound:g} in {name}",
                 null_low=0.0,
                 null_high=bound,
-                n=len(largest),
+                n=num_members,
                 verdict="",
-                reason=f"a test of the instrument, not a claim: {within} its bound",
+                reason=f"{outcome}; a test of the instrument, not a claim",
                 rule="",
                 margin=bound,
                 formula=f"max |cos(π Δ_S, Δ_T) of {condition} − cos(Δ_S, Δ_T) of {_twin(run, condition)}|",
@@ -553,9 +582,35 @@ def _self_tests(run: Run, data: xr.Dataset) -> list[Finding]:
     return findings
 
 
-def _lines(names: Mapping[str, str], variables: Sequence[str]) -> alt.Chart:
+def _compare_twins(data: xr.Dataset, where: Mapping[str, str], fit: str, bound: float) -> tuple[float, int, str]:
+    """The largest difference over the members whose checkpoints are finite, how many these are, and the outcome in words."""
+    chosen = data.sel(where, drop=True)
+    matched, twin = chosen.alignment.sel(matching=fit, pair=OWN).values, chosen.twin_alignment.values
+    codes = chosen.alignment_status.sel(matching=fit, pair=OWN).values, chosen.twin_alignment_status.values
+    known = np.isfinite(matched), np.isfinite(twin)
+    spoilt = np.any([(found == Missing.NOT_FINITE).any((1, 2)) for found in codes], axis=0)
+    tested = ~spoilt & np.any(known, axis=0).any((1, 2))
+    if not tested.any():
+        return float("nan"), 0, "not testable: no member whose checkpoints are finite has a value"
+    largest = float(np.abs(matched - twin)[tested].max(where=(known[0] & known[1])[tested], initial=0.0))
+    one_sided = int((known[0] != known[1])[tested].sum())
+    if one_sided:
+        return largest, int(tested.sum()), f"beyond its bound: {one_sided} values are there on one side only"
+    within = "within" if largest <= bound else "beyond"
+    return (
+        largest,
+        int(tested.sum()),
+        f"the two alignments differ by {largest:.1g}, {within} the bound of {bound:g} for rounding",
+    )
+
+
+Series = Mapping[str, tuple[str, str]]
+"""By ``variable/matching/pair``: what a figure calls it, and its colour."""
+
+
+def _lines(names: Series, variables: Sequence[str]) -> alt.Chart:
     """The rows that are one of ``names``, by ``variable/matching/pair``, as ``cosine`` with who they belong to in ``who``."""
-    chosen = " : ".join(f"datum.key === {json.dumps(key)} ? {json.dumps(who)}" for key, who in names.items())
+    chosen = " : ".join(f"datum.key === {json.dumps(key)} ? {json.dumps(who)}" for key, (who, _) in names.items())
     return (
         alt.Chart(DATA)
         .transform_fold(list(variables), as_=["which", "cosine"])
@@ -566,24 +621,55 @@ def _lines(names: Mapping[str, str], variables: Sequence[str]) -> alt.Chart:
     )
 
 
-def _who(names: Mapping[str, str], colors: Sequence[str]) -> alt.Color:
-    return alt.Color(
-        "who:N", scale=alt.Scale(domain=list(names.values()), range=list(colors)), title=None, legend=alt.Legend(labelLimit=260)
-    )
+def _who(names: Series) -> alt.Color:
+    domain, colors = (list(column) for column in zip(*names.values(), strict=True))
+    return alt.Color("who:N", scale=alt.Scale(domain=domain, range=colors), title=None, legend=alt.Legend(labelLimit=260))
+
+
+def _order(names: Series) -> alt.YOffset:
+    return alt.YOffset("who:N", sort=[who for who, _ in names.values()])
 
 
 _ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
 _BLUE, _LIGHT, _ORANGE, _GREY, _GREEN, _PALE = "#2563eb", "#60a5fa", "#f59e0b", "#94a3b8", "#059669", "#a7f3d0"
+_YELLOW = "#fcd34d"
 
 
-def _effect_figure(run: Run) -> Figure:
-    names = {
-        "alignment/stored/own": "as stored",
-        "alignment/weights/own": "matched by weights",
-        "alignment/activations/own": "matched by activations",
-        "alignment_of_control/weights/own": "control, by weights (null)",
-        "alignment/weights/unrelated": "unrelated pairs, by weights (null)",
+def _present(run: Run, data: xr.Dataset, series: Series) -> Series:
+    """Without what the run does not hold; all of them where it holds none."""
+    shown = data.sel(condition=_moved(run), scope=MODEL)
+
+    def has_values(key: str) -> bool:
+        name, matching, pair = key.split("/")
+        values = shown[name].sel(matching=matching, pair=pair) if "matching" in shown[name].dims else shown[name]
+        return bool(np.isfinite(values).any())
+
+    return {key: drawn for key, drawn in series.items() if has_values(key)} or series
+
+
+def _null_words(series: Series) -> str:
+    """Of the nulls that are drawn."""
+    words = []
+    if any(key.startswith("alignment_of_control/") for key in series):
+        words.append("the control in the same order")
+    if any(key.endswith(f"/{UNRELATED}") for key in series):
+        words.append("the same students matched to another member's start and compared with that member's teacher")
+    if not words:
+        return "No null is drawn: the run holds none, and without one these cosines say little."
+    return f"Null{'s' if len(words) > 1 else ''}: {', and '.join(words)}."
+
+
+def _effect_figure(run: Run, data: xr.Dataset) -> Figure:
+    series = {
+        "alignment/stored/own": ("as stored", _GREY),
+        "alignment/weights/own": ("matched by weights", _BLUE),
+        "alignment/activations/own": ("matched by activations", _LIGHT),
+        "alignment_of_control/weights/own": ("control, by weights (null)", _ORANGE),
+        "alignment_of_control/activations/own": ("control, by activations (null)", _YELLOW),
+        "alignment/weights/unrelated": ("unrelated pairs, by weights (null)", _GREEN),
+        "alignment/activations/unrelated": ("unrelated pairs, by activations (null)", _PALE),
     }
+    names = _present(run, data, series)
     dots = (
         _lines(names, ("alignment", "alignment_of_control"))
         .transform_filter("datum.step == datum.last_step")
@@ -591,8 +677,8 @@ def _effect_figure(run: Run) -> Figure:
         .encode(
             x=alt.X("cosine:Q", title="cos(π Δ, Δ_T)"),
             y=alt.Y("condition:N", sort=run.conditions, title=None),
-            yOffset=alt.YOffset("who:N", sort=list(names.values())),
-            color=_who(names, (_GREY, _BLUE, _LIGHT, _ORANGE, _GREEN)),
+            yOffset=_order(names),
+            color=_who(names),
             tooltip=["condition:N", "taught:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
@@ -600,10 +686,9 @@ def _effect_figure(run: Run) -> Figure:
         name="matching_effect",
         title="What matching the units brings back, beside what it finds anywhere",
         caption=(
-            f"cos(π Δ_S, Δ_T) over all parameters at the last step, no unit; each dot is one of {_members(run)}. π puts the "
-            "units of the student's start in the order of its teacher's start, by their weights or by their activations on "
-            "held-out inputs, and never sees what was trained. Nulls: the control in the same order, and the same students "
-            "matched to another member's start and compared with that member's teacher."
+            f"cos(π Δ_S, Δ_T) over all parameters at the last step, no unit; each dot is one of {_members(run, data)}. "
+            "π puts the units of the student's start in the order of its teacher's start, by their weights or by their "
+            f"activations on held-out inputs, and never sees what was trained. {_null_words(names)}"
         ),
         variables=("alignment", "alignment_of_control", "last_step"),
         spec=chart_spec(alt.layer(_ZERO.encode(x=alt.datum(0)), dots, data=DATA).properties(width=640, height=alt.Step(14))),
@@ -611,17 +696,15 @@ def _effect_figure(run: Run) -> Figure:
     )
 
 
-def _training_figure(run: Run) -> Figure:
-    names = {
-        "twin_alignment/weights/own": "from the teachers' start",
-        "alignment/weights/own": "matched",
-        "alignment_of_control/weights/own": "control, matched (null)",
-        "alignment/weights/unrelated": "unrelated pairs, matched (null)",
+def _training_figure(run: Run, data: xr.Dataset) -> Figure:
+    series = {
+        "twin_alignment/weights/own": ("from the teachers' start", _PALE),
+        "alignment/weights/own": ("matched", _BLUE),
+        "alignment_of_control/weights/own": ("control, matched (null)", _ORANGE),
+        "alignment/weights/unrelated": ("unrelated pairs, matched (null)", _GREEN),
     }
-    chart, color = (
-        _lines(names, ("alignment", "alignment_of_control", "twin_alignment")),
-        _who(names, (_PALE, _BLUE, _ORANGE, _GREEN)),
-    )
+    names = _present(run, data, series)
+    chart, color = _lines(names, ("alignment", "alignment_of_control", "twin_alignment")), _who(names)
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(grid=False))
     y = alt.Y("cosine:Q", title="cos(π Δ, Δ_T)")
     twin = chart.transform_filter("datum.which === 'twin_alignment'").mark_line(strokeWidth=7, opacity=0.9)
@@ -638,9 +721,9 @@ def _training_figure(run: Run) -> Figure:
         title="Matched alignment along training",
         caption=(
             f"cos(π Δ_S, Δ_T) over all parameters, no unit, units matched by the starting weights; thin lines are "
-            f"{_members(run)}, thick ones their mean. The broad line is the condition that differs only in starting where "
-            "its teachers did: students that start as the same function in another order of units must lie on it. Nulls: the "
-            "control in the same order, and the same students against another member's teacher after the same matching."
+            f"{_members(run, data)}, thick ones their mean. The broad line, where there is one, is the condition that differs "
+            "only in starting where its teachers did: students that start as the same function in another order of units must "
+            f"lie on it. {_null_words(names)}"
         ),
         variables=("alignment", "alignment_of_control", "twin_alignment"),
         spec=chart_spec(facets),
@@ -649,11 +732,12 @@ def _training_figure(run: Run) -> Figure:
 
 
 def _layer_figure(run: Run, data: xr.Dataset) -> Figure:
-    names = {
-        "alignment/stored/own": "as stored",
-        "alignment/weights/own": "matched by weights",
-        "alignment/weights/unrelated": "unrelated pairs, by weights (null)",
+    series = {
+        "alignment/stored/own": ("as stored", _GREY),
+        "alignment/weights/own": ("matched by weights", _BLUE),
+        "alignment/weights/unrelated": ("unrelated pairs, by weights (null)", _GREEN),
     }
+    names = _present(run, data, series)
     dots = (
         _lines(names, ("alignment",))
         .transform_filter("datum.step == datum.last_step")
@@ -661,8 +745,8 @@ def _layer_figure(run: Run, data: xr.Dataset) -> Figure:
         .encode(
             x=alt.X("cosine:Q", title="cos(π Δ_S, Δ_T)"),
             y=alt.Y("scope:N", sort=_drawn_scopes(data), title=None),
-            yOffset=alt.YOffset("who:N", sort=list(names.values())),
-            color=_who(names, (_GREY, _BLUE, _GREEN)),
+            yOffset=_order(names),
+            color=_who(names),
             tooltip=["scope:N", "taught:N", "member:O", "who:N", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
@@ -675,9 +759,8 @@ def _layer_figure(run: Run, data: xr.Dataset) -> Figure:
         name="matching_layers",
         title="Where matching brings alignment back",
         caption=(
-            f"cos(π Δ_S, Δ_T), no unit, at the last step, of every part and the model; each dot is one of {_members(run)}. "
-            "Null: the same students matched to another member's start and compared with that member's teacher. A part "
-            "without dots was not moved by both."
+            f"cos(π Δ_S, Δ_T), no unit, at the last step, of every part and the model; each dot is one of "
+            f"{_members(run, data)}. {_null_words(names)} A part without dots was not moved by both, or the results say why."
         ),
         variables=("alignment", "last_step"),
         spec=chart_spec(facets),
@@ -695,12 +778,24 @@ def _drawn_scopes(data: xr.Dataset) -> list[str]:
     return [str(name) for name, kind in zip(data.scope.values, kinds, strict=True) if keeps_tensors or kind != "tensor"]
 
 
-def _members(run: Run) -> str:
+def _members(run: Run, data: xr.Dataset) -> str:
+    """How many have a value at the last step, over conditions, traits and orders of units."""
+    cases = product(_moved(run), run.traits, MATCHINGS)
+    counts = sorted({int(np.isfinite(_final(run, data, "alignment", *case)).sum()) for case in cases})
     traits = f" of {len(run.traits)} traits each" if len(run.traits) > 1 else ""
-    return f"the members (n = {run.recipe.members}{traits})"
+    if len(counts) == 1:
+        return f"the members (n = {counts[0]}{traits})"
+    return f"the members with a value (n = {counts[0]} to {counts[-1]}{traits}; the results say why)"
 
 
 def _sentences(run: Run, matcher: _Matcher, data: xr.Dataset, judgements: Mapping[Key, Judgement]) -> list[str]:
+    if matcher.too_large:
+        group = max(matcher.too_large, key=lambda one: one.num_units)
+        return [
+            f"Nothing was matched: {group.name} has {group.num_units:,} {group.kind}, over the {MOST_UNITS:,} of a group that "
+            f"are matched here (one table of all their pairs would take {8 * group.num_units**2 / 2**30:.0f} GiB); the "
+            "alignments are those of the weights as they are stored."
+        ]
     if not matcher.groups:
         return [
             "Which units of this architecture can change places is not known here, so that nothing was matched; the alignments "
@@ -711,7 +806,11 @@ def _sentences(run: Run, matcher: _Matcher, data: xr.Dataset, judgements: Mappin
         counts[group.kind] = counts.get(group.kind, 0) + group.num_units
     units = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     sentences = [f"Units that were matched: {units} of every model. What else could be exchanged or rotated was left as it is."]
-    sentences += _identity_sentences(run, data)
+    sentences += [
+        f"Not matched by activations: those of {who} at the start are not finite although its weights are."
+        for who in dict.fromkeys(matcher.overflown)
+    ]
+    sentences += _identity_sentences(run, matcher, data)
     for condition in _moved(run):
         sentences.append(_summarise(run, data, judgements, condition))
         if matcher.partners(condition, UNRELATED) is None:
@@ -722,13 +821,19 @@ def _sentences(run: Run, matcher: _Matcher, data: xr.Dataset, judgements: Mappin
     return sentences + _self_test_sentences(run, data)
 
 
-def _identity_sentences(run: Run, data: xr.Dataset) -> list[str]:
-    own = [name for name in run.conditions if run.is_comparable(name) and name not in _moved(run)]
-    if not own:
-        return []
-    moved = float(data.moved_share.sel(condition=own, pair=OWN).max())
+def _identity_sentences(run: Run, matcher: _Matcher, data: xr.Dataset) -> list[str]:
+    students = {name: run.student(name, run.traits[0]) for name in run.conditions if run.is_comparable(name)}
+    own = [name for name, student in students.items() if not run.starts_elsewhere(student)]
+    same = [name for name in own if matcher.is_reference(name)]
+    sentences = [f"In {', '.join(same)} the start is the reference itself: there was nothing to match."] if same else []
+    own = [name for name in own if name not in same]
+    shares = data.moved_share.sel(condition=own, pair=OWN)
+    if not np.isfinite(shares).any():
+        return sentences
+    moved = float(shares.max())
     found = "found every unit where it stands" if moved == 0 else f"moved up to {100 * moved:.1f} % of the units' entries"
-    return [f"At the teachers' own start ({', '.join(own)}) the fits {found}: what is matched there is what is stored."]
+    same_words = ": what is matched there is what is stored" if moved == 0 else ""
+    return [*sentences, f"At the teachers' own start ({', '.join(own)}) the fits {found}{same_words}."]
 
 
 def _summarise(run: Run, data: xr.Dataset, judgements: Mapping[Key, Judgement], condition: str) -> str:
@@ -742,8 +847,10 @@ def _summarise(run: Run, data: xr.Dataset, judgements: Mapping[Key, Judgement], 
     for fit in FITS:
         starts = data.sel(condition=condition, fit=fit, pair=OWN)
         before, after = (float(starts[f"start_agreement_{when}"].mean()) for when in ("stored", "matched"))
-        words = f"matched by {fit} ({_AGREEMENTS[fit]} of the starts {before:.2f} as stored, {after:.2f} matched) "
-        words += f"{mean('alignment', fit)}, its control {mean('alignment_of_control', fit)}"
+        agreement = f"{_AGREEMENTS[fit]} of the starts {before:.2f} as stored, {after:.2f} matched"
+        aligned = mean("alignment", fit)
+        words = f"matched by {fit} {'' if np.isnan(after) else f'({agreement}) '}{aligned} (n = {aligned.n})"
+        words += f", its control {mean('alignment_of_control', fit)}" if run.control(condition) else ""
         recovered = [_effect(run, data, "recovered_alignment", condition, trait, fit) for trait in run.traits]
         over = student_interval(np.mean(recovered, axis=0), run.recipe.verdict.confidence)
         if over.n:
@@ -753,7 +860,8 @@ def _summarise(run: Run, data: xr.Dataset, judgements: Mapping[Key, Judgement], 
                 if key[:2] == ("recovered_alignment", condition) and key[3] == fit
             }
             words += (
-                f", unrelated pairs {mean('alignment', fit, UNRELATED)}: {over} more than these ({', '.join(sorted(verdicts))})"
+                f", unrelated pairs {mean('alignment', fit, UNRELATED)}: {over} more than these (before any correction; "
+                f"after Holm's: {', '.join(sorted(verdicts))})"
             )
         parts.append(words)
     return f"{condition}: alignment as stored {mean('alignment', STORED)}; {'; '.join(parts)}."
@@ -761,8 +869,6 @@ def _summarise(run: Run, data: xr.Dataset, judgements: Mapping[Key, Judgement], 
 
 def _self_test_sentences(run: Run, data: xr.Dataset) -> list[str]:
     return [
-        f"{test.condition} is {_twin(run, test.condition)} in another order of units. {test.scope.capitalize()}: the "
-        f"two alignments differ by {test.estimate:.1g}, {'within' if test.estimate <= test.margin else 'beyond'} the bound of "
-        f"{test.margin:g} for rounding."
+        f"{test.condition} is {_twin(run, test.condition)} in another order of units. {test.scope.capitalize()}: {test.reason}."
         for test in _self_tests(run, data)
     ]

@@ -1,9 +1,8 @@
 """A lineage shown in another order of its units, and of its members: what it holds is read from the lineage itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
+from functools import cache, partial
 
 from jaxtyping import Float
 from torch import Tensor
@@ -13,9 +12,11 @@ from mechsub.lineages import Lineage, Part, RowReader
 from mechsub.parameters.symmetry import Arrangement
 
 
-def _read_arranged(read: RowReader, order: Arrangement, tensor: str, num_rows: int, start: int, stop: int) -> Tensor:
+def _read_arranged(
+    read: RowReader, read_all: Callable[[], Tensor], order: Arrangement, tensor: str, start: int, stop: int
+) -> Tensor:
     rows = order.index.get((tensor, 0))
-    values = read(start, stop) if rows is None else read(0, num_rows)[rows[start:stop]]
+    values = read(start, stop) if rows is None else read_all()[rows[start:stop]]
     return order.arrange(tensor, values, first_axis=1)
 
 
@@ -27,12 +28,26 @@ class ArrangedPart(Part):
     sources: tuple[int, ...] = field(default=(), compare=False, kw_only=True)
     arrangements: tuple[Arrangement, ...] = field(default=(), compare=False, kw_only=True)
 
+    def locate(self, member: int) -> tuple[Part, int]:
+        """The part that is arranged, and the member of its lineage that is shown as this one."""
+        assert self.source is not None
+        return self.source.locate(self.sources[member])
+
     def open_rows(self, tensor: str) -> list[RowReader]:
-        """How to read rows of each member in its order. Where rows are reordered, only those that are asked for are read."""
+        """How to read rows of each member in its order.
+
+        Where rows are reordered, only those that are asked for are read of what is stored; what is computed, as DoRA's change,
+        is computed whole at the first of them and kept for the others.
+        """
         assert self.source is not None
         readers, num_rows = self.source.open_rows(tensor), self.lineage.spec.tensors[tensor].shape[0]
-        pairs = zip(self.sources, self.arrangements, strict=True)
-        return [partial(_read_arranged, readers[source], order, tensor, num_rows) for source, order in pairs]
+        found: list[RowReader] = []
+        for source, order in zip(self.sources, self.arrangements, strict=True):
+            whole: Callable[[], Tensor] = partial(readers[source], 0, num_rows)
+            found.append(
+                partial(_read_arranged, readers[source], whole if self.kind == "stored" else cache(whole), order, tensor)
+            )
+        return found
 
     def load_whole(self, tensor: str, member: int) -> Float[Tensor, "..."]:
         """The whole tensor of one member."""
@@ -83,12 +98,3 @@ class ArrangedLineage(Lineage):
             )
             for part in self._shown.parts(step, tensor)
         )
-
-    def is_finite(self, part: Part, tensor: str, member: int) -> bool:
-        """Whether all numbers of one member's part are."""
-        assert isinstance(part, ArrangedPart) and part.source is not None
-        return part.source.lineage.is_finite(part.source, tensor, part.source.members[self._sources[member]])
-
-    def checkpoint(self, step: int, member: int = 0) -> Path:
-        """The file or the folder of one step of the member that is shown in this one's place."""
-        return self._shown.checkpoint(step, self._sources[member])

@@ -233,14 +233,24 @@ def find_spoiling(
 
 def find_not_finite(parts: Iterable[tuple[Part, int]], tensor: str) -> list[NotFinite]:
     """Which of these parts, each of one member, or what they are computed from, are not finite in a tensor."""
-    suspects = {(part, part.members[member]) for part, member in parts}
+    suspects = {part.locate(member) for part, member in parts}
     for part, member in [suspect for suspect in suspects if suspect[0].kind == "change"]:
         base = part.lineage.parts(0, tensor)[0]  # which it is computed from
         suspects.add((base, base.members[member]))
-    guilty = {(part, member) for part, member in suspects if not part.lineage.is_finite(part, tensor, member)}
-    return [
-        NotFinite(part.name, part.step, member, tensor, part.lineage.checkpoint(part.step, member)) for part, member in guilty
-    ]
+    return list({record for part, member in suspects if (record := check_finite(part, tensor, member)) is not None})
+
+
+def check_finite(part: Part, tensor: str, member: int) -> NotFinite | None:
+    """Whether one tensor of a part on disk, of one member of its lineage, holds NaN or ∞; it is read."""
+    if part.lineage.is_finite(part, tensor, member):
+        return None
+    return NotFinite(part.name, part.step, member, tensor, part.lineage.checkpoint(part.step, member))
+
+
+def describe_not_finite(records: Iterable[NotFinite]) -> list[str]:
+    """A sentence for each checkpoint's tensor, each once."""
+    sentences = (f"Not finite: {record}; every number that it would enter is NaN with that reason." for record in records)
+    return list(dict.fromkeys(sentences))
 
 
 def _check_layouts(directions: Sequence[Direction], blocks: Sequence[Block]) -> None:

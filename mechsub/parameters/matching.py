@@ -12,10 +12,13 @@ from jaxtyping import Float
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mechsub.errors import AnalysisError
 from mechsub.parameters.symmetry import Arrangement, UnitGroup, UnitPlace
 
 NUM_RESTARTS = 3
 """Of groups whose best orders depend on each other."""
+MOST_UNITS = 16_384
+"""Of a group that is matched: a profit matrix of so many units takes 2 GiB, a few stand side by side, and time grows as n³."""
 _GAIN = 1e-12
 """An order is only taken where it raises the objective by more than this share: ties, as of dead units, move nothing."""
 _ROUNDING = 1e-6
@@ -44,7 +47,10 @@ def match_weights(
     Coordinate descent: group by group, the best order given all others' is a linear assignment; to a fixed point, first from
     the units as they are stored, then from random orders (``stream``), of which the best is kept. A group that shares no
     tensor with another is solved exactly in one assignment. ``before`` and ``after`` in [−1, 1], no unit. One set of groups
-    that share tensors is in memory at a time.
+    that share tensors is in memory at a time, beside its groups' profit matrices of units × units in float64; see `MOST_UNITS`.
+
+    Raises:
+        AnalysisError: the tensors hold numbers that are not finite, or are not as long as their units.
 
     Source: Ainsworth et al., arXiv:2209.04836 (Git Re-Basin), algorithm 1.
     """
@@ -64,6 +70,9 @@ def match_activations(
     its features' correlations are summed. ``before`` and ``after`` are mean correlations, in [−1, 1]. A unit that is constant
     on all samples correlates with none.
 
+    Raises:
+        AnalysisError: the activations hold numbers that are not finite.
+
     Source: Li et al., arXiv:1511.07543; Ainsworth et al., arXiv:2209.04836, section 3.1.
     """
     standardised = [
@@ -75,6 +84,8 @@ def match_activations(
 
 def _standardise(values: Float[Tensor, "sample feature"]) -> Float[Tensor, "sample feature"]:
     """Each feature centred and of norm 1; constant ones are zero."""
+    if not values.isfinite().all():
+        raise AnalysisError("activations that hold NaN or infinity cannot be matched")
     centred = values.double() - values.double().mean(0)
     norms = torch.linalg.vector_norm(centred, dim=0)
     alive = norms > 1e-12 * values.double().abs().amax(0).clamp_min(1e-30) * len(values) ** 0.5
@@ -151,6 +162,8 @@ class _Fit:
         norms = [torch.linalg.vector_norm(state[name].double()) for name in reference for state in (reference, other)]
         self._scale = float(sum(first * second for first, second in zip(norms[::2], norms[1::2], strict=True)))
         """No arrangement reaches more, by Cauchy and Schwarz."""
+        if not np.isfinite(self._scale):
+            raise AnalysisError(f"{', '.join(reference)}: units that hold NaN or infinity cannot be matched")
         self._fixed: dict[str, Float[np.ndarray, "unit unit"]] = {}
         """By group: ⟨A's unit, B's stored unit⟩ over the tensors that no other group orders, computed once."""
 

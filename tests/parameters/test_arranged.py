@@ -92,6 +92,27 @@ def test_gram_matrices_of_arranged_lineages_equal_the_slow_product(lineages, kin
             np.testing.assert_allclose(gram.within[member, index], slow, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_computed_is_computed_once_a_tensor_however_many_chunks_there_are(lineages, monkeypatch):
+    source, calls = lineages["change"], []
+    compute = source._load_change
+
+    def count(*place):
+        calls.append(place)
+        return compute(*place)
+
+    monkeypatch.setattr(source, "_load_change", count)
+    shown = ArrangedLineage(source, "arranged", SOURCES, arrangements())
+    stream_gram([displacement(shown, 5)], [one for one in list_blocks(TABLE) if one.tensor == "w"], (), chunk_bytes=1)
+    assert sorted(calls) == [(5, "w", member, 0, 7) for member in range(MEMBERS)]
+
+
+def test_the_numbers_of_an_arranged_lineage_are_located_in_its_own(lineages):
+    part = ArrangedLineage(lineages["stored"], "arranged", SOURCES, arrangements()).parts(5, "w")[0]
+    for member, source in enumerate(SOURCES):
+        found, whose = part.locate(member)
+        assert (found.name, whose) == ("base", source)
+
+
 def test_an_arranged_tensor_of_another_size_is_refused(tmp_path):
     lineage = write_lineage(tmp_path, "wide", 0, table={"w": TensorInfo((9, 4), "layer 0", "hidden")})
     shown = ArrangedLineage(lineage, "arranged", SOURCES, arrangements())

@@ -28,7 +28,7 @@ from mechsub.parameters.directions import (
     origin_direction,
     origin_label,
 )
-from mechsub.parameters.gram import stream_gram
+from mechsub.parameters.gram import describe_not_finite, stream_gram
 
 MEMBERS, STEPS = 3, (0, 2, 5)
 TABLE = {"w": TensorInfo((7, 4), "layer 0", "hidden"), "b": TensorInfo((7,), "layer 0", "hidden")}
@@ -284,6 +284,8 @@ def test_what_is_not_finite_is_named_and_spoils_only_the_directions_that_hold_it
     ]
     assert found.not_finite[1].checkpoint == spoilt[0].checkpoint(2, 1)
     assert "tensor w of student at step 2, member 1" in str(found.not_finite[1])
+    sentences = describe_not_finite([*found.not_finite, *found.not_finite])
+    assert len(sentences) == 2 and "tensor b of control at step 0, member 0" in sentences[0]
 
 
 def test_finite_numbers_too_large_for_products_in_float32_are_multiplied_in_float64(tmp_path):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from mechsub.errors import AnalysisError
 from mechsub.families.classifier.config import ModelConfig
 from mechsub.families.classifier.model import Classifier, model_spec
 from mechsub.families.classifier.symmetry import list_unit_groups
@@ -140,6 +141,18 @@ def test_silent_units_correlate_with_none_and_stay():
     reference["layers.1"][:, :3] = other["layers.1"][:, :3] = 1.5
     found = match_activations(GROUPS, reference, other, stream())
     assert found.arrangement.moved_share == 0.0 and found.after == pytest.approx(1.0)
+
+
+def test_what_is_not_finite_is_refused_rather_than_matched_by_nothing():
+    reference, other = draw_state(0), draw_state(1)
+    other["layers.1.weight"][0, 0] = float("nan")
+    with pytest.raises(AnalysisError, match="cannot be matched"):
+        match_weights(GROUPS, reference.__getitem__, other.__getitem__, stream())
+    seen = {group.reader: torch.randn(50, group.num_units) for group in GROUPS}
+    spoilt = {name: values.clone() for name, values in seen.items()}
+    spoilt[GROUPS[0].reader][3, 0] = float("inf")
+    with pytest.raises(AnalysisError, match="cannot be matched"):
+        match_activations(GROUPS, seen, spoilt, stream())
 
 
 def test_groups_that_share_no_tensor_are_matched_apart():
