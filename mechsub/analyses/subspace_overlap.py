@@ -755,10 +755,9 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
         title="Specific overlap: are the directions that only the student took those that only its teacher took?",
         caption=(
             f"Overlap of the {run.recipe.verdict.subspace_rank} leading singular vectors of θ_S − θ_C and Δ_T − Δ_N (mean "
-            "squared "
-            "cosine, no unit) at the last step, mean of both sides and over matrices; each dot is one of "
-            f"{_members(run, data, 'specific_overlap')}. {beside} and has no verdict: swapped labels turn both differences "
-            "round and leave their subspaces as they are. Blue: the mean of random subspaces in the matrices "
+            "squared cosine, no unit) at the last step, mean of both sides and over matrices; each dot is one of "
+            f"{_members(run, data, 'specific_overlap')}. {beside} and has no null, so no verdict: swapped labels turn both "
+            "differences round and leave their subspaces as they are. Blue: the mean of random subspaces in the matrices "
             "of student − control."
         ),
         variables=(*names, "haar_specific_overlap"),
