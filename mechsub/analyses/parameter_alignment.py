@@ -541,8 +541,8 @@ def _mean(run: Run, data: xr.Dataset, name: str, condition: str) -> Interval:
 
 def _sign(interval: Interval) -> str:
     if interval.low > 0:
-        return "positive"
-    return "negative" if interval.high < 0 else "not told from 0"
+        return "interval over 0"
+    return "interval under 0" if interval.high < 0 else "not told from 0"
 
 
 def _untold_sentences(run: Run) -> list[str]:
