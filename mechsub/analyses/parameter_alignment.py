@@ -16,7 +16,7 @@ from mechsub.findings import Finding, interval_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.gram import describe_not_finite, stream_gram
-from mechsub.parameters.quantities import QUANTITIES, SWAPPED, Quantity
+from mechsub.parameters.quantities import NEUTRAL, QUANTITIES, SWAPPED, Quantity
 from mechsub.parameters.stored import GRAM_GROUP, store_gram
 from mechsub.relations import relate_students, relate_trajectories
 from mechsub.results import Result, label_variable, status_variable
@@ -29,6 +29,7 @@ SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., 
 _DIMS = ("condition", "taught", "member", "step", "scope")
 _CLEAR_OF_ROUNDING = 10
 """How many times the rounding floor a displacement should be long."""
+_NEEDS = {quantity.name: quantity.needs for quantity in QUANTITIES}
 _MOST_TENSORS = 16
 """With more, figures show layers and the model; every tensor is in the results."""
 
@@ -195,6 +196,8 @@ def _finding(
     null_words = quantity.null_words
     if quantity.null is not None and run.control(case[0]) is None:
         null_words, reason = "none: no control was given", "without its null a cosine says nothing; give --control"
+    elif quantity.null is not None and run.neutral is None and NEUTRAL in _NEEDS[quantity.null]:
+        null_words = "none: no neutral teacher was given"
     if judgement is not None:
         reason = f"difference from the null {judgement.interval}: {judgement.reason}"
     return Finding(
@@ -299,7 +302,7 @@ def _training_figure(run: Run) -> Figure:
         caption=(
             f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of "
             f"{run.neutral_name} from the same start (the null). Thin lines are {_members(run)}, thick ones their mean. "
-            "Between the blue lines lie 95 % of random directions (±2/√d): a line to read by, not the null."
+            f"Between the blue lines lie 95 % of random directions (±2/√d): a line to read by, not the null.{_no_control(run)}"
         ),
         variables=("alignment", "alignment_of_control", "random_cosine_sd"),
         spec=chart_spec(facets),
@@ -363,7 +366,7 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
             f"cos(Δ_S, Δ_T), no unit, at the last step, of every {_scope_words(data)}; each dot is one of {_members(run)}; the "
             "null is its control. A scope without dots has no shared support: student and teacher moved no tensor of it "
             f"together. Random directions of all parameters would scatter about 0 with a standard deviation of 1/√d = "
-            f"{spread:.4f}: a line to read by, not the null."
+            f"{spread:.4f}: a line to read by, not the null.{_no_control(run)}"
         ),
         variables=("alignment", "alignment_of_control", "last_step"),
         spec=chart_spec(facets),
@@ -486,6 +489,12 @@ def _drawn_scopes(data: xr.Dataset) -> list[str]:
 
 def _scope_words(data: xr.Dataset) -> str:
     return "tensor and layer" if len(_drawn_scopes(data)) == len(data.scope) else "layer (tensors are in the results)"
+
+
+def _no_control(run: Run) -> str:
+    """For captions that speak of a control."""
+    without = [name for name in _comparable(run) if run.control(name) is None]
+    return f" No control was given for {', '.join(without)}: there is no null." if without else ""
 
 
 def _members(run: Run) -> str:
