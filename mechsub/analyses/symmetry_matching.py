@@ -173,7 +173,8 @@ class _Matcher:
         """The tensors of one start that a fit looks at (by activations all of them) and that are not finite."""
         key = lineage.name, member
         if key not in self._broken:
-            pairs = [(name, part) for name in lineage.spec.tensors for part in lineage.parts(0, name)]
+            own = [name for name, info in lineage.spec.tensors.items() if info.tied_to is None]
+            pairs = [(name, part) for name in own for part in lineage.parts(0, name)]
             found = [check_finite(part, name, part.members[member]) for name, part in pairs]
             self._broken[key] = [record for record in found if record is not None]
         units = {place.tensor for group in self.groups for place in group.places}
