@@ -14,10 +14,12 @@ import numpy as np
 import xarray as xr
 
 from mechsub.api import open_run
+from mechsub.parameters.alignment import SHARED_SUPPORT
 from mechsub.run import Run
 from mechsub.statistics.intervals import student_interval
 
 SCOPES = ("layer", "model")
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,9 @@ def _document(run: Run, conditions: list[str]) -> Iterator[str]:
     yield f"# Displacement alignment by layer over training: {run.recipe.name}\n"
     yield (
         f"Cosines, no unit: mean ± half of the {100 * run.recipe.verdict.confidence:g} % interval (Student t) over "
-        f"{run.recipe.members} members{traits}; a dash where there is none (nothing moved, no shared support, or not matched). "
-        "A layer's number covers its own tensors, *model* all parameters. Columns are the student's optimizer steps. π: hidden "
+        f"{run.recipe.members} members{traits}. Layers without a row have no such number (student and teacher moved nothing "
+        "together there), nor have measures without rows (a student at its teacher's own start has no unrelated pair). A "
+        "layer's number covers its own tensors, *model* all parameters. Columns are the student's optimizer steps. π: hidden "
         "units matched by the starting weights; *unrelated pairs*: the same matching between a student and another member's "
         "start, against that member's teacher.\n"
     )
@@ -84,17 +87,16 @@ def _table(run: Run, condition: str) -> Iterator[str]:
     for measure in MEASURES:
         data = run.results[measure.analysis]
         chosen = data[measure.variable].sel(condition=condition, **measure.select)
-        for scope in [
-            str(name) for name, kind in zip(data.scope.values, data.scope_kind.values, strict=True) if kind in SCOPES
-        ]:
+        for scope in map(str, data.scope.values[np.isin(data.scope_kind.values, SCOPES)]):
             cells = [_cell(run, chosen.sel(scope=scope, step=step)) for step in steps]
-            yield f"| {measure.title} | {scope} | " + " | ".join(cells) + " |"
+            if scope != SHARED_SUPPORT and set(cells) != {NOTHING}:
+                yield f"| {measure.title} | {scope} | " + " | ".join(cells) + " |"
 
 
 def _cell(run: Run, values: xr.DataArray) -> str:
     over_traits = values.mean("taught", skipna=False).values
     if not np.isfinite(over_traits).any():
-        return "–"
+        return NOTHING
     interval = student_interval(over_traits, run.recipe.verdict.confidence)
     return f"{interval.estimate:+.3f} ± {(interval.high - interval.low) / 2:.3f}"
 

@@ -121,7 +121,7 @@ def _verdict_table(findings: Sequence[Finding]) -> dict[tuple[str, str], dict[st
     conditions = list(dict.fromkeys(finding.condition for finding in judged))
     table: dict[tuple[str, str], dict[str, Finding]] = {}
     for finding in sorted(judged, key=lambda finding: conditions.index(finding.condition)):
-        table.setdefault((finding.condition, finding.trait), {})[finding.quantity] = finding
+        table.setdefault((finding.condition, finding.trait), {}).setdefault(finding.quantity, finding)
     return table
 
 

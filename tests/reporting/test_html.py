@@ -35,7 +35,7 @@ def test_without_scripts_every_figure_and_verdict_is_still_there(tiny_run, page)
     for name, caption in figures:
         assert "n = 3" in caption and "null" in caption, name
     for finding in tiny_run.findings.query("verdict != ''").itertuples():
-        assert f"<p>{escape(finding.rule)}</p>" in still
+        assert str(escape(finding.rule)) in still
     assert "what would have counted for" not in still and "two one-sided t tests put it inside ±0.05" in still
 
 
