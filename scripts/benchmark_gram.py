@@ -27,6 +27,7 @@ from mechsub.lineages import (
     write_spec,
 )
 from mechsub.parameters.blocks import list_blocks
+from mechsub.parameters.compiled import has_compiler
 from mechsub.parameters.directions import (
     displacement,
     displacement_difference,
@@ -58,7 +59,15 @@ def measure_gram_of_shards(folder: Path, quick: bool) -> dict[str, Any]:
     directions = [origin_direction(reference), displacement(teacher, STEP), displacement(student, STEP)]
     files = sorted((folder / "lineages").rglob("*.safetensors"))
     blocks, anchor = list_blocks(table), [directions[1].label]
-    return _compare(lambda: stream_gram(directions, blocks, anchor), files, turns)
+    found = {"eager": _compare(lambda: stream_gram(directions, blocks, anchor, compiled=False), files, turns)}
+    if not quick and has_compiler():
+        began = time.perf_counter()
+        stream_gram(directions, blocks, anchor, compiled=True)
+        first = time.perf_counter() - began
+        found["compiled"] = _compare(lambda: stream_gram(directions, blocks, anchor, compiled=True), files, turns)
+        found["compiled"]["seconds_of_the_first_call"] = first
+    ways = {f"{way} {key}": value for way, part in found.items() for key, value in part.items() if key != "work"}
+    return {"work": found["eager"]["work"], **ways}
 
 
 def measure_gram_of_adapters(folder: Path, quick: bool) -> dict[str, Any]:

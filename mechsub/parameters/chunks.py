@@ -12,6 +12,7 @@ from torch import Tensor
 from mechsub.errors import AnalysisError
 from mechsub.lineages import Origin, Part, RowReader
 from mechsub.parameters.blocks import Block
+from mechsub.parameters.compiled import Pattern
 
 _MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10, torch.float32: 23, torch.float64: 52}
 _EXPONENT_MASK = {torch.float32: 0x7F800000, torch.float64: 0x7FF0000000000000}
@@ -108,6 +109,29 @@ class DenseChunks:
                 seen[key] = target.copy_(rows.reshape(target.shape))
         return chunk
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all is stored by one member in float32 or less, so that a compiled contraction can read it."""
+        return self._num_members == 1 and self._dtype == torch.float32 and len(self._dtypes) == len(self._slots)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The directions that hold something as sums of the parts, in the order in which `load_stored` gives these."""
+        numbers = {part: number for number, part in enumerate(self._slots)}
+        return tuple(tuple((numbers[part], sign) for part, sign in total.items()) for total in self._sums)
+
+    def load_stored(self, start: int, stop: int) -> list[Float[Tensor, " number"]]:
+        """Rows of every part of the one member as they are stored, flat."""
+        return [self._readers[part][0](start, stop).reshape(-1) for part in self._slots]
+
+    def sum_stored_exponents(self, start: int, stop: int) -> Float[Tensor, "representative member"]:
+        """What `sum_exponents` gives, of rows that are not loaded."""
+        totals = torch.zeros(len(self.representatives), 1, dtype=torch.float64)
+        for number, ((_, dtypes), part) in enumerate(self.representatives):
+            rows = self._readers[part][0](start, stop)[-start % self._stride :: self._stride].to(self._dtype)
+            totals[number, 0] = self._sum_powers(rows, dtypes[0], torch.empty_like(rows))
+        return totals
+
     def combine(self, chunk: Float[Tensor, "member slot row column"]) -> Float[Tensor, "member holder row column"]:
         """The signed sums of the loaded parts, in place: the first slots are now the directions."""
         for place, total in enumerate(self._sums):
@@ -134,16 +158,20 @@ class DenseChunks:
         powers = torch.empty_like(chunk[0, 0], memory_format=torch.contiguous_format)
         for number, ((_, dtypes), part) in enumerate(self.representatives):
             for member, dtype in enumerate(dtypes):
-                bits = chunk[member, self._slots[part]].view(_SAME_BITS[self._dtype])
-                torch.bitwise_and(bits, _EXPONENT_MASK[self._dtype], out=powers.view(bits.dtype))
-                if dtype == torch.float16:
-                    powers.clamp_(min=_SMALLEST_FLOAT16)
-                flat = powers.view(-1)
-                total = float(torch.dot(flat, flat))
-                if not np.isfinite(total):  # NaN and ∞ have the largest exponent
-                    total = float(powers.masked_fill(powers.isinf(), 0).square().sum(dtype=torch.float64))
-                totals[number, member] = total
+                totals[number, member] = self._sum_powers(chunk[member, self._slots[part]], dtype, powers)
         return totals
+
+    def _sum_powers(self, rows: Tensor, dtype: torch.dtype, powers: Tensor) -> float:
+        """Σ 4^⌊log₂|θ|⌋; ``powers`` is room for them."""
+        bits = rows.view(_SAME_BITS[self._dtype])
+        torch.bitwise_and(bits, _EXPONENT_MASK[self._dtype], out=powers.view(bits.dtype))
+        if dtype == torch.float16:
+            powers.clamp_(min=_SMALLEST_FLOAT16)
+        flat = powers.view(-1)
+        total = float(torch.dot(flat, flat))
+        if not np.isfinite(total):  # NaN and ∞ have the largest exponent
+            total = float(powers.masked_fill(powers.isinf(), 0).square().sum(dtype=torch.float64))
+        return total
 
     def exponent_share(self, block: Block) -> float:
         """Rows of a block over those of them whose exponents are summed."""

@@ -18,14 +18,17 @@ from mechsub.errors import AnalysisError
 from mechsub.lineages import Part
 from mechsub.parameters.blocks import Block
 from mechsub.parameters.chunks import DenseChunks, cut_block
+from mechsub.parameters.compiled import CALL, MOST_DIRECTIONS, PAYS_FROM_BYTES, contract, has_compiler
 from mechsub.parameters.directions import Direction, sum_parts
 from mechsub.parameters.low_rank import LowRank
 
 CHUNK_BYTES = 64 << 20
 WORKERS = 2
 """Tensors at a time: while one waits for the disk, the other is multiplied."""
-_FEW = 12
-"""Directions up to which products of single rows beat a general matrix product, which does each pair twice."""
+_CALLS_AT_ONCE = 16
+"""Of the compiled loop, for the rows that are opened together."""
+_SUMMED = 4096
+"""Numbers whose products are summed in their own precision before float64 takes over."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def stream_gram(
     chunk_bytes: int = CHUNK_BYTES,
     device: str = "cpu",
     workers: int = WORKERS,
+    compiled: bool | None = None,
 ) -> Gram:
     """Accumulate the Gram matrices of ``directions`` block by block, reading each tensor of each checkpoint once.
 
@@ -82,7 +86,7 @@ def stream_gram(
     multiplied as factors, in float64, and their base is not read unless a direction holds it. Memory is set by
     ``workers`` × ``chunk_bytes`` (a chunk is some rows, one at least, of all checkpoints of all members), the ranks and the
     number of directions, not by the model. A tensor is one worker's, so that their number changes no sum. In the squared
-    unit of the weights.
+    unit of the weights. ``compiled``: whether a compiled loop does what it can; None: where it pays and a compiler is there.
 
     Raises:
         AnalysisError: a lineage lacks one of the tensors, has it in another shape, or in a type that is no float.
@@ -104,7 +108,11 @@ def stream_gram(
         by_tensor.setdefault(block.tensor, []).append(totals)
     large_first = sorted(by_tensor.values(), key=lambda found: -sum(totals.block.num_parameters for totals in found))
     with ThreadPoolExecutor(workers) as pool:
-        stream = partial(_stream_tensor, directions, chunk_bytes, device)
+        if compiled is None:
+            checkpoints = {(lineage.name, step) for direction in directions for lineage, step, _ in direction.terms}
+            num_bytes = 2 * len(checkpoints) * sum(block.num_parameters for block in blocks)
+            compiled = device == "cpu" and num_bytes >= PAYS_FROM_BYTES and has_compiler()
+        stream = partial(_stream_tensor, directions, chunk_bytes, device, compiled)
         not_finite = [record for records in pool.map(stream, large_first) for record in records]
     if num_members == 1:
         across[..., 0] = within[..., positions]
@@ -116,7 +124,12 @@ def stream_gram(
 
 
 def _stream_tensor(
-    directions: Sequence[Direction], chunk_bytes: int, device: str, totals: "Sequence[_BlockTotals]", wide: bool = False
+    directions: Sequence[Direction],
+    chunk_bytes: int,
+    device: str,
+    compiled: bool,
+    totals: "Sequence[_BlockTotals]",
+    wide: bool = False,
 ) -> list[NotFinite]:
     """Fill the totals of one tensor's blocks. What is not finite in it, which is looked for only where a norm is not."""
     tensor, num_members = totals[0].block.tensor, len(totals[0].within)
@@ -126,7 +139,11 @@ def _stream_tensor(
     low_rank = [LowRank.load(sums, tensor, member, device) for member in range(num_members)] if has_factors else []
     cuts = [[factors.cut(one.block) for factors in low_rank] for one in totals]
     exponents = torch.zeros(len(totals), len(chunks.representatives), num_members, dtype=torch.float64)
-    for start, stop in chunks.row_chunks(chunk_bytes):
+    row_chunks = chunks.row_chunks(chunk_bytes)
+    if compiled and chunks.is_plain and not has_factors and len(totals) == 1 and len(chunks.holders) <= MOST_DIRECTIONS:
+        exponents[0] += _contract_compiled(chunks, totals[0])
+        row_chunks = []
+    for start, stop in row_chunks:
         loaded = chunks.load(start, stop)
         for number, one in enumerate(totals):
             share, rows = cut_block(loaded, one.block, start, stop)
@@ -145,8 +162,21 @@ def _stream_tensor(
     if spoilt.any() and not found and not wide:  # finite, but too large for products in float32
         for one in totals:
             one.clear()
-        return _stream_tensor(directions, chunk_bytes, device, totals, wide=True)
+        return _stream_tensor(directions, chunk_bytes, device, compiled, totals, wide=True)
     return found
+
+
+def _contract_compiled(chunks: DenseChunks, totals: "_BlockTotals") -> Float[Tensor, "representative member"]:
+    """Fill the totals of a tensor of one block by the compiled loop; the sums of its exponents."""
+    exponents = torch.zeros(len(chunks.representatives), 1, dtype=torch.float64)
+    place = torch.tensor(chunks.holders)
+    num_rows, width = totals.block.shape[0], totals.block.num_parameters // totals.block.shape[0]
+    rows = max(1, _CALLS_AT_ONCE * CALL // width)
+    for start in range(0, num_rows, rows):
+        stop = min(start + rows, num_rows)
+        totals.within[0, place[:, None], place] += contract(chunks.pattern, chunks.load_stored(start, stop))
+        exponents += chunks.sum_stored_exponents(start, stop)
+    return exponents
 
 
 @dataclass(frozen=True)
@@ -173,12 +203,12 @@ class _BlockTotals:
     def add_dense(self, dense: Float[Tensor, "member holder row column"], holders: Sequence[int]) -> None:
         """⟨D, D⟩ over one chunk."""
         flat = dense.flatten(2)
-        inside = torch.stack([_multiply_pairs(rows) for rows in flat]).double().cpu()
+        inside = torch.stack([_multiply(rows, rows) for rows in flat]).cpu()
         self.within[:, torch.tensor(holders)[:, None], torch.tensor(holders)] += inside
         held = {place: holders.index(anchor) for place, anchor in enumerate(self.anchors) if anchor in holders}
         if held:
             anchors = flat[:, list(held.values())].flatten(0, 1)
-            products = torch.stack([(rows @ anchors.T).view(-1, len(flat), len(held)) for rows in flat]).double().cpu()
+            products = torch.stack([_multiply(rows, anchors).view(-1, len(flat), len(held)) for rows in flat]).cpu()
             index = torch.tensor(holders)[:, None], torch.tensor(list(held))
             self.across[:, index[0], index[1]] += products.transpose(2, 3)
 
@@ -214,14 +244,15 @@ class _BlockTotals:
                     self.across[member, :, :, other] += own.inner(factors.only(self.anchors)).cpu()
 
 
-def _multiply_pairs(rows: Float[Tensor, "row number"]) -> Float[Tensor, "row row"]:
-    """The inner products of rows. Of few, one row with those after it at a time; of many, as one matrix product."""
-    if len(rows) > _FEW:
-        return rows @ rows.T
-    products = rows.new_zeros(len(rows), len(rows))
-    for place, row in enumerate(rows):
-        products[place, place:] = products[place:, place] = rows[place:] @ row
-    return products
+def _multiply(left: Float[Tensor, "row number"], right: Float[Tensor, "other number"]) -> Float[Tensor, "row other"]:
+    """The inner products of rows, in float64: products and sums in the rows' precision over `_SUMMED` numbers at a time.
+
+    One float32 sum over a whole chunk would be wrong by 1e-4: it adds small products to a large sum.
+    """
+    whole = left.shape[1] - left.shape[1] % _SUMMED
+    segments = [rows[:, :whole].reshape(len(rows), -1, _SUMMED).transpose(0, 1) for rows in (left, right)]
+    products = torch.bmm(segments[0], segments[1].transpose(1, 2)).double().sum(0)
+    return products + (left[:, whole:] @ right[:, whole:].T).double()
 
 
 def find_spoiling(

@@ -25,6 +25,7 @@ from mechsub.parameters.directions import (
     displacement,
     displacement_difference,
     displacement_label,
+    load_dense,
     origin_direction,
     origin_label,
 )
@@ -384,3 +385,15 @@ def test_the_floor_of_a_large_tensor_is_that_of_every_eighth_row_whatever_the_ch
     exact = 4.0 ** (torch.frexp(weights.float()).exponent - 8).double() / 12
     np.testing.assert_allclose(found[1][:, 0, 0], exact[:, :1500].sum((1, 2)), rtol=0.02)
     np.testing.assert_allclose(found[1][:, 1, 0], exact[:, 1500:].sum((1, 2)), rtol=0.02)
+
+
+def test_long_sums_keep_the_precision_of_their_numbers(tmp_path):
+    table = {"w": TensorInfo((1024, 600), "layer 0", "hidden")}
+    first, second = (write_lineage(tmp_path, name, seed, table=table) for seed, name in enumerate(("first", "second")))
+    directions = [displacement(lineage, STEPS[-1]) for lineage in (first, second)]
+    gram = stream_gram(directions, list_blocks(table), [directions[0].label])
+    for member in range(MEMBERS):
+        vectors = torch.stack([load_dense(direction, "w", member).double().flatten() for direction in directions])
+        exact = (vectors @ vectors.T).numpy()
+        size = np.sqrt(exact.diagonal())
+        assert (np.abs(gram.within[member, 0] - exact) / np.outer(size, size)).max() < 2e-6
