@@ -1,5 +1,9 @@
 """Cases: what stands against what in a run's parameter space, as directions; every analysis of it compares these."""
 
+from itertools import product
+
+import xarray as xr
+
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import Combination, DirectionAlgebra
 from mechsub.parameters.directions import (
@@ -12,6 +16,7 @@ from mechsub.parameters.directions import (
     origin_label,
 )
 from mechsub.parameters.quantities import CONTROL, NEUTRAL, SHAM, Case, OtherTrait
+from mechsub.results import label_variable
 from mechsub.run import Run
 
 CaseName = tuple[str, str]
@@ -49,6 +54,26 @@ def list_directions(run: Run) -> list[Direction]:
             if run.starts_elsewhere(lineage):
                 directions.append(origin_direction(lineage))
     return directions
+
+
+def list_cases(run: Run) -> list[CaseName]:
+    """Every condition with every trait that is taught."""
+    return list(product(run.conditions, run.traits))
+
+
+def label_last_steps(run: Run) -> xr.Variable:
+    """The last step of every student, [condition, taught]."""
+    return label_variable(
+        [[run.student(condition, trait).last for trait in run.traits] for condition in run.conditions],
+        ["condition", "taught"],
+        description="the student's last step",
+        unit="optimizer steps",
+    )
+
+
+def last_steps(data: xr.Dataset) -> list[int]:
+    """The last step of each student, from ``last_step``; conditions can differ in it."""
+    return sorted({int(step) for step in data.last_step.values.flat})
 
 
 def build_case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, step: int) -> Case:

@@ -54,6 +54,28 @@ def diverging_scale(values: np.ndarray) -> alt.Scale:
     return alt.Scale(scheme="blueorange", domain=[-(bound or 1.0), bound or 1.0])
 
 
+def fold_variables(value: str, names: Mapping[str, str]) -> alt.Chart:
+    """The variables ``names`` as rows of one column ``value``, with who they belong to in ``who``; missing ones dropped."""
+    folded: alt.Chart = (
+        alt.Chart(DATA)
+        .transform_fold(list(names), as_=["which", value])
+        .transform_filter(f"isValid(datum.{value})")
+        .transform_calculate(who=f"{json.dumps(dict(names), ensure_ascii=False)}[datum.which]")
+    )
+    return folded
+
+
+def color_by_who(names: Mapping[str, str]) -> alt.Color:
+    """The colours of `fold_variables`, in the order of ``names``."""
+    return alt.Color("who:N", sort=list(names.values()), title=None)
+
+
+def zero_line() -> alt.Chart:
+    """A dotted rule at what it is told to encode, mostly 0."""
+    rule: alt.Chart = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
+    return rule
+
+
 def fill_figure(figure: Figure, data: xr.Dataset) -> dict[str, Any]:
     """The figure's spec with its numbers: one row per combination of the variables' dims; NaN rows become null."""
     chosen = data[list(figure.variables)]

@@ -18,8 +18,7 @@ from scipy import stats
 from mechsub.parameters.alignment import MODEL, DirectionAlgebra, Scopes
 from mechsub.parameters.blocks import Block
 from mechsub.parameters.gram import Gram
-from mechsub.statistics.permutation import flip_signs
-from mechsub.statistics.verdicts import AGAINST_NULL, Rules, SuperiorityTest, judge_effects
+from mechsub.statistics.verdicts import AGAINST_NULL, SIGN_FLIP, Rules, SuperiorityTest, judge_effects
 
 BLOCKS = [Block(f"block {number}", f"block {number}", f"layer {number // 2}", "weights", (100,)) for number in range(4)]
 RULES = Rules(margin=0.05, minimum_members=5, confidence=0.95, equivalence_level=0.05)
@@ -50,10 +49,9 @@ def simulate(members: int, planted: float, runs: int, seed: int = 0) -> dict[str
     difference, teachers = {"student": 1.0, "control": -1.0}, {"teacher": 1.0, "neutral": -1.0}
     alignment = algebra.cosine(student, teacher_only)[:, model] - algebra.cosine(control, teacher_only)[:, model]
     specific = algebra.cosine(difference, teachers)[:, model]
-    swap = SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n, "sign-flip")
     found = {
         "alignment": _judge(alignment.reshape(runs, members), None),
-        "specific_alignment": _judge(specific.reshape(runs, members), swap),
+        "specific_alignment": _judge(specific.reshape(runs, members), SIGN_FLIP),
     }
     return found
 

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import Tensor, nn
 
 from mechsub.analyses.registry import analysis
-from mechsub.figures import DATA, Figure, chart_spec
+from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.parameters.edits import (
@@ -685,7 +685,7 @@ def _common(run: Run, case: Case) -> dict[str, Any]:
     }
 
 
-_ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
+_ZERO = zero_line()
 _TOTAL_LINE = alt.Chart(DATA).transform_filter("isValid(datum.total_effect)").mark_rule(color="#1d2430", strokeDash=[6, 3])
 _INTERVALS = ("effect_mean", "effect_low", "effect_high", "total_effect")
 

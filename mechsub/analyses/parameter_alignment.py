@@ -1,6 +1,5 @@
 """Parameter alignment: did the student's weights move where its teacher's did, more than another's would have?"""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
@@ -10,8 +9,8 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, build_case, last_displacement, list_directions
-from mechsub.figures import DATA, Figure, chart_spec, diverging_scale
+from mechsub.cases import CaseName, build_case, label_last_steps, last_displacement, last_steps, list_cases, list_directions
+from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
@@ -23,7 +22,7 @@ from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.permutation import flip_signs
-from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, SuperiorityTest, judge_effects
+from mechsub.statistics.verdicts import AGAINST_NULL, SIGN_FLIP, Judgement, judge_effects
 
 SOURCE = "displacement cosines: Ilharco et al., arXiv:2212.04089; Cloud et al., arXiv:2507.14805, Theorem 1"
 _DIMS = ("condition", "taught", "member", "step", "scope")
@@ -105,12 +104,7 @@ def _label(
         "scope": list(scopes.names),
         "scope_kind": ("scope", list(scopes.kinds)),
     }
-    variables["last_step"] = label_variable(
-        [[run.student(condition, trait).last for trait in run.traits] for condition in run.conditions],
-        ["condition", "taught"],
-        description="the student's last step",
-        unit="optimizer steps",
-    )
+    variables["last_step"] = label_last_steps(run)
     return xr.Dataset(variables, coords=coords)
 
 
@@ -125,10 +119,6 @@ def _final_scopes(run: Run, data: xr.Dataset, name: str, case: CaseName) -> np.n
     return found
 
 
-def _cases(run: Run) -> list[CaseName]:
-    return list(product(run.conditions, run.traits))
-
-
 def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
     """Verdicts at the last step over the whole model, by (quantity, case); Holm runs over the conditions and traits."""
     rules = run.rules(run.recipe.verdict.alignment_margin)
@@ -137,7 +127,7 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
         if not quantity.judged:
             continue
         effects = {}
-        for case in _cases(run):
+        for case in list_cases(run):
             if quantity.null and run.control(case[0]) is None:
                 continue
             values = _final(run, data, quantity.name, case)
@@ -145,11 +135,7 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
                 values = values - _final(run, data, quantity.null, case)
             if _is_measured(run, data, quantity.name, case):
                 effects[case] = values
-        swap_test = (
-            SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n, "sign-flip")
-            if quantity.judged == "swap"
-            else None
-        )
+        swap_test = SIGN_FLIP if quantity.judged == "swap" else None
         judged = judge_effects(effects, rules, AGAINST_NULL, swap_test)
         judgements |= {(quantity.name, case): judgement for case, judgement in judged.items()}
     return judgements
@@ -164,7 +150,7 @@ def _is_measured(run: Run, data: xr.Dataset, name: str, case: CaseName) -> bool:
 def _findings(run: Run, data: xr.Dataset, judgements: Mapping[tuple[str, CaseName], Judgement]) -> list[Finding]:
     found = []
     for quantity in (quantity for quantity in QUANTITIES if quantity.null_words):
-        for case in _cases(run):
+        for case in list_cases(run):
             if not _is_measured(run, data, quantity.name, case):
                 continue
             found.append(_finding(run, data, quantity, case, MODEL, "all parameters", judgements.get((quantity.name, case))))
@@ -262,27 +248,13 @@ def _norm_findings(run: Run, data: xr.Dataset) -> list[Finding]:
     return findings
 
 
-def _long_form(names: Mapping[str, str]) -> alt.Chart:
-    """The variables ``names`` as rows of one column ``cosine``, with who they belong to in ``who``; missing ones dropped."""
-    return (
-        alt.Chart(DATA)
-        .transform_fold(list(names), as_=["which", "cosine"])
-        .transform_filter("isValid(datum.cosine)")
-        .transform_calculate(who=f"{json.dumps(dict(names), ensure_ascii=False)}[datum.which]")
-    )
-
-
-def _who(names: Mapping[str, str]) -> alt.Color:
-    return alt.Color("who:N", sort=list(names.values()), title=None)
-
-
 _STUDENT_AND_NULL = {"alignment": "student", "alignment_of_control": "control (null)"}
 _BAR = alt.Legend(orient="top", gradientLength=180, gradientThickness=10)
-_ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
+_ZERO = zero_line()
 
 
 def _training_figure(run: Run) -> Figure:
-    chart, color = _long_form(_STUDENT_AND_NULL), _who(_STUDENT_AND_NULL)
+    chart, color = fold_variables("cosine", _STUDENT_AND_NULL), color_by_who(_STUDENT_AND_NULL)
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(grid=False))
     y = alt.Y("cosine:Q", title="cos(Δ, Δ_T)")
     detail = ["member:N", "taught:N"]
@@ -343,13 +315,13 @@ def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
 
 def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
     dots = (
-        _long_form(_STUDENT_AND_NULL)
+        fold_variables("cosine", _STUDENT_AND_NULL)
         .transform_filter("datum.step == datum.last_step")
         .mark_circle(size=22, opacity=0.5)
         .encode(
             x=alt.X("cosine:Q", title="cos(Δ, Δ_T)"),
             y=alt.Y("scope:N", sort=_drawn_scopes(data), title=None),
-            color=_who(_STUDENT_AND_NULL),
+            color=color_by_who(_STUDENT_AND_NULL),
             tooltip=["scope:N", "taught:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
@@ -370,21 +342,21 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
         ),
         variables=("alignment", "alignment_of_control", "last_step"),
         spec=chart_spec(facets),
-        select={"step": _last_steps(data), "scope": _drawn_scopes(data), "condition": _comparable(run)},
+        select={"step": last_steps(data), "scope": _drawn_scopes(data), "condition": _comparable(run)},
     )
 
 
 def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
     names = {"specific_alignment": "student − control", "sham_alignment": "control − control"}
     dots = (
-        _long_form(names)
+        fold_variables("cosine", names)
         .transform_filter("datum.step == datum.last_step")
         .mark_circle(size=40, opacity=0.55)
         .encode(
             x=alt.X("cosine:Q", title="cos(θ_S − θ_C, Δ_T − Δ_N)"),
             y=alt.Y("condition:N", sort=run.conditions, title=None),
             yOffset=alt.YOffset("who:N", sort=list(names.values())),
-            color=_who(names),
+            color=color_by_who(names),
             tooltip=["condition:N", "taught:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
@@ -398,7 +370,7 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
         ),
         variables=(*names, "last_step"),
         spec=chart_spec(alt.layer(_ZERO.encode(x=alt.datum(0)), dots, data=DATA).properties(width=640, height=alt.Step(16))),
-        select={"scope": [MODEL], "step": _last_steps(data), "condition": _comparable(run)},
+        select={"scope": [MODEL], "step": last_steps(data), "condition": _comparable(run)},
     )
 
 
@@ -443,7 +415,7 @@ def _students_figure(run: Run, data: xr.Dataset) -> Figure:
     }
     students = [str(name) for name in data.student.values[np.isin(data.student_condition.values, _comparable(run))]]
     chart = (
-        _long_form(names)
+        fold_variables("cosine", names)
         .mark_rect()
         .encode(
             x=alt.X("other_student:N", sort=students, title=None, axis=alt.Axis(labelAngle=-40)),
@@ -465,11 +437,6 @@ def _students_figure(run: Run, data: xr.Dataset) -> Figure:
         spec=chart_spec(chart.facet(facet=alt.Facet("who:N", sort=list(names.values()), title=None), columns=3)),
         select={"scope": [MODEL], "student": students, "other_student": students},
     )
-
-
-def _last_steps(data: xr.Dataset) -> list[int]:
-    """The last step of each student; conditions can differ in it."""
-    return sorted({int(step) for step in data.last_step.values.flat})
 
 
 def _comparable(run: Run) -> list[str]:

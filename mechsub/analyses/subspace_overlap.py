@@ -12,12 +12,13 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
-from mechsub.figures import DATA, Figure, chart_spec
+from mechsub.cases import CaseName, label_last_steps, last_steps, list_cases
+from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL
 from mechsub.parameters.directions import Direction, displacement, displacement_difference, sum_parts
-from mechsub.parameters.gram import NotFinite, find_spoiling
+from mechsub.parameters.gram import NotFinite, describe_not_finite, find_spoiling
 from mechsub.parameters.matrices import Matrix, MatrixScopes, average_groups, list_matrices, load_spectrum
 from mechsub.parameters.subspace_cases import (
     ALONG_TRAINING,
@@ -66,8 +67,6 @@ _MEASURE_WORDS = {
     "rank": "singular values over the rounding of what was stored",
 }
 _OVERLAP_FORMULA = "‖U_kᵀ W_k‖_F² / k of the k leading singular vectors of"
-CaseName = tuple[str, str]
-"""A condition and the trait of the student's teacher."""
 
 
 @analysis
@@ -77,7 +76,7 @@ def subspace_overlap(run: Run) -> Result:
     if not matrices:
         return Result(xr.Dataset(), [], [], ["The model has no matrix with two sides over 1, so no directions to compare."])
     scopes = MatrixScopes.of(matrices)
-    steps = sorted({step for case in _cases(run) for step in run.student(*case).steps})
+    steps = sorted({step for case in list_cases(run) for step in run.student(*case).steps})
     sizes = Sizes(
         len(run.conditions),
         len(run.traits),
@@ -97,7 +96,7 @@ def subspace_overlap(run: Run) -> Result:
     if np.isfinite(data.specific_overlap).any():
         figures.append(_specific_figure(run, data))
     groups = {"spectra": _spectra(run, measured, matrices), "principal_angles": _angles(run, measured, matrices)}
-    sentences = [*_sentences(run, data, matrices, measured), *_not_finite_sentences(not_finite)]
+    sentences = [*_sentences(run, data, matrices, measured), *describe_not_finite(sorted(not_finite, key=str))]
     return Result(data, _findings(run, data, judgements), figures, sentences, groups)
 
 
@@ -254,12 +253,7 @@ def _label(run: Run, measured: Measured, steps: Sequence[int], matrices: Sequenc
         variables |= _variable(name, own, *measured.average(name, scopes), formula, unit)
     variables |= _label_shares(measured, scopes)
     variables |= _label_haar(run, measured, steps, matrices, scopes)
-    variables["last_step"] = label_variable(
-        [[run.student(condition, trait).last for trait in run.traits] for condition in run.conditions],
-        ["condition", "taught"],
-        description="the student's last step",
-        unit="optimizer steps",
-    )
+    variables["last_step"] = label_last_steps(run)
     coords = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -383,16 +377,12 @@ def _final(run: Run, data: xr.Dataset, name: str, case: CaseName, **labels: Any)
     return found
 
 
-def _cases(run: Run) -> list[CaseName]:
-    return list(product(run.conditions, run.traits))
-
-
 def _judge(run: Run, data: xr.Dataset) -> dict[CaseName, Judgement]:
     """Verdicts at the last step over the model; Holm runs over the conditions and traits."""
     rules = run.rules(run.recipe.verdict.subspace_margin)
     effects = {
         case: _final(run, data, "overlap_excess", case)
-        for case in _cases(run)
+        for case in list_cases(run)
         if run.control(case[0]) is not None and _is_measured(run, data, "overlap_excess", case)
     }
     return judge_effects(effects, rules, AGAINST_NULL)
@@ -406,7 +396,7 @@ def _is_measured(run: Run, data: xr.Dataset, name: str, case: CaseName) -> bool:
 
 def _findings(run: Run, data: xr.Dataset, judgements: Mapping[CaseName, Judgement]) -> list[Finding]:
     found = []
-    for case in _cases(run):
+    for case in list_cases(run):
         if not _is_measured(run, data, "overlap", case):
             continue
         found.append(_overlap_finding(run, data, case, judgements.get(case)))
@@ -597,20 +587,6 @@ def _describe_lack(run: Run, data: xr.Dataset, case: CaseName) -> str:
     return ", ".join(parts) or f"no matrix has {k} directions in all that are compared (k = {k})"
 
 
-def _long_form(names: Mapping[str, str]) -> alt.Chart:
-    """The variables ``names`` as rows of one column ``overlap``, with who they belong to in ``who``; missing ones dropped."""
-    return (
-        alt.Chart(DATA)
-        .transform_fold(list(names), as_=["which", "found"])
-        .transform_filter("isValid(datum.found)")
-        .transform_calculate(who=f"{json.dumps(dict(names), ensure_ascii=False)}[datum.which]")
-    )
-
-
-def _who(names: Mapping[str, str]) -> alt.Color:
-    return alt.Color("who:N", sort=list(names.values()), title=None)
-
-
 _STUDENT_AND_NULL = {"overlap": "student", "overlap_of_control": "control (null)"}
 _RANDOM = "#2563eb"
 
@@ -622,14 +598,14 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
     order = [f"{scope}, {side}" for scope in scopes for side in sides.values()]
     y = alt.Y("row:N", sort=order, title=None, axis=alt.Axis(labelLimit=260))
     dots = (
-        _long_form(_STUDENT_AND_NULL)
+        fold_variables("found", _STUDENT_AND_NULL)
         .transform_filter("datum.step == datum.last_step")
         .transform_calculate(row=row)
         .mark_circle(size=22, opacity=0.5)
         .encode(
             x=alt.X("found:Q", title="overlap with the teacher", scale=alt.Scale(domain=[0, 1])),
             y=y,
-            color=_who(_STUDENT_AND_NULL),
+            color=color_by_who(_STUDENT_AND_NULL),
             tooltip=["scope:N", "side:N", "taught:N", "member:O", alt.Tooltip("found:Q", format=".3f", title="overlap")],
         )
     )
@@ -654,7 +630,7 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
         ),
         variables=("overlap", "overlap_of_control", "haar_overlap", "haar_low", "haar_high", "last_step"),
         spec=chart_spec(facets),
-        select={**_at_rank(run), "step": _last_steps(data), "scope": scopes, "side": list(SIDES), "condition": _drawn(run)},
+        select={**_at_rank(run), "step": last_steps(data), "scope": scopes, "side": list(SIDES), "condition": _drawn(run)},
     )
 
 
@@ -706,7 +682,7 @@ def _spectrum_figure(run: Run, data: xr.Dataset) -> Figure:
 
 
 def _training_figure(run: Run, data: xr.Dataset) -> Figure:
-    chart, color = _long_form(_STUDENT_AND_NULL), _who(_STUDENT_AND_NULL)
+    chart, color = fold_variables("found", _STUDENT_AND_NULL), color_by_who(_STUDENT_AND_NULL)
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="log", nice=False), axis=alt.Axis(grid=False))
     y = alt.Y("found:Q", title="overlap with the teacher")
     members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(x=x, y=y, detail=["member:N", "taught:N"], color=color)
@@ -736,17 +712,19 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
     names = {"specific_overlap": "student − control", "sham_overlap": "control − control"}
     y, offset = alt.Y("condition:N", sort=run.conditions, title=None), alt.YOffset("who:N", sort=list(names.values()))
     dots = (
-        _long_form(names)
+        fold_variables("found", names)
         .mark_circle(size=40, opacity=0.55)
         .encode(
             x=alt.X("found:Q", title="overlap of θ_S − θ_C with Δ_T − Δ_N"),
             y=y,
             yOffset=offset,
-            color=_who(names),
+            color=color_by_who(names),
             tooltip=["condition:N", "taught:N", "who:N", "member:O", alt.Tooltip("found:Q", format=".3f", title="overlap")],
         )
     )
-    chance = _long_form({"specific_overlap": names["specific_overlap"]}).mark_tick(color=_RANDOM, thickness=1.5, height=14)
+    chance = fold_variables("found", {"specific_overlap": names["specific_overlap"]}).mark_tick(
+        color=_RANDOM, thickness=1.5, height=14
+    )
     tick = chance.encode(x="mean(haar_specific_overlap):Q", y=y, yOffset=offset)
     has_sham = bool(np.isfinite(data.sham_overlap).any())
     beside = "It stands beside its sham, two controls in the students' places," if has_sham else "It has no sham beside it"
@@ -768,11 +746,6 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
 
 def _at_rank(run: Run) -> dict[str, Any]:
     return {"k": [run.recipe.verdict.subspace_rank]}
-
-
-def _last_steps(data: xr.Dataset) -> list[int]:
-    """The last step of each student; conditions can differ in it."""
-    return sorted({int(step) for step in data.last_step.values.flat})
 
 
 def _drawn(run: Run) -> list[str]:
@@ -929,13 +902,6 @@ def _sign(interval: Interval) -> str:
     if interval.low > 0:
         return "interval over 0"
     return "interval under 0" if interval.high < 0 else "interval holds 0"
-
-
-def _not_finite_sentences(not_finite: set[NotFinite]) -> list[str]:
-    return [
-        f"Not finite: {record}; every number that it would enter is NaN with that reason."
-        for record in sorted(not_finite, key=str)
-    ]
 
 
 def _untold_sentences(run: Run) -> list[str]:

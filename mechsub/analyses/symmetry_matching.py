@@ -12,8 +12,8 @@ import xarray as xr
 from torch import Tensor
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import build_case, list_directions
-from mechsub.figures import DATA, Figure, chart_spec
+from mechsub.cases import build_case, label_last_steps, last_steps, list_directions
+from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage, Origin
 from mechsub.parameters.alignment import MODEL, STATUS, DirectionAlgebra, Missing, Scopes
@@ -36,7 +36,7 @@ from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.permutation import flip_signs
-from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, SuperiorityTest, judge_effects
+from mechsub.statistics.verdicts import AGAINST_NULL, SIGN_FLIP, Judgement, judge_effects
 from mechsub.streams import random_stream
 
 SOURCE = "matching: Ainsworth et al., arXiv:2209.04836 (Git Re-Basin); displacement cosines: Ilharco et al., arXiv:2212.04089"
@@ -316,12 +316,7 @@ def _label(
         variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, _STATUS, quantity.name)
     variables |= _fit_variables(run, matcher)
     variables |= _twin_variables(run, values["alignment"], status["alignment"])
-    variables["last_step"] = label_variable(
-        [[run.student(condition, trait).last for trait in run.traits] for condition in run.conditions],
-        ["condition", "taught"],
-        description="the student's last step",
-        unit="optimizer steps",
-    )
+    variables["last_step"] = label_last_steps(run)
     coords = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -419,7 +414,6 @@ def _final(run: Run, data: xr.Dataset, name: str, condition: str, trait: str, ma
 def _judge(run: Run, data: xr.Dataset) -> dict[Key, Judgement]:
     """Verdicts at the last step over the whole model; Holm runs over the conditions, the traits and the two fits."""
     rules = run.rules(run.recipe.verdict.alignment_margin)
-    swap = SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n, "sign-flip")
     judged: dict[Key, Judgement] = {}
     for name in ("matched_alignment", "recovered_alignment", "matched_specific_alignment"):
         effects = {}
@@ -427,7 +421,7 @@ def _judge(run: Run, data: xr.Dataset) -> dict[Key, Judgement]:
             values = _effect(run, data, name, condition, trait, fit)
             if np.isfinite(values).any():
                 effects[condition, trait, fit] = values
-        test = swap if name == "matched_specific_alignment" else None
+        test = SIGN_FLIP if name == "matched_specific_alignment" else None
         judged |= {(name, *key): one for key, one in judge_effects(effects, rules, AGAINST_NULL, test).items()}
     return judged
 
@@ -631,7 +625,7 @@ def _order(names: Series) -> alt.YOffset:
     return alt.YOffset("who:N", sort=[who for who, _ in names.values()])
 
 
-_ZERO = alt.Chart(DATA).mark_rule(strokeDash=[2, 3], color="#94a3b8")
+_ZERO = zero_line()
 _BLUE, _LIGHT, _ORANGE, _GREY, _GREEN, _PALE = "#2563eb", "#60a5fa", "#f59e0b", "#94a3b8", "#059669", "#a7f3d0"
 _YELLOW = "#fcd34d"
 
@@ -765,12 +759,8 @@ def _layer_figure(run: Run, data: xr.Dataset) -> Figure:
         ),
         variables=("alignment", "last_step"),
         spec=chart_spec(facets),
-        select={"scope": _drawn_scopes(data), "step": _last_steps(data), "condition": _moved(run)},
+        select={"scope": _drawn_scopes(data), "step": last_steps(data), "condition": _moved(run)},
     )
-
-
-def _last_steps(data: xr.Dataset) -> list[int]:
-    return sorted({int(step) for step in data.last_step.values.flat})
 
 
 def _drawn_scopes(data: xr.Dataset) -> list[str]:

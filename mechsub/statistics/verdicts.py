@@ -13,6 +13,7 @@ from jaxtyping import Float
 from scipy import special
 
 from mechsub.statistics.intervals import Interval, student_interval
+from mechsub.statistics.permutation import flip_signs
 
 _MOST_MEMBERS = 10_000
 Key = TypeVar("Key", bound=Hashable)
@@ -79,6 +80,10 @@ class SuperiorityTest:
     smallest_p: Callable[[int], float] = lambda n: 0.0
     """The smallest p that n members can give: 2⁻ⁿ for sign flips."""
     name: str = "one-sided t"
+
+
+SIGN_FLIP = SuperiorityTest(lambda values: flip_signs(values).p_above, lambda n: 2.0**-n, "sign-flip")
+"""Where swapping two labels within a member flips the sign of its value, and nothing else."""
 
 
 def judge_effects(
