@@ -111,9 +111,8 @@ def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 def load_tensor(checkpoint: Path, name: str) -> Tensor:
     """One tensor of a checkpoint, as it is stored. The file is mapped: what is not touched is not read."""
-    with _open(_file_of(checkpoint, name)) as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+    tensor: Tensor = _keep_open(checkpoint, name).get_tensor(name)
+    return tensor
 
 
 def load_slice(checkpoint: Path, name: str, *index: slice | int) -> Tensor:

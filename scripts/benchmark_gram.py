@@ -38,7 +38,7 @@ from mechsub.parameters.gram import Gram, stream_gram
 from mechsub.run import Run
 
 STEP, RANK = 5, 8
-READ_AT_ONCE = 64 << 20
+READ_AT_ONCE = 1 << 20
 QWEN_7B = {"layers": 28, "hidden": 3584, "keys": 512, "inner": 18944}
 
 

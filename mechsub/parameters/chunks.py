@@ -22,8 +22,8 @@ _SMALLEST_FLOAT16 = 2.0**-14
 _IN_THE_CACHE = 1 << 19
 """Numbers of one part in a chunk on a CPU: more would go to the memory and back between subtraction and product, and fewer
 would be done sooner than they are asked for."""
-_LARGE, _EXPONENT_STRIDE = 1 << 20, 8
-"""Of a tensor of so many numbers, the exponents of every eighth row stand for all."""
+_EXPONENTS_OF, _FEWEST_ROWS = 1 << 17, 64
+"""Of a larger tensor, the exponents of evenly spaced rows that hold so many numbers stand for all; of few rows, each counts."""
 
 Dtypes = tuple[torch.dtype, ...]
 
@@ -45,7 +45,7 @@ class DenseChunks:
         some = next(iter(self._slots), None)
         self._shape = () if some is None else some.lineage.spec.tensors[tensor].shape
         self._num_members = 0 if some is None else len(some.members)
-        self._stride = _EXPONENT_STRIDE if np.prod(self._shape) >= _LARGE else 1
+        self._stride = _choose_stride(self._shape)
         self._readers: dict[Part, list[RowReader]] = {part: part.open_rows(tensor) for part in self._slots}
         self._dtypes = {part: self._stored_dtypes(part) for part in self._slots if part.kind == "stored"}
         stored = {dtype for dtypes in self._dtypes.values() for dtype in dtypes}
@@ -120,15 +120,15 @@ class DenseChunks:
         numbers = {part: number for number, part in enumerate(self._slots)}
         return tuple(tuple((numbers[part], sign) for part, sign in total.items()) for total in self._sums)
 
-    def load_stored(self, start: int, stop: int) -> list[Float[Tensor, " number"]]:
-        """Rows of every part of the one member as they are stored, flat."""
-        return [self._readers[part][0](start, stop).reshape(-1) for part in self._slots]
+    def map_stored(self) -> list[Float[Tensor, " number"]]:
+        """The whole tensor of every part of the one member as it is stored, flat; mapped, not read."""
+        return [self._readers[part][0](0, self._shape[0]).reshape(-1) for part in self._slots]
 
-    def sum_stored_exponents(self, start: int, stop: int) -> Float[Tensor, "representative member"]:
-        """What `sum_exponents` gives, of rows that are not loaded."""
+    def sum_stored_exponents(self) -> Float[Tensor, "representative member"]:
+        """What `sum_exponents` gives over the whole tensor, of rows that are not loaded."""
         totals = torch.zeros(len(self.representatives), 1, dtype=torch.float64)
         for number, ((_, dtypes), part) in enumerate(self.representatives):
-            rows = self._readers[part][0](start, stop)[-start % self._stride :: self._stride].to(self._dtype)
+            rows = self._readers[part][0](0, self._shape[0])[:: self._stride].to(self._dtype)
             totals[number, 0] = self._sum_powers(rows, dtypes[0], torch.empty_like(rows))
         return totals
 
@@ -150,8 +150,8 @@ class DenseChunks:
     ) -> Float[Tensor, "representative member"]:
         """Σ 4^⌊log₂|θ|⌋ of the loaded rows, or of a block's share of them, of each representative part; 0 has no exponent.
 
-        Of large tensors every eighth row is looked at, counted from the tensor's first whatever the chunks are; ``first`` is
-        the number of the chunk's first row. See `exponent_share`.
+        Of large tensors only evenly spaced rows are looked at, counted from the tensor's first whatever the chunks are;
+        ``first`` is the number of the chunk's first row. See `exponent_share`.
         """
         chunk = chunk[:, :, -first % self._stride :: self._stride]
         totals = torch.zeros(len(self.representatives), self._num_members, dtype=torch.float64)
@@ -198,6 +198,11 @@ def cut_block(chunk: Tensor, block: Block, start: int, stop: int) -> tuple[Tenso
     low, high = max(start, block.start), min(stop, block.start + block.shape[0])
     high = max(low, high)
     return chunk[..., low - start : high - start, :], slice(low - block.start, high - block.start)
+
+
+def _choose_stride(shape: tuple[int, ...]) -> int:
+    """Between the rows whose exponents are looked at."""
+    return max(1, min(int(np.prod(shape)) // _EXPONENTS_OF, shape[0] // _FEWEST_ROWS)) if shape else 1
 
 
 def _origin_of(part: Part) -> Origin:

@@ -18,15 +18,13 @@ from mechsub.errors import AnalysisError
 from mechsub.lineages import Part
 from mechsub.parameters.blocks import Block
 from mechsub.parameters.chunks import DenseChunks, cut_block
-from mechsub.parameters.compiled import CALL, MOST_DIRECTIONS, PAYS_FROM_BYTES, contract, has_compiler
+from mechsub.parameters.compiled import MOST_DIRECTIONS, PAYS_FROM_BYTES, contract, has_compiler
 from mechsub.parameters.directions import Direction, sum_parts
 from mechsub.parameters.low_rank import LowRank
 
 CHUNK_BYTES = 64 << 20
 WORKERS = 2
 """Tensors at a time: while one waits for the disk, the other is multiplied."""
-_CALLS_AT_ONCE = 16
-"""Of the compiled loop, for the rows that are opened together."""
 _SUMMED = 4096
 """Numbers whose products are summed in their own precision before float64 takes over."""
 
@@ -64,8 +62,8 @@ class Gram:
     """The squared norm that rounding in storage alone would give a direction: Σ over its stored parts of coefficient² ·
     Σ_i ulp(θ_i)² / 12, as if every number lay anywhere between its two neighbours. ulp(θ) = 2^(⌊log₂|θ|⌋ − b), with b = 7 bits
     for bfloat16, 10 for float16, 23 for float32 and 52 for float64. The exponents are those of one stored part of each
-    origin; of tensors of 2²⁰ numbers and more, those of every eighth row. Parts that cancel, low-rank factors and what DoRA
-    changes add nothing."""
+    origin; of large tensors, those of evenly spaced rows of 2¹⁷ numbers together. Parts that cancel, low-rank factors and
+    what DoRA changes add nothing."""
     not_finite: tuple[NotFinite, ...] = ()
 
 
@@ -85,7 +83,8 @@ def stream_gram(
     checkpoints' precision (float32 at least) inside a chunk and summed in float64 across chunks. Low-rank changes are
     multiplied as factors, in float64, and their base is not read unless a direction holds it. Memory is set by
     ``workers`` × ``chunk_bytes`` (a chunk is some rows, one at least, of all checkpoints of all members), the ranks and the
-    number of directions, not by the model. A tensor is one worker's, so that their number changes no sum. In the squared
+    number of directions, not by the model. A tensor, or a row of it in the compiled loop, is one
+    worker's, so that their number changes no sum. In the squared
     unit of the weights. ``compiled``: whether a compiled loop does what it can; None: where it pays and a compiler is there.
 
     Raises:
@@ -112,8 +111,9 @@ def stream_gram(
             checkpoints = {(lineage.name, step) for direction in directions for lineage, step, _ in direction.terms}
             num_bytes = 2 * len(checkpoints) * sum(block.num_parameters for block in blocks)
             compiled = device == "cpu" and num_bytes >= PAYS_FROM_BYTES and has_compiler()
-        stream = partial(_stream_tensor, directions, chunk_bytes, device, compiled)
-        not_finite = [record for records in pool.map(stream, large_first) for record in records]
+        stream = partial(_stream_tensor, directions, chunk_bytes, device, workers if compiled else 0)
+        share_out = map if compiled else pool.map  # the compiled loop shares out the rows of each tensor
+        not_finite = [record for records in share_out(stream, large_first) for record in records]
     if num_members == 1:
         across[..., 0] = within[..., positions]
     for tensor in (within, across):
@@ -127,7 +127,7 @@ def _stream_tensor(
     directions: Sequence[Direction],
     chunk_bytes: int,
     device: str,
-    compiled: bool,
+    compiled_workers: int,
     totals: "Sequence[_BlockTotals]",
     wide: bool = False,
 ) -> list[NotFinite]:
@@ -140,8 +140,9 @@ def _stream_tensor(
     cuts = [[factors.cut(one.block) for factors in low_rank] for one in totals]
     exponents = torch.zeros(len(totals), len(chunks.representatives), num_members, dtype=torch.float64)
     row_chunks = chunks.row_chunks(chunk_bytes)
-    if compiled and chunks.is_plain and not has_factors and len(totals) == 1 and len(chunks.holders) <= MOST_DIRECTIONS:
-        exponents[0] += _contract_compiled(chunks, totals[0])
+    is_simple = chunks.is_plain and not has_factors and len(totals) == 1 and len(chunks.holders) <= MOST_DIRECTIONS
+    if compiled_workers and is_simple:
+        exponents[0] += _contract_compiled(chunks, totals[0], compiled_workers)
         row_chunks = []
     for start, stop in row_chunks:
         loaded = chunks.load(start, stop)
@@ -162,21 +163,15 @@ def _stream_tensor(
     if spoilt.any() and not found and not wide:  # finite, but too large for products in float32
         for one in totals:
             one.clear()
-        return _stream_tensor(directions, chunk_bytes, device, compiled, totals, wide=True)
+        return _stream_tensor(directions, chunk_bytes, device, compiled_workers, totals, wide=True)
     return found
 
 
-def _contract_compiled(chunks: DenseChunks, totals: "_BlockTotals") -> Float[Tensor, "representative member"]:
+def _contract_compiled(chunks: DenseChunks, totals: "_BlockTotals", workers: int) -> Float[Tensor, "representative member"]:
     """Fill the totals of a tensor of one block by the compiled loop; the sums of its exponents."""
-    exponents = torch.zeros(len(chunks.representatives), 1, dtype=torch.float64)
     place = torch.tensor(chunks.holders)
-    num_rows, width = totals.block.shape[0], totals.block.num_parameters // totals.block.shape[0]
-    rows = max(1, _CALLS_AT_ONCE * CALL // width)
-    for start in range(0, num_rows, rows):
-        stop = min(start + rows, num_rows)
-        totals.within[0, place[:, None], place] += contract(chunks.pattern, chunks.load_stored(start, stop))
-        exponents += chunks.sum_stored_exponents(start, stop)
-    return exponents
+    totals.within[0, place[:, None], place] += contract(chunks.pattern, chunks.map_stored(), workers)
+    return chunks.sum_stored_exponents()
 
 
 @dataclass(frozen=True)

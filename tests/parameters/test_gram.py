@@ -372,7 +372,7 @@ def test_a_spoilt_adapter_leaves_the_others_as_they_are(tmp_path, beside_dense):
     assert [(one.lineage, one.step, one.member, one.tensor) for one in spoilt.not_finite] == [("control", 5, 1, "w")]
 
 
-def test_the_floor_of_a_large_tensor_is_that_of_every_eighth_row_whatever_the_chunks_are(tmp_path):
+def test_the_floor_of_a_large_tensor_is_that_of_evenly_spaced_rows_whatever_the_chunks_are(tmp_path):
     sections = (Section("q", 0, 1500), Section("k", 1500, 2100))
     table = {"w": TensorInfo((2100, 512), "layer 0", "hidden", sections=sections)}
     weights = torch.randn(MEMBERS, 2100, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
