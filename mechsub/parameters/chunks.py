@@ -177,8 +177,8 @@ class DenseChunks:
         """Rows of a block over those of them whose exponents are summed."""
         if block.axis == 1:
             return block.shape[0] / len(range(0, block.shape[0], self._stride))
-        looked_at = len([row for row in range(block.start, block.start + block.shape[0]) if row % self._stride == 0])
-        return block.shape[0] / max(looked_at, 1)
+        first = block.start + -block.start % self._stride
+        return block.shape[0] / max(len(range(first, block.start + block.shape[0], self._stride)), 1)
 
     def rounding(self, exponents: Float[Tensor, "representative member"]) -> Float[Tensor, "member holder"]:
         """Σ over a direction's stored parts of coefficient² · Σ_i ulp(θ_i)² / 12; see `Gram.rounding`."""

@@ -1,7 +1,7 @@
 """A compiled contraction: stored numbers are converted, subtracted and multiplied in one pass, where models are large.
 
 Eager calls go over each chunk once for every conversion, difference and product. The compiled loop goes once, several times as
-fast; compiling it takes about twenty seconds, and nothing where it was done before on this machine.
+fast; compiling it takes about ten seconds, and nothing where it was done before on this machine.
 """
 
 import inspect
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PAYS_FROM_BYTES = 32 << 30
+PAYS_FROM_BYTES = 16 << 30
 """Bytes to read from which the time that compiling takes comes back."""
 MOST_DIRECTIONS = 8
 """The loop grows with the square of their number."""
