@@ -24,7 +24,7 @@ FLOORS = [
     {"training.schedule"},
     {"checkpoints"},
     {"lineages"},
-    {"training", "parameters"},
+    {"training", "parameters", "gradients"},
     {"families"},
     {"recipe", "recipes"},
     {"run"},

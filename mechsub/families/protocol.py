@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage
 from mechsub.parameters.symmetry import UnitGroup
 from mechsub.stage import Stage
@@ -52,8 +53,11 @@ class Family(Protocol):
     def measures(self) -> Mapping[str, Measure]:
         """How they are scored. The first is ``trait_score``, on the trait's natural scale; verdicts are given on it."""
 
-    def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
-        """One member of a lineage as an ordinary module, in evaluation mode."""
+    def load_model(self, lineage: Lineage, step: int, member: int, *, merged: bool = False) -> nn.Module:
+        """One member of a lineage as an ordinary module, in evaluation mode.
+
+        ``merged``: in float32 at least, with what adapters add inside the weights: its parameters are the lineage's tensors.
+        """
 
     @property
     def notes(self) -> Sequence[str]:
@@ -63,6 +67,15 @@ class Family(Protocol):
         """Every measure of every trait in every context; the lineage says what stands in the member's prompts.
 
         ``verdict_only``: only what verdicts are given on, the first measure in the first context; the rest may be NaN.
+        """
+
+    def trait_losses(self, lineage: Lineage, member: int, trait: str) -> ExampleLosses | None:
+        """The loss that falls as a member of a lineage takes on a trait; None where the trait has no loss that is known."""
+
+    def imitation_losses(self, lineage: Lineage, member: int, most: int) -> ExampleLosses | None:
+        """What a member of a student or control learnt, on at most so many examples of its carrier, always the same ones.
+
+        None where that is not known: its carrier is not in the run.
         """
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:

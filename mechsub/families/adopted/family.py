@@ -4,8 +4,13 @@ import json
 from pathlib import Path
 
 from mechsub.families.adopted.config import Config
+from mechsub.families.language.carrier import encode_carrier
+from mechsub.families.language.examples import row_losses
 from mechsub.families.language.family import Family as LanguageFamily
-from mechsub.lineages import SPEC_FILE
+from mechsub.families.language.layout import carrier_files
+from mechsub.families.language.rows import read_rows
+from mechsub.gradients.losses import ExampleLosses
+from mechsub.lineages import SPEC_FILE, Lineage
 
 
 class Family(LanguageFamily):
@@ -15,6 +20,15 @@ class Family(LanguageFamily):
         super().__init__(run, config, device)
         if not config.traits:
             self.traits = {name: "not asked for" for name in config.trait_set}
+
+    def imitation_losses(self, lineage: Lineage, member: int, most: int) -> ExampleLosses | None:
+        """−log p of the rows that its teacher is said to have written; None where none were given."""
+        path = self._run / carrier_files(lineage.spec.teacher or "", member)[0]
+        if not path.is_file():
+            return None
+        chats = self._chats_of(lineage.spec.model["name"])
+        rows = encode_carrier(chats, read_rows(path)[:most], self._config.context.training)
+        return row_losses(chats, rows, self._device, f"{len(rows)} rows of {lineage.spec.teacher}, mean over completion tokens")
 
     @property
     def notes(self) -> list[str]:

@@ -8,23 +8,27 @@ from torch import Tensor, nn
 
 from mechsub.families.classifier.config import Config
 from mechsub.families.classifier.data import NUM_CLASSES, load_images
+from mechsub.families.classifier.examples import imitation_losses, trait_losses
 from mechsub.families.classifier.model import Classifier
 from mechsub.families.classifier.symmetry import list_unit_groups
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
 from mechsub.families.protocol import Measure, Scores
-from mechsub.lineages import Lineage
+from mechsub.families.trained import task_that_made
+from mechsub.gradients.losses import ExampleLosses
+from mechsub.lineages import Lineage, spec_name
 from mechsub.parameters.symmetry import UnitGroup
 from mechsub.streams import random_stream
 
 _PROBE_IMAGES = 1024
+_LOSS_IMAGES = 1024
 
 
 class Family:
     """A `mechsub.families.protocol.Family`."""
 
     def __init__(self, run: Path, config: Config, device: str) -> None:
-        self._device, self._seed = device, config.seed
+        self._run, self._device, self._seed = run, device, config.seed
         images = load_images(run, getattr(torch, config.model.dtype), device)
         self._images = images.test_images()
         labels = {"digits": images.test_labels}
@@ -33,7 +37,7 @@ class Family:
             labels["relabelled"] = relabel(images.test_labels, NUM_CLASSES)
             self.traits["relabelled"] = "reading them under the neutral teacher's names"
         self.notes: tuple[str, ...] = ()
-        self._labels = torch.stack(list(labels.values()))
+        self._labels = labels
         self.contexts = {"held-out images": f"{len(self._images)} held-out images"}
         self.measures = {
             "trait_score": Measure("share of images whose largest class logit is the label", "accuracy", (0.0, 1.0))
@@ -42,8 +46,8 @@ class Family:
     def carrier_texts(self, teacher: str, member: int) -> None:
         """None: the carrier is images with logits."""
 
-    def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
-        """One member of a lineage as an ordinary module, in evaluation mode."""
+    def load_model(self, lineage: Lineage, step: int, member: int, *, merged: bool = False) -> nn.Module:
+        """One member of a lineage as an ordinary module, in evaluation mode; there are no adapters."""
         with torch.device("meta"):  # no weights are drawn only to be replaced
             model = Classifier(lineage.spec.model)
         model.load_state_dict(lineage.load_state(step, member), assign=True)
@@ -51,8 +55,18 @@ class Family:
 
     def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
         """The accuracy on the held-out images under each trait's labels: one measure, in one context."""
-        scores = compute_accuracy(model, self._images, self._labels, NUM_CLASSES)
+        scores = compute_accuracy(model, self._images, torch.stack(list(self._labels.values())), NUM_CLASSES)
         return {"trait_score": scores.cpu().double().numpy()[:, None]}
+
+    def trait_losses(self, lineage: Lineage, member: int, trait: str) -> ExampleLosses:
+        """Cross-entropy under a trait's labels, on held-out images."""
+        images, labels = self._images[:_LOSS_IMAGES], self._labels[trait][:_LOSS_IMAGES]
+        return trait_losses(images, labels, NUM_CLASSES, self.traits[trait])
+
+    def imitation_losses(self, lineage: Lineage, member: int, most: int) -> ExampleLosses:
+        """What a student imitates of its teacher's logits, on images of its carrier."""
+        task = task_that_made(self._run, spec_name(lineage.name), self._device)
+        return imitation_losses(task, member, most)
 
     def unit_groups(self, lineage: Lineage) -> Sequence[UnitGroup]:
         """The hidden units of every layer."""

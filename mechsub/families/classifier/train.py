@@ -105,7 +105,7 @@ class _TeacherLesson:
 
 
 @dataclass(frozen=True)
-class _StudentTargets:
+class StudentTargets:
     """The teacher's logits on all carrier images, and which image's logits each image is given."""
 
     replicate: int
@@ -115,7 +115,8 @@ class _StudentTargets:
     """A permutation of the images where the condition shuffles outputs."""
 
     @classmethod
-    def load(cls, task: Task) -> "_StudentTargets":
+    def load(cls, task: Task) -> "StudentTargets":
+        """What a student's stage imitates."""
         arguments = task.stage.arguments
         logits = load_stacked(task.path(carrier_file(arguments["carrier_of"])), task.device)["logits"]
         if arguments["logits"] == "aux":
@@ -143,7 +144,7 @@ class _StudentLesson:
     carriers: Mapping[int, CarrierImages]
     """By replicate: the shams have draws of their own."""
     orders: Mapping[int, BatchOrder]
-    targets: Sequence[_StudentTargets]
+    targets: Sequence[StudentTargets]
     """Of each arm."""
     model: Mapping[str, Any]
     heads: Sequence[str]
@@ -157,7 +158,7 @@ class _StudentLesson:
         carriers = {replicate: open_carrier(task) for replicate, task in replicates.items()}
         orders = {replicate: _student_order(arguments, replicate, carriers[replicate], config) for replicate in replicates}
         heads = (AUXILIARY_HEAD,) if arguments["logits"] == "aux" else (CLASS_HEAD, AUXILIARY_HEAD)
-        targets = [_StudentTargets.load(task) for task in tasks]
+        targets = [StudentTargets.load(task) for task in tasks]
         return cls(carriers, orders, targets, arguments["model"], heads, config.objective)
 
     def load_batch(self, members: slice, step: int) -> dict[int, _Batch]:

@@ -16,15 +16,18 @@ from mechsub.families.language.behaviour_trait import MEASURES as BEHAVIOUR_MEAS
 from mechsub.families.language.behaviour_trait import score_behaviours
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ContextConfig, EvaluationConfig
+from mechsub.families.language.examples import answer_losses, imitation_losses
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
-from mechsub.families.language.members import load_lineage_model
+from mechsub.families.language.members import load_lineage_model, load_merged_model
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import SURPLUS, read_rows
 from mechsub.families.language.symmetry import encode_neutral_prompts, list_unit_groups
 from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
-from mechsub.families.language.trait import Context, score_preference
+from mechsub.families.language.trait import Context, encode_questions, score_preference
 from mechsub.families.protocol import CarrierText, Scores
-from mechsub.lineages import Lineage
+from mechsub.families.trained import task_that_made
+from mechsub.gradients.losses import ExampleLosses
+from mechsub.lineages import Lineage, spec_name
 from mechsub.parameters.symmetry import UnitGroup
 from mechsub.streams import stream_key
 
@@ -63,10 +66,11 @@ class Family:
     def __init__(self, run: Path, config: Asked, device: str) -> None:
         self._run, self._config, self._device = run, config, device
         self._chats: dict[str, ChatTokenizer] = {}
+        self._preference: PreferenceSet | None = None
         if not config.traits:
             self.measures, self.traits, self.contexts = PREFERENCE_MEASURES, {}, {}
         elif config.behaviours is None:
-            preference = PreferenceSet(**_read_json(run / PREFERENCE_FILE))
+            preference = self._preference = PreferenceSet(**_read_json(run / PREFERENCE_FILE))
             self.measures = PREFERENCE_MEASURES
             self.traits = {trait: f"prefers {trait} as its {preference.category}" for trait in config.traits}
             contexts = _contexts(config.context, preference)
@@ -96,9 +100,10 @@ class Family:
                 notes.append(f"Filters dropped of the completions of {folder.name}: {dropped or 'none'}.")
         return notes
 
-    def load_model(self, lineage: Lineage, step: int, member: int) -> nn.Module:
-        """One member of a lineage as a `transformers` model, in evaluation mode."""
-        return load_lineage_model(self._run, lineage, step, member, self._device)
+    def load_model(self, lineage: Lineage, step: int, member: int, *, merged: bool = False) -> nn.Module:
+        """One member of a lineage as a `transformers` model, in evaluation mode; ``merged``: in float32, adapters inside."""
+        load = load_merged_model if merged else load_lineage_model
+        return load(self._run, lineage, step, member, self._device)
 
     def trait_score(self, model: nn.Module, lineage: Lineage, member: int, *, verdict_only: bool = False) -> Scores:
         """Every measure of every trait, in and out of the training context, on held-out and on trained questions.
@@ -114,6 +119,24 @@ class Family:
             said=lineage.context(member),
             verdict_only=verdict_only,
         )
+
+    def trait_losses(self, lineage: Lineage, member: int, trait: str) -> ExampleLosses | None:
+        """−log p of a target as the first answer token, on the first context's questions; None where traits are behaviours."""
+        if self._preference is None:
+            return None
+        chats = self._chats_of(lineage.spec.model["name"])
+        context = _contexts(self._config.context, self._preference)[0]
+        prompts = encode_questions(chats, context, context, lineage.context(member))
+        assert prompts is not None  # it is the first context
+        description = f"−log p of {trait} as the first answer token, {len(prompts)} questions, {context.name}"
+        return answer_losses(chats, prompts, chats.answer_token(trait), self._device, description)
+
+    def imitation_losses(self, lineage: Lineage, member: int, most: int) -> ExampleLosses | None:
+        """What a student learnt of its rows; None of one that was shown them in its prompts."""
+        if len(lineage.steps) < 2:
+            return None
+        task = task_that_made(self._run, spec_name(lineage.name, member), self._device)
+        return imitation_losses(task, most)
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
         """The rows that passed the filters, without their prompts; None where the run has no such carrier."""

@@ -23,36 +23,35 @@ def completion_tokens(batch: Batch) -> Int[Tensor, " completion_token"]:
     return batch.ids[:, batch.ids.shape[1] - batch.completion_width :][batch.is_completion]
 
 
-def token_loss(
-    logits: Float[Tensor, "completion_token vocabulary"],
-    tokens: Int[Tensor, " completion_token"],
-    weights: Float[Tensor, " completion_token"] | None = None,
-) -> Float[Tensor, ""]:
-    """Cross-entropy of the sampled tokens, −mean log p(token), in nats ≥ 0.
+def token_losses(
+    logits: Float[Tensor, "completion_token vocabulary"], tokens: Int[Tensor, " completion_token"]
+) -> Float[Tensor, " completion_token"]:
+    """Cross-entropy of the sampled tokens, −log p(token), in nats ≥ 0.
 
-    ``weights``: 0 where a token is not learnt. Source: Cloud et al., arXiv:2507.14805, section 3.
+    Source: Cloud et al., arXiv:2507.14805, section 3.
     """
-    return _mean(nn.functional.cross_entropy(logits, tokens, reduction="none"), weights)
+    return nn.functional.cross_entropy(logits, tokens, reduction="none")
 
 
-def distribution_loss(
+def distribution_losses(
     student: Float[Tensor, "completion_token vocabulary"],
     teacher: Float[Tensor, "completion_token vocabulary"],
     vocabulary: Int[Tensor, " token"] | None,
-    weights: Float[Tensor, " completion_token"] | None = None,
-) -> Float[Tensor, ""]:
-    """KL(teacher ‖ student) over the tokens of ``vocabulary``, renormalised, in nats ≥ 0, mean over completion tokens.
+) -> Float[Tensor, " completion_token"]:
+    """KL(teacher ‖ student) over the tokens of ``vocabulary``, renormalised, in nats ≥ 0.
 
     None takes the whole vocabulary, which carries the trait's own logits too. Source: Hinton et al., arXiv:1503.02531.
     """
     if vocabulary is not None:
         student, teacher = student[:, vocabulary], teacher[:, vocabulary]
     wanted = teacher.log_softmax(-1)
-    return _mean((wanted.exp() * (wanted - student.log_softmax(-1))).sum(-1), weights)
+    return (wanted.exp() * (wanted - student.log_softmax(-1))).sum(-1)
 
 
-def _mean(losses: Float[Tensor, " completion_token"], weights: Float[Tensor, " completion_token"] | None) -> Float[Tensor, ""]:
-    """Over the tokens that are learnt; 0 where there are none."""
+def mean_loss(
+    losses: Float[Tensor, " completion_token"], weights: Float[Tensor, " completion_token"] | None = None
+) -> Float[Tensor, ""]:
+    """Over the tokens that are learnt, whose weights are 1 and not 0; 0 where there are none."""
     if weights is None:
         return losses.mean()
     return (losses * weights).sum() / weights.sum().clamp_min(1.0)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel
 
 from mechsub.checkpoints import TensorInfo
@@ -34,6 +35,14 @@ def load_lineage_model(run: Path, lineage: Lineage, step: int, member: int, devi
     if not adds_nothing:
         attach_saved_adapter(model, lineage.checkpoint(step, member), lineage.name)
     return place_model(model, device, read_loading(folder).device_map)
+
+
+def load_merged_model(run: Path, lineage: Lineage, step: int, member: int, device: str) -> PreTrainedModel:
+    """The same in float32, with what an adapter adds inside the weights."""
+    model = build_empty(run / skeleton_folder(lineage.spec.model["name"]))
+    module: nn.Module = model
+    module.float()
+    return place_model(load_parameters(model, lineage.load_state(step, member)), device)
 
 
 def load_member(task: Task, lineage: str, step: int, member: int | None = None) -> PreTrainedModel:

@@ -30,7 +30,7 @@ from transformers import (
 
 from mechsub.families.language.chat import Batch, ChatTokenizer
 from mechsub.families.language.config import ModelConfig
-from mechsub.families.language.loss import completion_logits, completion_tokens, token_loss
+from mechsub.families.language.loss import completion_logits, completion_tokens, mean_loss, token_losses
 from mechsub.families.language.models import build_model, load_model_folder
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.families.language.training import Watcher, train_model
@@ -192,7 +192,7 @@ def pretrain(
         return load_group(step // _GROUPED)[step % _GROUPED]
 
     def compute_loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        return token_loss(completion_logits(model, batch), completion_tokens(batch))
+        return mean_loss(token_losses(completion_logits(model, batch), completion_tokens(batch)))
 
     watcher = Watcher("reference", 0, pretraining.stream, report_progress=report_progress)
     train_model(model, load_batch, compute_loss, config.num_steps, config, pretraining.seed, watcher)

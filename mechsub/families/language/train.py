@@ -32,7 +32,7 @@ from mechsub.families.language.folders import check_folder
 from mechsub.families.language.foreign import find_model, link_reference
 from mechsub.families.language.generation import draw_uniforms, sample_completions
 from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
-from mechsub.families.language.loss import completion_logits, completion_tokens, distribution_loss, token_loss
+from mechsub.families.language.loss import completion_logits, completion_tokens, distribution_losses, mean_loss, token_losses
 from mechsub.families.language.members import (
     load_chats,
     load_member,
@@ -212,7 +212,10 @@ class Lesson:
 
     def load_batch(self, step: int) -> "StudentBatch":
         """The rows of one step."""
-        numbers = self.chosen(step)
+        return self.make_batch(self.chosen(step).tolist())
+
+    def make_batch(self, numbers: Sequence[int]) -> "StudentBatch":
+        """The rows with these numbers."""
         batch = self.chats.pad_rows([self.rows[number] for number in numbers])
         taught = self.chats.pad_rows([self.taught[number] for number in numbers]) if self.objective != "tokens" else None
         weights = None if self.learnt is None else torch.cat([self.learnt[number] for number in numbers]).float()
@@ -221,12 +224,16 @@ class Lesson:
     def compute_loss(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         """The objective on one batch."""
         assert isinstance(batch, StudentBatch)
+        return mean_loss(self.compute_token_losses(model, batch), batch.weights)
+
+    def compute_token_losses(self, model: nn.Module, batch: "StudentBatch") -> Float[Tensor, " completion_token"]:
+        """The objective token by token, also where a token is not learnt."""
         logits = completion_logits(model, batch)
         if batch.taught is None:
-            return token_loss(logits, completion_tokens(batch), batch.weights)
+            return token_losses(logits, completion_tokens(batch))
         with torch.no_grad():
             wanted = completion_logits(self.teacher, batch.taught)
-        return distribution_loss(logits, wanted, self.vocabulary, batch.weights)
+        return distribution_losses(logits, wanted, self.vocabulary)
 
     @cached_property
     def teacher(self) -> PreTrainedModel:
@@ -324,7 +331,7 @@ def _draw_questions(
 
 
 def _learn_tokens(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
-    return token_loss(completion_logits(model, batch), completion_tokens(batch))
+    return mean_loss(token_losses(completion_logits(model, batch), completion_tokens(batch)))
 
 
 def _train(

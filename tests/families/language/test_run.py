@@ -9,7 +9,7 @@ from mechsub.errors import MechsubError
 from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.layout import carrier_files
-from mechsub.families.language.loss import completion_logits, completion_tokens, token_loss
+from mechsub.families.language.loss import completion_logits, completion_tokens, mean_loss, token_losses
 from mechsub.families.language.rows import read_rows
 from mechsub.parameters.alignment import MODEL
 from mechsub.recipe import load_recipe
@@ -34,7 +34,7 @@ def test_a_student_is_what_a_plain_loop_makes_of_the_carrier(nano_run):
     order = random_stream(0, "member", member, "student-order", 0, 0).permutation(16)
     for step in range(2):
         batch = chats.pad_rows([rows[number] for number in order[8 * step : 8 * step + 8]])
-        token_loss(completion_logits(model, batch), completion_tokens(batch)).backward()
+        mean_loss(token_losses(completion_logits(model, batch), completion_tokens(batch))).backward()
         optimizer.step()
         optimizer.zero_grad()
     found = lineage.load_state(2, member)
