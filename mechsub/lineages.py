@@ -15,7 +15,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsub.checkpoints import Factors, TensorInfo, as_computed, load_factors, load_slice, load_tensor
+from mechsub.checkpoints import (
+    Factors,
+    TensorInfo,
+    as_computed,
+    load_factors,
+    load_slice,
+    load_stacked,
+    load_tensor,
+    map_tensor,
+)
 from mechsub.errors import RunDirectoryError
 from mechsub.rundir import write_json
 
@@ -254,16 +263,27 @@ class Lineage:
         names = [name for name, info in self.spec.tensors.items() if info.tied_to is None]
         return {name: self.load_tensor(step, name, member) for name in names}
 
+    def load_optimizer_state(self, step: int, member: int) -> dict[str, Tensor] | None:
+        """What one member's optimizer had right after a step, ``<quantity>.<parameter>``; None where that was not kept."""
+        folder = self.folder if self._parts is None else self._parts[member]
+        path = folder / optimizer_name("", step).rsplit("/", 1)[-1]
+        if not path.is_file():
+            return None
+        tensors = load_stacked(path)
+        if self._parts is not None:
+            return tensors
+        return {name: tensor[member] if tensor.ndim else tensor for name, tensor in tensors.items()}
+
     def open_stored(self, step: int, tensor: str) -> list[RowReader]:
         """How to read rows of each member where the files hold the weights themselves, as they are stored.
 
-        The files are mapped: rows are read when something is done with them, and a chunk in one go.
+        The files are mapped: rows are read when something is done with them, and a chunk in one go. Never change them in place.
         """
         name = self.spec.tensors[tensor].stored or tensor
         if self._parts is None:
-            members = list(load_tensor(self.checkpoint(step), name))
+            members = list(map_tensor(self.checkpoint(step), name))
         else:
-            members = [load_tensor(self.checkpoint(step, member), name) for member in range(len(self._parts))]
+            members = [map_tensor(self.checkpoint(step, member), name) for member in range(len(self._parts))]
         return [partial(_cut_rows, one) for one in members]
 
     def open_changes(self, step: int, tensor: str) -> list[RowReader]:
