@@ -110,7 +110,7 @@ def load_stacked(path: Path, device: str = "cpu") -> dict[str, Tensor]:
 
 
 def load_tensor(checkpoint: Path, name: str) -> Tensor:
-    """One tensor of a checkpoint, as it is stored, in memory of its own. The file is mapped: what is not touched is not read."""
+    """One tensor of a checkpoint, as it is stored, the caller's own. The file is mapped: what is not touched is not read."""
     with _open(_file_of(checkpoint, name)) as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor

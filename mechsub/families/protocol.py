@@ -78,6 +78,12 @@ class Family(Protocol):
         None where that is not known: its carrier is not in the run.
         """
 
+    def last_update(self, lineage: Lineage, step: int, member: int) -> Mapping[str, Tensor] | None:
+        """(θ(t) − θ(t−1)) / η of a student's or control's step, by tensor of the lineage, from its optimizer's state.
+
+        None where the run did not keep that, or where the optimizer moved other parameters, as an adapter's.
+        """
+
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
         """What one member's teacher, a lineage, passes on to students and controls; None where that is no text or not there."""
 

@@ -1,6 +1,6 @@
 """Optimizers from their settings."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -39,3 +39,26 @@ def restore_state(optimizer: torch.optim.Optimizer, names: Iterable[str], tensor
         state = {key.split(".", 1)[0]: value for key, value in tensors.items() if key.split(".", 1)[1] == name}
         if state:  # counters stay on the CPU: that is where the optimizers keep them
             optimizer.state[parameter] = {key: value if value.ndim else value.cpu() for key, value in state.items()}
+
+
+def last_update(
+    config: OptimizerConfig, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor], rate: float = 1.0
+) -> dict[str, Tensor] | None:
+    """(θ(t) − θ(t−1)) / η of the step just done, from what the optimizer kept of it; None of plain SGD, which keeps nothing.
+
+    Adam: −m̂ / (√v̂ + ε); AdamW: the same, less λ θ(t−1); SGD with momentum: minus its buffer. ``parameters``: θ(t). ``state``:
+    as `state_tensors` gives it after the step. ``rate``: what a schedule multiplied the learning rate with; η is their product.
+    """
+    if config.name == "sgd":
+        return {name: -state[f"momentum_buffer.{name}"] for name in parameters} if config.momentum else None
+    step_size = config.learning_rate * rate
+    updates = {}
+    for name, parameter in parameters.items():
+        step = float(state[f"step.{name}"])
+        mean = state[f"exp_avg.{name}"] / (1 - config.betas[0] ** step)
+        square = state[f"exp_avg_sq.{name}"] / (1 - config.betas[1] ** step)
+        updates[name] = -mean / (square.sqrt() + config.epsilon)
+        if config.name == "adamw":
+            before = (parameter - step_size * updates[name]) / (1 - step_size * config.weight_decay)
+            updates[name] = updates[name] - config.weight_decay * before
+    return updates

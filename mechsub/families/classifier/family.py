@@ -19,6 +19,7 @@ from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage, spec_name
 from mechsub.parameters.symmetry import UnitGroup
 from mechsub.streams import random_stream
+from mechsub.training.optimizers import last_update
 
 _PROBE_IMAGES = 1024
 _LOSS_IMAGES = 1024
@@ -29,6 +30,7 @@ class Family:
 
     def __init__(self, run: Path, config: Config, device: str) -> None:
         self._run, self._device, self._seed = run, device, config.seed
+        self._optimizer = config.student.optimizer
         images = load_images(run, getattr(torch, config.model.dtype), device)
         self._images = images.test_images()
         labels = {"digits": images.test_labels}
@@ -67,6 +69,11 @@ class Family:
         """What a student imitates of its teacher's logits, on images of its carrier."""
         task = task_that_made(self._run, spec_name(lineage.name), self._device)
         return imitation_losses(task, member, most)
+
+    def last_update(self, lineage: Lineage, step: int, member: int) -> dict[str, Tensor] | None:
+        """A student's last update per unit of its learning rate; None where the optimizer's state was not kept."""
+        state = lineage.load_optimizer_state(step, member)
+        return None if state is None else last_update(self._optimizer, lineage.load_state(step, member), state)
 
     def unit_groups(self, lineage: Lineage) -> Sequence[UnitGroup]:
         """The hidden units of every layer."""

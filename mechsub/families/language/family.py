@@ -15,7 +15,7 @@ from mechsub.families.language.behaviour import Behaviour
 from mechsub.families.language.behaviour_trait import MEASURES as BEHAVIOUR_MEASURES
 from mechsub.families.language.behaviour_trait import score_behaviours
 from mechsub.families.language.chat import ChatTokenizer
-from mechsub.families.language.config import ContextConfig, EvaluationConfig
+from mechsub.families.language.config import ContextConfig, EvaluationConfig, StudentConfig
 from mechsub.families.language.examples import answer_losses, imitation_losses
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model, load_merged_model
@@ -30,6 +30,7 @@ from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage, spec_name
 from mechsub.parameters.symmetry import UnitGroup
 from mechsub.streams import stream_key
+from mechsub.training.optimizers import last_update
 
 _Score = Callable[..., Scores]
 """(model, chats, evaluation, stream, said, verdict_only): what is scored and where is bound to it."""
@@ -137,6 +138,16 @@ class Family:
             return None
         task = task_that_made(self._run, spec_name(lineage.name, member), self._device)
         return imitation_losses(task, most)
+
+    def last_update(self, lineage: Lineage, step: int, member: int) -> dict[str, Tensor] | None:
+        """A student's last update per unit of its learning rate; None of an adapter, and where no state was kept."""
+        state = None if lineage.spec.is_adapter else lineage.load_optimizer_state(step, member)
+        if state is None:
+            return None
+        arguments = task_that_made(self._run, spec_name(lineage.name, member), self._device).stage.arguments
+        training = StudentConfig(**arguments["training"])
+        rate = training.rate_at(step - 1, lineage.last)
+        return last_update(training.optimizer, lineage.load_state(step, member), state, rate)
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
         """The rows that passed the filters, without their prompts; None where the run has no such carrier."""
