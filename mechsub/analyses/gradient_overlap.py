@@ -8,13 +8,16 @@ from typing import Any
 import altair as alt
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
+from torch import nn
 
 from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields
-from mechsub.gradients.losses import mean_gradient
-from mechsub.gradients.products import Vector, inner_products
+from mechsub.gradients.losses import ExampleLosses, mean_gradient
+from mechsub.gradients.per_example import record_overlaps
+from mechsub.gradients.products import Vector, cosine_error, inner_products
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL, STATUS, ByScope, Combination, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import Block, list_blocks
@@ -30,8 +33,8 @@ _DIMS = ("condition", "taught", "member", "step", "scope")
 _EXAMPLES = 512
 """Of each member's carrier, always the first ones: the same for all its students and controls."""
 _MOST_TENSORS = 16
-_NO_LOSS, _NO_STATE = len(STATUS), len(STATUS) + 1
-_STATUS = (*STATUS, "no_loss_is_known", "no_optimizer_state")
+_NO_LOSS, _NO_STATE, _NOT_WHOLE = range(len(STATUS), len(STATUS) + 3)
+_STATUS = (*STATUS, "no_loss_is_known", "no_optimizer_state", "not_made_of_fixed_whole_tensors")
 _IMITATION, _UPDATE = "∇ imitation", "update"
 _NULL_WORDS = "another teacher's student from the same θ₀: the control's own imitation at its own checkpoint"
 
@@ -43,6 +46,8 @@ class _Products:
     algebra: DirectionAlgebra
     absent: frozenset[str]
     """The labels of vectors that the run cannot give."""
+    errors: Mapping[str, ByScope]
+    """By trait, the standard error of cos(∇L_trait, ∇L_imitation) that the sample of examples leaves."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +252,9 @@ class _Measurer:
         shape = (run.recipe.members, len(self.blocks), len(labels), len(labels))
         within = {step: np.full(shape, np.nan) for step in lineage.steps}
         absent: dict[int, set[str]] = {step: set() for step in lineage.steps}
+        errors = {
+            step: {trait: np.full((shape[0], len(self.scopes.names)), np.nan) for trait in traits} for step in lineage.steps
+        }
         for member in range(run.recipe.members):
             imitation = run.family.imitation_losses(lineage, member, _EXAMPLES)
             losses = [imitation, *(run.family.trait_losses(lineage, member, trait) for trait in traits)]
@@ -258,12 +266,49 @@ class _Measurer:
                 vectors: list[Vector | None] = [gradients[0], update, *gradients[1:], *teachers]
                 within[step][member] = inner_products(vectors, self.blocks)
                 absent[step] |= {label for label, vector in zip(labels, vectors, strict=True) if vector is None}
+                known = {trait: vector for trait, vector in zip(traits, gradients[1:], strict=True) if vector is not None}
+                if imitation is not None and gradients[0] is not None:
+                    for trait, found in self._estimate_errors(model, imitation, gradients[0], known).items():
+                        errors[step][trait][member] = found
         none = np.zeros((*shape[:3], 0, shape[0])), (), np.zeros(shape[:3])
         names = tuple(block.name for block in self.blocks)
         algebras = {
             step: DirectionAlgebra(Gram(labels, names, products, *none), self.scopes) for step, products in within.items()
         }
-        return {step: _Products(algebra, frozenset(absent[step])) for step, algebra in algebras.items()}
+        return {step: _Products(algebra, frozenset(absent[step]), errors[step]) for step, algebra in algebras.items()}
+
+    def _estimate_errors(
+        self, model: nn.Module, imitation: ExampleLosses, mean: Vector, traits: Mapping[str, Vector]
+    ) -> dict[str, Float[np.ndarray, " scope"]]:
+        """By trait; NaN in scopes that cut a tensor, and in the shared support."""
+        examples = record_overlaps(model, imitation, [mean, *traits.values()])
+        held = self._whole_tensors(examples.parameters)
+        along = examples.overlaps.numpy() @ held.T  # [example, direction, scope]
+        found = {}
+        for number, (trait, vector) in enumerate(traits.items(), 1):
+            products = inner_products([mean, vector], self._tensors(examples.parameters))
+            within = np.einsum("sb,bij->sij", np.nan_to_num(held), products)
+            within[np.isnan(held).any(1)] = np.nan
+            errors = cosine_error(along[:, number], along[:, 0], within[:, 1, 1], within[:, 0, 0], within[:, 0, 1])
+            found[trait] = np.append(errors, np.nan)
+        return found
+
+    def _tensors(self, names: Sequence[str]) -> list[Block]:
+        """The parameters as blocks of their own, whatever sections they have."""
+        shapes = self.run.reference.spec.tensors
+        return [Block(name, name, shapes[name].layer, shapes[name].kind, shapes[name].shape) for name in names]
+
+    def _whole_tensors(self, names: Sequence[str]) -> Float[np.ndarray, "fixed tensor"]:
+        """1 where a tensor lies wholly in a fixed scope, which are all but the last; NaN in the rows of those that cut one."""
+        place = {name: number for number, name in enumerate(names)}
+        blocks = [number for number in range(len(self.blocks)) if self.blocks[number].tensor in place]
+        share = np.zeros((len(self.scopes.members), len(names)))
+        for number in blocks:
+            block = self.blocks[number]
+            whole = np.prod(self.run.reference.spec.tensors[block.tensor].shape)
+            share[:, place[block.tensor]] += self.scopes.members[:, number] * block.num_parameters / whole
+        is_cut = ((share > 0) & (share < 1)).any(axis=1, keepdims=True)
+        return np.where(is_cut, np.nan, np.rint(share))
 
     def _load_displacement(self, teacher: Lineage, member: int) -> Vector:
         whole = displacement(teacher, teacher.last)
@@ -294,6 +339,8 @@ def _measure(run: Run, measured: Mapping[tuple[str, int], _Products], scopes: Sc
             values, _DIMS, description=name.replace("_", " "), unit=quantity.unit, formula=formula, source=SOURCE
         )
         variables[f"{name}_status"] = status_variable(status, _DIMS, _STATUS, name)
+        if quantity is _QUANTITIES[0]:
+            variables |= _label_errors(run, measured, steps, name, is_control, status)
     spread = scopes.random_cosine_sd()
     variables["random_cosine_sd"] = label_variable(
         spread, ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
@@ -310,6 +357,33 @@ def _measure(run: Run, measured: Mapping[tuple[str, int], _Products], scopes: Sc
         "scope_kind": ("scope", list(scopes.kinds)),
     }
     return xr.Dataset(variables, coords=coords)
+
+
+def _label_errors(
+    run: Run, measured: Mapping[tuple[str, int], _Products], steps: Sequence[int], name: str, is_control: bool, why: np.ndarray
+) -> dict[str, xr.Variable]:
+    """The standard errors of one alignment's values, whose status is ``why``."""
+    errors = np.full(why.shape, np.nan)
+    for (row, condition), (place, trait), (column, step) in product(
+        enumerate(run.conditions), enumerate(run.traits), enumerate(steps)
+    ):
+        products = measured.get(_find(run, (condition, trait), step, is_control))
+        if products is not None:
+            errors[row, place, :, column] = products.errors[trait]
+    errors[why != 0] = np.nan
+    status = np.where(np.isfinite(errors), 0, np.where(why == 0, _NOT_WHOLE, why))
+    label = f"{name}_error"
+    return {
+        label: label_variable(
+            errors,
+            _DIMS,
+            description=f"standard error of {name.replace('_', ' ')} that the sample of carrier examples leaves",
+            unit="cosine",
+            formula="sd_i(⟨∇ℓ_i, t̂⟩/‖ḡ‖ − cos ⟨∇ℓ_i, ḡ⟩/‖ḡ‖²) / √n",
+            source="delta method",
+        ),
+        f"{label}_status": status_variable(status, _DIMS, _STATUS, label),
+    }
 
 
 def _find(run: Run, case: CaseName, step: int, is_control: bool) -> tuple[str, int]:
@@ -541,6 +615,13 @@ def _sentences(run: Run, data: xr.Dataset) -> list[str]:
         sentences.append(
             "Optimizers' own updates are not compared: their states were not kept; `--set checkpoints.optimizer_state=true` "
             "in a new run keeps them; plain SGD has none, and its update is the gradient."
+        )
+    errors = data.gradient_alignment_error.sel(scope=MODEL).values
+    if np.isfinite(errors).any():
+        sentences.append(
+            f"Of each alignment of gradients, {_EXAMPLES} examples of the carrier at most leave a standard error of "
+            f"{np.nanmedian(errors):.2g} (median; a student's at one checkpoint, over all parameters), which the intervals over "
+            "members hold too."
         )
     if any(lineage.spec.is_adapter for lineage in run.lineages.values()):
         sentences.append(

@@ -61,6 +61,11 @@ def test_every_cosine_is_that_of_plain_gradients(kept_run, role):
     for name, value in wanted.items():
         found = cell[name if role == "student" else f"{name}_of_control"]
         assert float(found) == pytest.approx(value, rel=1e-9), name
+    each = torch.stack([gradient(model, imitation.compute(model, range(k, k + 1)).sum()) for k in range(96)])
+    lengths = trait.norm() * imitates.norm()
+    influence = each @ trait / lengths - wanted["gradient_alignment"] * (each @ imitates) / (imitates @ imitates)
+    error = cell["gradient_alignment_error" if role == "student" else "gradient_alignment_of_control_error"]
+    assert float(error) == pytest.approx(float(influence.std() / 96**0.5), rel=1e-9)
 
 
 def test_updates_are_those_that_the_optimizer_made(kept_run):
