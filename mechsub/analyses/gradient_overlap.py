@@ -620,8 +620,8 @@ def _sentences(run: Run, data: xr.Dataset) -> list[str]:
     if np.isfinite(errors).any():
         sentences.append(
             f"Of each alignment of gradients, {_EXAMPLES} examples of the carrier at most leave a standard error of "
-            f"{np.nanmedian(errors):.2g} (median; a student's at one checkpoint, over all parameters), which the intervals over "
-            "members hold too."
+            f"{np.nanmedian(errors):.2g} (median; a student's at one checkpoint, over all parameters); intervals over "
+            "members hold it too."
         )
     if any(lineage.spec.is_adapter for lineage in run.lineages.values()):
         sentences.append(
