@@ -1,7 +1,7 @@
-"""Alignment by layer and step, from a run's results: scripts/alignment_table.py RUN_DIR OUT.md [--condition NAME].
+"""Alignment by layer and step, from a run's results: scripts/alignment_table.py RUN_DIR OUT.md [--of gradients].
 
-Raw, control-adjusted, specific and matched alignment, each with its null, over members and traits. Nothing is measured here:
-`mechsub analyze RUN_DIR` has done it.
+Of displacements: raw, control-adjusted, specific and matched; or of gradients: the trait's with the imitation's. Each with its
+null, over members and traits. Nothing is measured here: `mechsub analyze RUN_DIR` has done it.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def _matched(pair: str) -> dict[str, Any]:
     return {"matching": "weights", "pair": pair}
 
 
-MEASURES = (
+DISPLACEMENTS = (
     Measure("raw, cos(Δ_S, Δ_T)", "parameter_alignment", "alignment"),
     Measure("null of raw, cos(Δ_C, Δ_T)", "parameter_alignment", "alignment_of_control"),
     Measure("control-adjusted, cos(θ_S − θ_C, Δ_T)", "parameter_alignment", "control_adjusted_alignment"),
@@ -49,56 +49,103 @@ MEASURES = (
 )
 
 
+GRADIENTS = (
+    Measure("cos(∇L_trait, ∇L_imitation)", "gradient_overlap", "gradient_alignment"),
+    Measure("its null, the control's own", "gradient_overlap", "gradient_alignment_of_control"),
+    Measure("its standard error from the sample of examples, one member's", "gradient_overlap", "gradient_alignment_error"),
+    Measure("cos(−∇L_imitation, Δ_T)", "gradient_overlap", "imitation_along_teacher"),
+    Measure("its null, the control's own", "gradient_overlap", "imitation_along_teacher_of_control"),
+    Measure("cos(−∇L_trait, Δ_T)", "gradient_overlap", "trait_along_teacher"),
+    Measure("cos(u, −∇L_trait)", "gradient_overlap", "update_along_trait"),
+    Measure("its null, the control's own", "gradient_overlap", "update_along_trait_of_control"),
+    Measure("cos(u, Δ_T)", "gradient_overlap", "update_along_teacher"),
+    Measure("its null, the control's own", "gradient_overlap", "update_along_teacher_of_control"),
+    Measure("rotation, cos(u, −∇L_imitation)", "gradient_overlap", "update_rotation"),
+    Measure("gain, ‖u‖ / (η ‖∇L_imitation‖)", "gradient_overlap", "update_gain"),
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a table is of."""
+
+    title: str
+    words: str
+    measures: tuple[Measure, ...]
+    first_step: int
+    digits: int
+
+
+DOCUMENTS = {
+    "displacements": Document(
+        "Displacement alignment",
+        "Layers without a row have no such number (student and teacher moved nothing together there), nor have measures "
+        "without rows (a student at its teacher's own start has no unrelated pair). π: hidden units matched by the starting "
+        "weights; *unrelated pairs*: the same matching between a student and another member's start, against that member's teacher.",
+        DISPLACEMENTS,
+        1,
+        3,
+    ),
+    "gradients": Document(
+        "Gradient alignment",
+        "Gradients of the mean losses at each checkpoint of the student; the nulls are the control's, at its own checkpoints. "
+        "u: the optimizer's update that led to a checkpoint, from its kept state; η: its learning rate; Δ_T: the teacher's "
+        "whole displacement. Layers without a row have no such number: one of the two losses does not reach them.",
+        GRADIENTS,
+        0,
+        4,
+    ),
+}
+
+
 def main() -> None:
     """Write the tables of one run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--condition", action="append", help="one condition; may be repeated; all comparable ones unless told")
+    parser.add_argument("--of", choices=DOCUMENTS, default="displacements", help="what is aligned")
     options = parser.parse_args()
     run = open_run(options.run_dir)
     conditions = options.condition or [name for name in run.conditions if run.is_comparable(name)]
-    options.out.write_text("\n".join(_document(run, conditions)) + "\n")
+    options.out.write_text("\n".join(_write(DOCUMENTS[options.of], run, conditions)) + "\n")
     print(options.out)
 
 
-def _document(run: Run, conditions: list[str]) -> Iterator[str]:
+def _write(document: Document, run: Run, conditions: list[str]) -> Iterator[str]:
     traits = f", means over the traits {', '.join(run.traits)} within members" if len(run.traits) > 1 else ""
-    yield f"# Displacement alignment by layer over training: {run.recipe.name}\n"
+    yield f"# {document.title} by layer over training: {run.recipe.name}\n"
     yield (
-        f"Cosines, no unit: mean ± half of the {100 * run.recipe.verdict.confidence:g} % interval (Student t) over "
-        f"{run.recipe.members} members{traits}. Layers without a row have no such number (student and teacher moved nothing "
-        "together there), nor have measures without rows (a student at its teacher's own start has no unrelated pair). A "
-        "layer's number covers its own tensors, *model* all parameters. Columns are the student's optimizer steps. π: hidden "
-        "units matched by the starting weights; *unrelated pairs*: the same matching between a student and another member's "
-        "start, against that member's teacher.\n"
+        f"No unit: mean ± half of the {100 * run.recipe.verdict.confidence:g} % interval (Student t) over "
+        f"{run.recipe.members} members{traits}. A layer's number covers its own tensors, *model* all parameters. Columns are "
+        f"the student's optimizer steps. {document.words}\n"
     )
     for condition in conditions:
         yield f"## {condition}\n"
         yield f"{run.describe_condition(condition)}\n"
-        yield from _table(run, condition)
+        yield from _table(document, run, condition)
         yield ""
 
 
-def _table(run: Run, condition: str) -> Iterator[str]:
-    steps = [step for step in run.student(condition, run.traits[0]).steps if step > 0]
+def _table(document: Document, run: Run, condition: str) -> Iterator[str]:
+    steps = [step for step in run.student(condition, run.traits[0]).steps if step >= document.first_step]
     yield "| measure | scope | " + " | ".join(f"step {step}" for step in steps) + " |"
     yield "|---|---|" + "---|" * len(steps)
-    for measure in MEASURES:
+    for measure in document.measures:
         data = run.results[measure.analysis]
         chosen = data[measure.variable].sel(condition=condition, **measure.select)
         for scope in map(str, data.scope.values[np.isin(data.scope_kind.values, SCOPES)]):
-            cells = [_cell(run, chosen.sel(scope=scope, step=step)) for step in steps]
+            cells = [_cell(run, chosen.sel(scope=scope, step=step), document.digits) for step in steps]
             if scope != SHARED_SUPPORT and set(cells) != {NOTHING}:
                 yield f"| {measure.title} | {scope} | " + " | ".join(cells) + " |"
 
 
-def _cell(run: Run, values: xr.DataArray) -> str:
+def _cell(run: Run, values: xr.DataArray, digits: int) -> str:
     over_traits = values.mean("taught", skipna=False).values
     if not np.isfinite(over_traits).any():
         return NOTHING
     interval = student_interval(over_traits, run.recipe.verdict.confidence)
-    return f"{interval.estimate:+.3f} ± {(interval.high - interval.low) / 2:.3f}"
+    return f"{interval.estimate:+.{digits}f} ± {(interval.high - interval.low) / 2:.{digits}f}"
 
 
 if __name__ == "__main__":
