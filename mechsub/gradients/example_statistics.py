@@ -1,0 +1,106 @@
+"""What a set of examples says of directions: totals, shares and cosine-like means from overlaps by tensor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import nn
+
+from mechsub.gradients.losses import ExampleLosses, mean_gradient
+from mechsub.gradients.per_example import Direction, record_overlaps
+
+QUANTILES = (0.05, *(round(0.1 * number, 1) for number in range(1, 10)), 0.95)
+"""At which the distribution over examples is told."""
+
+
+@dataclass(frozen=True)
+class ExampleReading:
+    """Steps of plain gradient descent on single examples, −∇ℓ_i, against directions."""
+
+    overlaps: Float[np.ndarray, "example direction tensor"]
+    """⟨−∇ℓ_i, d⟩: positive where a step on the example moves along d."""
+    gradient_squares: Float[np.ndarray, "example tensor"]
+    mean_gradient: Direction
+    """mean_i ∇ℓ_i, by tensor."""
+    direction_squares: Float[np.ndarray, "direction tensor"]
+    losses: Float[np.ndarray, " example"]
+
+    @property
+    def totals(self) -> Float[np.ndarray, "example direction"]:
+        """⟨−∇ℓ_i, d⟩ over all tensors."""
+        found: np.ndarray = self.overlaps.sum(-1)
+        return found
+
+    @property
+    def norms(self) -> Float[np.ndarray, " example"]:
+        """‖∇ℓ_i‖ ≥ 0 over all tensors, in the unit of the loss over that of the weights."""
+        return np.asarray(np.sqrt(self.gradient_squares.sum(-1)))
+
+    @property
+    def root_mean_square(self) -> float:
+        """√(mean_i ‖∇ℓ_i‖²)."""
+        return float(np.sqrt(self.gradient_squares.sum(-1).mean()))
+
+    @property
+    def positive_share(self) -> Float[np.ndarray, " direction"]:
+        """The share of examples with ⟨−∇ℓ_i, d⟩ > 0, in [0, 1]; NaN where no example has another overlap than 0."""
+        totals = self.totals
+        touches = _are_finite(totals) & (totals != 0).any(0)
+        return np.where(touches, (totals > 0).mean(0), np.nan)
+
+    def cosines(self, tensors: Bool[np.ndarray, " tensor"] | None = None) -> Float[np.ndarray, " direction"]:
+        """mean_i ⟨−∇ℓ_i, d⟩ / (‖mean_i ∇ℓ_i‖ ‖d‖) in some tensors, or in all; NaN where one of the two lengths is 0.
+
+        The cosine of the descent on all examples together with d: range [−1, 1], no unit.
+        """
+        chosen = slice(None) if tensors is None else tensors
+        length = np.sqrt(self._mean_squares[chosen].sum() * self.direction_squares[:, chosen].sum(-1))
+        return _ratio(self.overlaps[:, :, chosen].sum(-1).mean(0), length)
+
+    @cached_property
+    def _mean_squares(self) -> Float[np.ndarray, " tensor"]:
+        return np.array([float(tensor.double().square().sum()) for tensor in self.mean_gradient.values()])
+
+    def quantiles(self) -> Float[np.ndarray, "direction quantile"]:
+        """Quantiles over examples of ⟨−∇ℓ_i, d⟩ / (√(mean_i ‖∇ℓ_i‖²) ‖d‖); no unit.
+
+        One length for all examples: a mean of their own cosines would let those with hardly a gradient speak as loud as others.
+        """
+        scaled = _ratio(self.totals, self.root_mean_square * np.sqrt(self.direction_squares.sum(-1)))
+        found: np.ndarray = np.quantile(scaled, QUANTILES, axis=0).T
+        return found
+
+
+def read_examples(model: nn.Module, losses: ExampleLosses, directions: Sequence[Direction]) -> ExampleReading:
+    """Overlaps, lengths and mean gradient of the examples; see `mechsub.gradients.per_example.record_overlaps`.
+
+    Raises:
+        AnalysisError: the model uses a parameter in a way that is not known there.
+    """
+    found = record_overlaps(model, losses, directions)
+    squares = [[_square(direction, name) for name in found.parameters] for direction in directions]
+    return ExampleReading(
+        overlaps=-found.overlaps.numpy(),
+        gradient_squares=found.squared_norms.numpy(),
+        mean_gradient=mean_gradient(model, losses),
+        direction_squares=np.array(squares).reshape(len(directions), len(found.parameters)),
+        losses=found.losses.double().numpy(),
+    )
+
+
+def _square(direction: Mapping[str, torch.Tensor], name: str) -> float:
+    return float(direction[name].double().square().sum()) if name in direction else 0.0
+
+
+def _are_finite(values: Float[np.ndarray, "example direction"]) -> Bool[np.ndarray, " direction"]:
+    return np.asarray(np.isfinite(values).all(0))
+
+
+def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """NaN where the denominator is 0."""
+    nothing = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
+    ratio: np.ndarray = np.divide(numerator, denominator, out=nothing, where=denominator > 0)
+    return ratio
