@@ -27,7 +27,7 @@ def inner_products(left: Named, right: Named) -> Float[Tensor, " member"]:
 
     A member's number does not depend on which others are stacked with it.
     """
-    parts = [(tensor.double() * right[name]).flatten(1).sum(1) for name, tensor in left.items()]
+    parts = [(tensor.double() * right[name]).reshape(len(tensor), -1).sum(1) for name, tensor in left.items()]
     return torch.stack(parts).sum(0)
 
 
@@ -62,8 +62,10 @@ def draw_like(component: Named, streams: Sequence[np.random.Generator]) -> dict[
     """A normal random direction of each member, from its own stream, with the norm of ``component`` in every tensor."""
     drawn = {}
     for name, tensor in component.items():
-        noise = torch.from_numpy(np.stack([stream.standard_normal(tensor.shape[1:]) for stream in streams]))
-        sizes = tensor.double().flatten(1).norm(dim=1).cpu() / noise.flatten(1).norm(dim=1)
+        noise = torch.from_numpy(
+            np.stack([stream.standard_normal(tuple(tensor.shape[1:]), np.float32) for stream in streams])
+        ).double()
+        sizes = tensor.double().reshape(len(tensor), -1).norm(dim=1).cpu() / noise.reshape(len(tensor), -1).norm(dim=1)
         drawn[name] = (noise * sizes.view(-1, *[1] * (tensor.ndim - 1))).to(tensor)
     return drawn
 
