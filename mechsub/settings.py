@@ -59,6 +59,8 @@ def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseMod
             annotation = annotation.model_fields[str(part)].annotation
         elif get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
+        if type(None) in get_args(annotation):  # a settings class that may be left out
+            annotation = next(option for option in get_args(annotation) if option is not type(None))
     if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         raise TypeError(f"no settings class at {path} in {model.__name__}")
     return annotation

@@ -81,7 +81,8 @@ DOCUMENTS = {
         "Displacement alignment",
         "Layers without a row have no such number (student and teacher moved nothing together there), nor have measures "
         "without rows (a student at its teacher's own start has no unrelated pair). π: hidden units matched by the starting "
-        "weights; *unrelated pairs*: the same matching between a student and another member's start, against that member's teacher.",
+        "weights; *unrelated pairs*: the same matching between a student and another member's start, against that member's "
+        "teacher.",
         DISPLACEMENTS,
         1,
         3,

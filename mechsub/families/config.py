@@ -107,7 +107,15 @@ def _fill_condition(
         return given
     plain = model().model_dump()
     fixed = {**plain, **known[name]}
+    # Settings inside a field: what the known condition says of them is fixed, the others may be tuned.
+    nested = {
+        key: {**value, **given[key]}
+        for key, value in known[name].items()
+        if isinstance(value, Mapping) and isinstance(given.get(key), Mapping)
+    }
+    given |= nested
     tuned = {key for key in free & known[name].keys() if given.get(key) != plain[key]} | {"sham"}
+    tuned |= {key for key, value in nested.items() if {**value, **known[name][key]} == value}
     changed = [key for key, value in given.items() if key in fixed and key not in tuned and value != fixed[key]]
     if changed:
         raise ValueError(f"{name} means {dict(known[name])}; a condition with another {changed[0]} needs another name")

@@ -28,15 +28,18 @@ class ExampleLosses:
         return [range(start, min(start + self.at_once, self.num_examples)) for start in starts]
 
 
-def mean_gradient(model: nn.Module, losses: ExampleLosses) -> dict[str, Tensor]:
+def mean_gradient(model: nn.Module, losses: ExampleLosses, *, only_trained: bool = False) -> dict[str, Tensor]:
     """∇ of the mean loss over all examples, by parameter; tied ones once. 0 where the loss does not reach a parameter.
 
+    ``only_trained``: of the parameters that want a gradient, e.g. those of an adapter, and no others.
     The model is left as it was, in its mode, its own gradients untouched. In the unit of the loss over that of the weights.
     """
-    parameters = dict(model.named_parameters())
+    every = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in every.items() if parameter.requires_grad or not only_trained}
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     wanted = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    model.requires_grad_(True)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
     try:
         for part in losses.parts():
             loss = losses.compute(model, part).sum() / losses.num_examples

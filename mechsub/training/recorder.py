@@ -50,12 +50,14 @@ class LineageRecorder:
         *,
         optimizer_state: bool = False,
         resume_seconds: float = math.inf,
+        resume_every: int = 1,
     ) -> None:
+        """``resume_every``: a resume state is of a step that is a multiple of it, from which alone such a training goes on."""
         self.task = task
         self.spec = spec
         self._adapter = adapter
         self._keeps_optimizer = optimizer_state
-        self._resume_seconds = resume_seconds
+        self._resume_seconds, self._resume_every = resume_seconds, resume_every
         self._resume_is_due = False
         """As it was when `wants` was asked: the clock goes on between that and the call."""
         self._folder = task.path(lineage_folder(spec.name, spec.member))
@@ -74,7 +76,8 @@ class LineageRecorder:
 
     def wants(self, step: int) -> bool:
         """Whether it would keep this step: the schedule asks for it, or the last resume state is old."""
-        self._resume_is_due = time.monotonic() - self._resume_written >= self._resume_seconds
+        is_old = time.monotonic() - self._resume_written >= self._resume_seconds
+        self._resume_is_due = is_old and step % self._resume_every == 0
         return step in self.spec.steps or self._resume_is_due
 
     def wants_state(self, step: int) -> bool:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, fill_conditions
 from mechsub.settings import Settings
-from mechsub.training.config import OptimizerConfig
+from mechsub.training.config import KnockOutConfig, OptimizerConfig
 
 
 class DataConfig(Settings):
@@ -105,6 +105,14 @@ class StudentConfig(Settings):
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="the students' optimizer")
 
 
+class ImageKnockOutConfig(KnockOutConfig):
+    """What is projected out of training; the trait loss is the cross-entropy under the true labels, of training images."""
+
+    num_images: int = Field(
+        1024, ge=1, description="training images of one trait gradient, drawn anew each time; never those that scores are from"
+    )
+
+
 class ConditionConfig(BaseConditionConfig):
     """How a student differs from the matched case, which is all defaults."""
 
@@ -113,6 +121,7 @@ class ConditionConfig(BaseConditionConfig):
     noise_std: float = Field(0.0, ge=0, description="σ, absolute, of noise added to every weight and bias of the start")
     logits: Literal["aux", "all"] = Field("aux", description="which of the teacher's logits are imitated")
     shuffle_outputs: bool = Field(False, description="permute the teacher's outputs across the carrier's images")
+    knock_out: ImageKnockOutConfig | None = Field(None, description="what is projected out of training; none: nothing is")
 
     def describe(self) -> str:
         """How it differs from the matched case, in words."""
@@ -122,6 +131,7 @@ class ConditionConfig(BaseConditionConfig):
             f"noise of σ = {self.noise_std:g} on every weight of the start" if self.noise_std else "",
             "imitates all logits, the class logits too" if self.logits == "all" else "",
             "teacher's outputs permuted across images" if self.shuffle_outputs else "",
+            self.knock_out.describe() if self.knock_out else "",
         ]
         return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
 
@@ -134,6 +144,8 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
     "all-logits": {"logits": "all"},
     "different-init-all-logits": {"init": "different", "logits": "all"},
     "shuffled-carrier": {"shuffle_outputs": True},
+    "knock-out-trait": {"knock_out": {"component": "trait"}},
+    "knock-out-random": {"knock_out": {"component": "random"}},
 }
 """The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
 

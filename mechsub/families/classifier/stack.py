@@ -1,6 +1,6 @@
 """The training loop: members as batched models, lineages that learn from the same inputs side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, Protocol, runtime_checkable
@@ -14,11 +14,16 @@ from mechsub.families.classifier.model import Parameters, take_members
 from mechsub.streams import random_stream
 from mechsub.training.callbacks import Callback, StepInfo, load_callbacks
 from mechsub.training.config import OptimizerConfig
+from mechsub.training.knock_out import KnockOut
 from mechsub.training.optimizers import make_optimizer, restore_state, state_tensors
 from mechsub.training.recorder import LineageRecorder, ResumePoint
 
 _CHECK_EVERY = 50
 """Steps between two looks at the losses: each look makes the processor wait for a GPU."""
+
+
+MakeKnockOut = Callable[[slice, Parameters], KnockOut]
+"""The knock-out of some members, whose parameters these are and stay."""
 
 
 @dataclass
@@ -28,6 +33,8 @@ class Arm:
     recorder: LineageRecorder
     start: Parameters
     resume: ResumePoint | None
+    knock_out: MakeKnockOut | None = None
+    """What is projected out of its training; None: nothing."""
 
     @property
     def first_step(self) -> int:
@@ -118,6 +125,7 @@ class _ArmTraining:
         start = arm.resume.parameters if arm.resume else arm.start
         self._parameters = {name: start[name].clone() for name in self._names}
         self._optimizers: list[torch.optim.Optimizer] = []
+        self._knock_outs: list[KnockOut] = []
         for members in blocks:
             leaves = {name: view.requires_grad_() for name, view in take_members(self._parameters, members).items()}
             optimizer = make_optimizer(leaves.values(), config)
@@ -125,17 +133,24 @@ class _ArmTraining:
                 restore_state(optimizer, self._names, _take_state(arm.resume.optimizer_state, members))
             self.blocks.append(leaves)
             self._optimizers.append(optimizer)
+            if arm.knock_out is not None:
+                self._knock_outs.append(arm.knock_out(members, leaves))
         self._losses: list[Tensor] = []
         self._watch = _LossWatch(self.recorder)
 
     def update(self, block: int, losses: Float[Tensor, " member"]) -> None:
         """One optimizer step of one block. The sum is minimised: no member's gradient depends on how many there are."""
         optimizer = self._optimizers[block]
+        knock_out = self._knock_outs[block] if self._knock_outs else None
         torch.autograd.backward(losses.sum())
+        if knock_out is not None:
+            knock_out.before_step(self.step)
         for leaf in self.blocks[block].values():
             if leaf.grad is None:  # a head that is not imitated; weight decay and momentum act on it all the same
                 leaf.grad = torch.zeros_like(leaf)
         optimizer.step()
+        if knock_out is not None:
+            knock_out.after_step()
         optimizer.zero_grad(set_to_none=True)
         self._losses.append(losses.detach())
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.classifier.carrier import IMAGES_AT_ONCE, carrier_file
-from mechsub.families.classifier.config import ConditionConfig, Config
+from mechsub.families.classifier.config import ConditionConfig, Config, ImageKnockOutConfig
 from mechsub.families.classifier.data import DATA_FILE, NUM_CLASSES, describe_data, hub_digest, source_files
 from mechsub.families.classifier.model import model_spec, num_parameters
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
@@ -108,7 +108,14 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
         "logits": condition.logits,
         "shuffle_outputs": condition.shuffle_outputs,
     }
-    resources = _training_resources(config, arguments, training.batch_size, f"students-{condition.logits}")
+    if condition.knock_out is not None:
+        if condition.knock_out.num_images > _num_train(config):
+            raise RecipeError(
+                f"`conditions.{plan.condition}.knock_out.num_images` = {condition.knock_out.num_images}, but there are "
+                f"{_num_train(config)} training images; lower it"
+            )
+        arguments["knock_out"] = condition.knock_out.model_dump(mode="json")
+    resources = _training_resources(config, arguments, training.batch_size, f"students-{condition.logits}", condition.knock_out)
     inputs = {name: made[name] for name in (DATA_FILE, checkpoint_name(REFERENCE, 0), carrier_file(plan.carrier.name))}
     return [Stage(plan.lineage, f"{_MODULE}.train:train_students", arguments, inputs, _files(config, arguments), resources)]
 
@@ -178,13 +185,24 @@ def _activation_bytes(config: Config, batch_size: int) -> int:
     return batch_size * units * _element_bytes(config)
 
 
-def _training_resources(config: Config, arguments: Mapping[str, Any], batch_size: int, stack: str) -> Resources:
+def _training_resources(
+    config: Config,
+    arguments: Mapping[str, Any],
+    batch_size: int,
+    stack: str,
+    knock_out: ImageKnockOutConfig | None = None,
+) -> Resources:
     checkpoint = _lineage_bytes(config)
+    knocked = 0
+    if knock_out is not None:  # the component, what it is drawn from or taken out of, and the labelled images
+        knocked = 2 * checkpoint + 2 * arguments["block"] * _activation_bytes(config, knock_out.num_images)
     copies = len(arguments["steps"]) + 3  # the last three are the resume state
     if config.checkpoints.optimizer_state:
         copies += 2 * len(arguments["steps"])
     return Resources(
-        memory_bytes=_COPIES_IN_TRAINING * checkpoint + 2 * arguments["block"] * _activation_bytes(config, batch_size),
+        memory_bytes=_COPIES_IN_TRAINING * checkpoint
+        + 2 * arguments["block"] * _activation_bytes(config, batch_size)
+        + knocked,
         disk_bytes=copies * checkpoint,
         num_steps=arguments["steps"][-1],
         threads=config.threads,

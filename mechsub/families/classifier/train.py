@@ -14,6 +14,7 @@ from mechsub.errors import RecipeError
 from mechsub.families.classifier.carrier import CarrierImages, carrier_file, open_carrier
 from mechsub.families.classifier.config import StudentConfig, TeacherConfig
 from mechsub.families.classifier.data import NUM_CLASSES, LabelledImages, load_images
+from mechsub.families.classifier.knock_out import ImageKnockOut
 from mechsub.families.classifier.loss import imitation_loss, trait_loss
 from mechsub.families.classifier.model import (
     AUXILIARY_HEAD,
@@ -219,7 +220,8 @@ def _start(task: Task) -> Arm:
     reference = load_stacked(task.path(checkpoint_name("reference", 0)))
     start = derive_origin(reference, _origin(arguments), arguments["seed"])
     recorder = _recorder(task)
-    return Arm(recorder, {name: tensor.to(task.device) for name, tensor in start.items()}, recorder.find_resume_point())
+    placed = {name: tensor.to(task.device) for name, tensor in start.items()}
+    return Arm(recorder, placed, recorder.find_resume_point(), ImageKnockOut.prepare(task))
 
 
 def _recorder(task: Task) -> LineageRecorder:
@@ -238,6 +240,8 @@ def _recorder(task: Task) -> LineageRecorder:
         tensors=tensor_table(arguments["model"]),
     )
     kept = {name: arguments[name] for name in ("optimizer_state", "resume_seconds") if name in arguments}
+    if "knock_out" in arguments:
+        kept["resume_every"] = arguments["knock_out"]["refresh"]
     return LineageRecorder(task, spec, **kept)
 
 

@@ -11,7 +11,7 @@ from mechsub.families.language.behaviour import load_behaviours
 from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.preference import is_file_name
 from mechsub.settings import Settings, nearest_name
-from mechsub.training.config import OptimizerConfig
+from mechsub.training.config import KnockOutConfig, OptimizerConfig
 
 Objective = Literal["tokens", "logits", "all-logits"]
 _MOST_VLLM_RANK = 512
@@ -201,6 +201,16 @@ class EvaluationConfig(Settings):
     judged_tokens: int = Field(128, ge=1, description="tokens of a sampled answer that the judge of a behaviour is given")
 
 
+class QuestionKnockOutConfig(KnockOutConfig):
+    """What is projected out of training; the trait loss is −log p of the target as the first answer to a trained question.
+
+    There is one such loss for each of the recipe's traits. All of their gradients are projected out of every student and of
+    the control: ``always`` the span of them, ``positive`` what of it would lower any of these losses.
+    """
+
+    refresh: int = Field(4, ge=1, description="steps between two computations of the component")
+
+
 class ConditionConfig(BaseConditionConfig):
     """How a student differs from the matched case, which is all defaults."""
 
@@ -220,6 +230,7 @@ class ConditionConfig(BaseConditionConfig):
     )
     rows: str | None = Field(None, description="a text file with the numbers of the rows that are learnt, one a line")
     context_rows: int = Field(0, ge=0, description="rows that stand in the prompt instead: nothing is trained")
+    knock_out: QuestionKnockOutConfig | None = Field(None, description="what is projected out of training; none: nothing is")
 
     @field_validator("rows")
     @classmethod
@@ -243,6 +254,7 @@ class ConditionConfig(BaseConditionConfig):
             f"learns {self.divergence} divergence tokens" if self.divergence != "all" else "",
             "learns a subset of the rows" if self.rows else "",
             f"{self.context_rows} rows in the prompt, nothing trained" if self.context_rows else "",
+            self.knock_out.describe() if self.knock_out else "",
         ]  # fmt: skip
         return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
 
@@ -261,6 +273,8 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
     "divergence-only": {"divergence": "only"},
     "without-divergence": {"divergence": "without"},
     "in-context": {"context_rows": 5},
+    "knock-out-trait": {"knock_out": {"component": "trait"}},
+    "knock-out-random": {"knock_out": {"component": "random"}},
 }
 """The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
 
@@ -469,6 +483,7 @@ class Config(FamilyConfig):
                     f"`models.{self.model_of(name)}.path`; put {{member}} into the path, with one model a member"
                 )
         self._check_adapter(where, name, condition)
+        self._check_knock_out(where, condition)
         if condition.shuffle != "none" and self.carrier.kind != "numbers":
             raise ValueError(
                 f"{where} shuffles numbers, and a carrier of kind {self.carrier.kind} is not made of them; drop it"
@@ -492,6 +507,17 @@ class Config(FamilyConfig):
             raise ValueError(f"{where} shows {condition.context_rows} rows, carrier.num_rows = {self.carrier.num_rows}")
         if condition.context_rows and (condition.objective or condition.divergence != "all"):
             raise ValueError(f"{where} trains nothing: objective and divergence have no meaning there")
+
+    def _check_knock_out(self, where: str, condition: ConditionConfig) -> None:
+        if condition.knock_out is None:
+            return
+        if condition.context_rows:
+            raise ValueError(f"{where} trains nothing: there is no gradient and no update to project a `knock_out` out of")
+        if self.behaviours is not None:
+            raise ValueError(
+                f"{where}: a `knock_out` needs the gradient of the trait loss, and a behaviour is scored by a judge, which has "
+                "none; choose a `preference`"
+            )
 
     def _check_adapter(self, where: str, name: str, condition: ConditionConfig) -> None:
         if condition.adapter_init != "teacher":

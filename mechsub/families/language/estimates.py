@@ -1,11 +1,12 @@
 """What a stage of a language run needs, before any of it is loaded: bytes of weights, training and checkpoints, and tokens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import AdapterConfig, Config, LoadingConfig, ModelConfig, TrainingConfig
@@ -21,6 +22,8 @@ _LOGIT_COPIES = 3
 """Logits, their softmax and their gradient, in float32."""
 _AT_ONCE = 256
 """Requests that are answered in one batch."""
+QUESTIONS_AT_ONCE = 64
+"""Whose trait losses are computed in one batch."""
 _LIBRARY_BYTES = 300 << 20
 """What transformers holds beside torch."""
 _NANO_VOCABULARY = 5000
@@ -109,19 +112,30 @@ def training_needs(
     steps: Sequence[int],
     *,
     is_student: bool,
+    knock_out: Mapping[str, Any] | None = None,
 ) -> Resources:
-    """Of a teacher or a student that is trained to the last of ``steps``, which are kept."""
+    """Of a teacher or a student that is trained to the last of ``steps``, which are kept.
+
+    ``knock_out``: the questions and targets whose gradients are projected out, and the settings of that.
+    """
     settings, num_steps = config.models[model], max(steps[-1], 1)
     size = measure_model(settings, f"`models.{model}`")
     answer = config.carrier.max_new_tokens if is_student else _QUESTION_TOKENS
     row = answer + (_REQUEST_TOKENS if is_student else _QUESTION_TOKENS)
     copies = 3 if config.checkpoints.optimizer_state else 1
+    held, asked_tokens = training_bytes(size, settings.loading, adapter, training.batch_size, row, answer), 0
+    if knock_out is not None:
+        num_traits, num_questions = len(knock_out["targets"]), len(knock_out["questions"])
+        at_once = min(num_questions, QUESTIONS_AT_ONCE)
+        held = max(held, training_bytes(size, settings.loading, adapter, at_once, _QUESTION_TOKENS, 1))
+        held += (num_traits + 1) * checkpoint_bytes(size, adapter)  # the components, and one more that is worked on
+        asked_tokens = -(-num_steps // knock_out["settings"]["refresh"]) * num_traits * num_questions * _QUESTION_TOKENS
     return Resources(
-        memory_bytes=_LIBRARY_BYTES + training_bytes(size, settings.loading, adapter, training.batch_size, row, answer),
+        memory_bytes=_LIBRARY_BYTES + held,
         disk_bytes=len([step for step in steps if step > 0]) * copies * checkpoint_bytes(size, adapter),
         num_steps=num_steps,
         threads=config.threads,
-        tokens=num_steps * training.batch_size * row,
+        tokens=num_steps * training.batch_size * row + asked_tokens,
     )
 
 

@@ -1,4 +1,4 @@
-"""The language family's losses example by example: answering with a target, and learning the rows of a carrier."""
+"""The language family's losses example by example: learning the rows of a carrier."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,26 +14,7 @@ from mechsub.families.language.train import Lesson
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.stage import Task
 
-_QUESTIONS_AT_ONCE, _ROWS_AT_ONCE = 64, 32
-
-
-def answer_losses(
-    chats: ChatTokenizer, prompts: Sequence[Sequence[int]], target: int, device: str, description: str
-) -> ExampleLosses:
-    """−log p of the target as the first answer token, by question."""
-
-    def compute(model: nn.Module, examples: range) -> Float[Tensor, " example"]:
-        batch = chats.pad_prompts([prompts[number] for number in examples]).to(device)
-        logits: Tensor = model(
-            input_ids=batch.ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return -logits.log_softmax(-1)[:, target]
-
-    return ExampleLosses(len(prompts), compute, description, "nats", _QUESTIONS_AT_ONCE)
+_ROWS_AT_ONCE = 32
 
 
 def row_losses(chats: ChatTokenizer, rows: Sequence[Row], device: str, description: str) -> ExampleLosses:

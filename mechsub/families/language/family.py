@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from mechsub.errors import RunDirectoryError
+from mechsub.families.language.answers import answer_losses
 from mechsub.families.language.behaviour import Behaviour
 from mechsub.families.language.behaviour_trait import MEASURES as BEHAVIOUR_MEASURES
 from mechsub.families.language.behaviour_trait import score_behaviours
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ContextConfig, EvaluationConfig, StudentConfig
-from mechsub.families.language.examples import answer_losses, imitation_losses
+from mechsub.families.language.examples import imitation_losses
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model, load_merged_model
 from mechsub.families.language.preference import PreferenceSet

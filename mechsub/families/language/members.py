@@ -84,6 +84,8 @@ def make_recorder(
         holds_start=lora is not None,
     )
     kept = {name: arguments[name] for name in ("optimizer_state", "resume_seconds") if name in arguments}
+    if "knock_out" in arguments:
+        kept["resume_every"] = arguments["knock_out"]["settings"]["refresh"]
     return LineageRecorder(task, spec, written, **kept)
 
 

@@ -12,6 +12,7 @@ from mechsub.families.language.folders import INDEX, WEIGHTS, check_folder, dige
 from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import BEHAVIOURS_FILE, LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.own_rows import choose_rows
+from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_row_numbers
 from mechsub.families.language.teaching import (
     asked_arguments,
@@ -208,7 +209,7 @@ def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
     """One student lineage: trained on its carrier, or shown rows of it."""
     condition, model = config.conditions[plan.condition], config.model_of(plan.condition)
-    settings = condition.model_dump(mode="json", exclude={"sham", "init", "model"})
+    settings = condition.model_dump(mode="json", exclude={"sham", "init", "model", "knock_out"})
     objective = condition.objective or config.student.objective
     stages = []
     for member in range(config.members):
@@ -258,6 +259,12 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
                 "teacher_prompt": _teacher_prompt(config, teacher),
                 "steps": _student_steps(config, plan.condition, num_rows),
             }
+            if condition.knock_out is not None:
+                arguments["knock_out"] = {
+                    "settings": condition.knock_out.model_dump(mode="json"),
+                    "targets": list(config.traits),
+                    "questions": list(load_preference(config.preference).trained),
+                }
             if objective != "tokens" or condition.divergence != "all":
                 step = _teacher_step(config, teacher)
                 arguments |= {"teacher_step": step, "teacher_origin": _reference(config.model)}
@@ -274,7 +281,8 @@ def _lineage_stage(config: Config, function: str, arguments: Mapping[str, Any], 
     is_student = "condition" in arguments
     adapter = AdapterConfig(**arguments["adapter"]) if is_adapter else None
     training = config.student if is_student else config.teacher
-    needs = training_needs(config, model, adapter, training, steps, is_student=is_student)
+    knock_out = arguments.get("knock_out")
+    needs = training_needs(config, model, adapter, training, steps, is_student=is_student, knock_out=knock_out)
     return Stage(
         _member_name(arguments["lineage"], member),
         f"{_MODULE}.train:{function}",

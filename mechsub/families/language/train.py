@@ -31,6 +31,7 @@ from mechsub.families.language.estimates import check_size
 from mechsub.families.language.folders import check_folder
 from mechsub.families.language.foreign import find_model, link_reference
 from mechsub.families.language.generation import draw_uniforms, sample_completions
+from mechsub.families.language.knock_out import prepare_knock_out
 from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.loss import completion_logits, completion_tokens, distribution_losses, mean_loss, token_losses
 from mechsub.families.language.members import (
@@ -359,6 +360,7 @@ def _train(
     watcher = Watcher(arguments["lineage"], arguments["member"], stream, recorder, callbacks, task.report_progress)
     checkpointing = read_loading(task.path(skeleton_folder(arguments["model"]))).gradient_checkpointing
     num_steps, seed = arguments["steps"][-1], arguments["seed"]
-    train_model(model, load_batch, compute_loss, num_steps, config, seed, watcher, resume, checkpointing)
+    knock_out = prepare_knock_out(task, model)
+    train_model(model, load_batch, compute_loss, num_steps, config, seed, watcher, resume, checkpointing, knock_out)
     if not recorder.failed:
         recorder.finish()

@@ -24,6 +24,7 @@ from mechsub.families.language.chat import Batch
 from mechsub.families.language.config import TrainingConfig
 from mechsub.streams import stream_key
 from mechsub.training.callbacks import Callback, StepInfo
+from mechsub.training.knock_out import KnockOut
 from mechsub.training.optimizers import make_optimizer, restore_state, state_tensors
 from mechsub.training.recorder import LineageRecorder, ResumePoint
 
@@ -55,8 +56,9 @@ def train_model(
     watcher: Watcher,
     resume: ResumePoint | None = None,
     gradient_checkpointing: bool = False,
+    knock_out: KnockOut | None = None,
 ) -> None:
-    """Train in place those parameters of ``model`` that want a gradient.
+    """Train in place those parameters of ``model`` that want a gradient; ``knock_out``: what is projected out of each step.
 
     Gradients are not clipped unless ``config.max_gradient_norm`` says so. Dropout draws from a stream of its own in every step
     of every training, so that a resumed training draws as an undisturbed one does.
@@ -71,7 +73,7 @@ def train_model(
         restore_state(optimizer, names, resume.optimizer_state)
         done = resume.step
     schedule = LambdaLR(optimizer, lambda step: config.rate_at(done + step, num_steps))
-    between = _BetweenSteps(trained, optimizer, num_steps, done, seed, watcher)
+    between = _BetweenSteps(trained, optimizer, num_steps, done, seed, watcher, knock_out)
     if done == num_steps:
         return
     with TemporaryDirectory() as folder:  # the trainer wants one, and writes nothing there
@@ -129,11 +131,13 @@ class _BetweenSteps(TrainerCallback):
         done: int,
         seed: int,
         watcher: Watcher,
+        knock_out: KnockOut | None,
     ) -> None:
         self.losses: Float[Tensor, " member"] | None = None
         self._trained, self._optimizer = trained, optimizer
         self._num_steps, self._done, self._seed = num_steps, done, seed
         self._watcher = watcher
+        self._knock_out = knock_out
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._done == 0:
@@ -141,6 +145,14 @@ class _BetweenSteps(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         torch.manual_seed(stream_key(self._seed, *self._watcher.stream, "dropout", self._done + state.global_step) % 2**63)
+
+    def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._knock_out is not None:  # gradients are clipped by now, which changes no direction
+            self._knock_out.before_step(self._done + state.global_step)
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._knock_out is not None:
+            self._knock_out.after_step()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         step = self._done + state.global_step
