@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage
 from mechsub.parameters.symmetry import UnitGroup
@@ -76,6 +77,13 @@ class Family(Protocol):
         """What a member of a student or control learnt, on at most so many examples of its carrier, always the same ones.
 
         None where that is not known: its carrier is not in the run.
+        """
+
+    def imitated_logits(self, lineage: Lineage, member: int, most: int) -> ImitatedLogits | None:
+        """The teacher's outputs that a member of a student or control learnt to give, on at most so many examples.
+
+        Where it learnt samples of them, the distributions that these were drawn from. None where what it learnt is not what
+        its teacher gives at its own inputs, or is not known.
         """
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
