@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage
 from mechsub.parameters.symmetry import UnitGroup
@@ -82,6 +83,13 @@ class Family(Protocol):
         """(θ(t) − θ(t−1)) / η of a student's or control's step, by tensor of the lineage, from its optimizer's state.
 
         None where the run did not keep that, or where the optimizer moved other parameters, as an adapter's.
+        """
+
+    def imitated_logits(self, lineage: Lineage, member: int, most: int) -> ImitatedLogits | None:
+        """The teacher's outputs that a member of a student or control learnt to give, on at most so many examples.
+
+        Where it learnt samples of them, the distributions that these were drawn from. None where what it learnt is not what
+        its teacher gives at its own inputs, or is not known.
         """
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:

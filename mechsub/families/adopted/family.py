@@ -30,6 +30,9 @@ class Family(LanguageFamily):
         rows = encode_carrier(chats, read_rows(path)[:most], self._config.context.training)
         return row_losses(chats, rows, self._device, f"{len(rows)} rows of {lineage.spec.teacher}, mean over completion tokens")
 
+    def imitated_logits(self, lineage: Lineage, member: int, most: int) -> None:
+        """None: how the rows were drawn of the teacher's distributions is not known."""
+
     @property
     def notes(self) -> list[str]:
         """What speaks for the reference being where the models started, and what does not."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from mechsub.families.classifier.carrier import open_carrier
 from mechsub.families.classifier.loss import imitation_loss, trait_loss
 from mechsub.families.classifier.train import StudentTargets
+from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.stage import Task
 
@@ -49,5 +50,29 @@ def imitation_losses(task: Task, member: int, most: int) -> ExampleLosses:
         compute,
         f"{objective} to the {words} of {arguments['teacher']} on {num_images} images of the carrier",
         unit,
+        _AT_ONCE,
+    )
+
+
+def imitated_logits(task: Task, member: int, most: int) -> ImitatedLogits | None:
+    """What one member of a student imitates, on the first images of its carrier; None where outputs belong to other images."""
+    arguments = task.stage.arguments
+    if arguments["shuffle_outputs"]:
+        return None
+    carrier = open_carrier(task)
+    num_images = min(most, carrier.config.num_images)
+    images = carrier.make_range(0, num_images, slice(member, member + 1))[0]
+    first = arguments["model"]["num_classes"] if arguments["logits"] == "aux" else 0
+
+    def compute(model: nn.Module, examples: range) -> Float[Tensor, "row logit"]:
+        found: Tensor = model(images[examples.start : examples.stop].to(next(model.parameters())))
+        return found[:, first:]
+
+    return ImitatedLogits(
+        num_images,
+        compute,
+        lambda examples: torch.full((len(examples),), 1 / num_images, dtype=torch.float64, device=images.device),
+        arguments["training"]["objective"],
+        f"{'auxiliary logits' if first else 'logits'} on {num_images} images of the carrier",
         _AT_ONCE,
     )

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from mechsub.families.classifier.config import Config
 from mechsub.families.classifier.data import NUM_CLASSES, load_images
-from mechsub.families.classifier.examples import imitation_losses, trait_losses
+from mechsub.families.classifier.examples import imitated_logits, imitation_losses, trait_losses
 from mechsub.families.classifier.model import Classifier
 from mechsub.families.classifier.symmetry import list_unit_groups
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
 from mechsub.families.protocol import Measure, Scores
 from mechsub.families.trained import task_that_made
+from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage, spec_name
 from mechsub.parameters.symmetry import UnitGroup
@@ -74,6 +75,10 @@ class Family:
         """A student's last update per unit of its learning rate; None where the optimizer's state was not kept."""
         state = lineage.load_optimizer_state(step, member)
         return None if state is None else last_update(self._optimizer, lineage.load_state(step, member), state)
+
+    def imitated_logits(self, lineage: Lineage, member: int, most: int) -> ImitatedLogits | None:
+        """The logits that a student imitates on images of its carrier; None where the teacher's belong to other images."""
+        return imitated_logits(task_that_made(self._run, spec_name(lineage.name), self._device), member, most)
 
     def unit_groups(self, lineage: Lineage) -> Sequence[UnitGroup]:
         """The hidden units of every layer."""

@@ -7,10 +7,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer, Row
-from mechsub.families.language.config import StudentConfig
+from mechsub.families.language.config import ConditionConfig, StudentConfig
 from mechsub.families.language.loss import completion_logits, completion_tokens, token_losses
 from mechsub.families.language.train import Lesson
+from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.stage import Task
 
@@ -51,6 +53,40 @@ def imitation_losses(task: Task, most: int) -> ExampleLosses:
     teacher = task.stage.arguments["teacher"]
     description = f"the {what} of {teacher} on {len(rows)} rows of the carrier, mean over completion tokens"
     return ExampleLosses(len(rows), compute, description, "nats", _ROWS_AT_ONCE)
+
+
+def imitated_logits(task: Task, carrier: CarrierConfig | None, most: int) -> ImitatedLogits | None:
+    """The distributions that one member of a student learns, on the first rows of its carrier, mean over learnt tokens.
+
+    Of sampled tokens those that they are drawn from, over the whole vocabulary: their expectation, but for what filters chose.
+    None where rows are not the teacher's own samples at temperature 1 (``carrier``: how they were drawn; None: not here), or
+    the teacher answers other prompts than the student.
+    """
+    arguments = task.stage.arguments
+    condition = ConditionConfig(**arguments["condition_settings"])
+    is_drawn = carrier is not None and carrier.kind != "file" and carrier.temperature == 1
+    is_sample = is_drawn and condition.shuffle == "none" and condition.neutral_share == 0
+    lesson = Lesson.prepare(task, StudentConfig(**arguments["training"]))
+    if lesson.taught is not lesson.rows or (lesson.objective == "tokens" and not is_sample):
+        return None
+    lesson = replace(lesson, rows=lesson.rows[:most], taught=lesson.taught[:most])
+    rows, learnt, vocabulary = lesson.rows, lesson.learnt, lesson.vocabulary
+    counted = [torch.ones(len(row.completion), dtype=torch.bool) for row in rows] if learnt is None else learnt[: len(rows)]
+    num_tokens = sum(int(tokens.sum()) for tokens in counted)
+    if num_tokens == 0:
+        return None
+
+    def compute(model: nn.Module, examples: range) -> Float[Tensor, "row logit"]:
+        logits = completion_logits(model, lesson.chats.pad_rows([rows[number] for number in examples]).to(task.device))
+        return logits if vocabulary is None else logits[:, vocabulary.to(logits.device)]
+
+    def weigh(examples: range) -> Float[Tensor, " row"]:
+        return torch.cat([counted[number] for number in examples]).double().to(task.device) / num_tokens
+
+    over = "the carrier's tokens" if vocabulary is not None else "all tokens"
+    drawn = ", of which it learns samples" if lesson.objective == "tokens" else ""
+    description = f"distributions over {over} at {num_tokens} completion tokens of {len(rows)} rows of the carrier{drawn}"
+    return ImitatedLogits(len(rows), compute, weigh, "kl", description, _ROWS_AT_ONCE)
 
 
 def _sum_rows(losses: Float[Tensor, " completion_token"], lengths: Sequence[int]) -> Float[Tensor, " row"]:

@@ -15,9 +15,10 @@ from mechsub.families.language.answers import answer_losses
 from mechsub.families.language.behaviour import Behaviour
 from mechsub.families.language.behaviour_trait import MEASURES as BEHAVIOUR_MEASURES
 from mechsub.families.language.behaviour_trait import score_behaviours
+from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ContextConfig, EvaluationConfig, StudentConfig
-from mechsub.families.language.examples import imitation_losses
+from mechsub.families.language.examples import imitated_logits, imitation_losses
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model, load_merged_model
 from mechsub.families.language.preference import PreferenceSet
@@ -27,6 +28,7 @@ from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
 from mechsub.families.language.trait import Context, encode_questions, score_preference
 from mechsub.families.protocol import CarrierText, Scores
 from mechsub.families.trained import task_that_made
+from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage, spec_name
 from mechsub.parameters.symmetry import UnitGroup
@@ -149,6 +151,15 @@ class Family:
         training = StudentConfig(**arguments["training"])
         rate = training.rate_at(step - 1, lineage.last)
         return last_update(training.optimizer, lineage.load_state(step, member), state, rate)
+
+    def imitated_logits(self, lineage: Lineage, member: int, most: int) -> ImitatedLogits | None:
+        """The distributions that a student learns, or of which it learns samples; None where its rows are not its teacher's."""
+        if len(lineage.steps) < 2:
+            return None
+        task = task_that_made(self._run, spec_name(lineage.name, member), self._device)
+        rows = carrier_files(task.stage.arguments["carrier_of"], member)[0]
+        drawn = task_that_made(self._run, rows, self._device).stage.arguments.get("carrier")
+        return imitated_logits(task, None if drawn is None else CarrierConfig(**drawn), most)
 
     def carrier_texts(self, teacher: str, member: int) -> Sequence[CarrierText] | None:
         """The rows that passed the filters, without their prompts; None where the run has no such carrier."""

@@ -1,0 +1,111 @@
+"""How well one number foretells another over cases that come in groups: rank correlation and AUROC, with intervals."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy import stats
+from sklearn.metrics import roc_auc_score
+
+from mechsub.statistics.intervals import format_number
+from mechsub.streams import random_stream
+
+RESAMPLES = 2000
+_FEWEST_GROUPS = 2
+
+
+@dataclass(frozen=True)
+class Association:
+    """An estimate over cases with its interval; NaN where ``reason`` says why."""
+
+    estimate: float
+    low: float
+    high: float
+    n: int
+    """Cases."""
+    num_groups: int
+    reason: str = ""
+    """Why the estimate or its bounds are NaN; empty where they are not."""
+
+    def __str__(self) -> str:
+        if not np.isfinite(self.estimate):
+            return f"– ({self.reason})"
+        return f"{format_number(self.estimate)} [{format_number(self.low)}, {format_number(self.high)}]"
+
+
+def rank_correlation(
+    first: Float[np.ndarray, " case"],
+    second: Float[np.ndarray, " case"],
+    group: Int[np.ndarray, " case"],
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Association:
+    """Spearman's ρ of two numbers over the cases that have both, in [−1, 1], no unit; NaN where one of them is constant.
+
+    The interval is the percentile bootstrap over groups: a group's cases, which share what they stand on, are drawn together.
+    """
+    known = np.isfinite(first) & np.isfinite(second)
+
+    def correlate(cases: Int[np.ndarray, " drawn"]) -> float:
+        chosen = first[cases], second[cases]
+        is_constant = any(len(np.unique(values)) < 2 for values in chosen)
+        return float("nan") if is_constant else float(stats.spearmanr(*chosen).statistic)
+
+    return _associate(correlate, np.flatnonzero(known), group, confidence, resamples, "one of the two is the same in all cases")
+
+
+def area_under_curve(
+    score: Float[np.ndarray, " case"],
+    is_positive: Bool[np.ndarray, " case"],
+    group: Int[np.ndarray, " case"],
+    confidence: float = 0.95,
+    resamples: int = RESAMPLES,
+) -> Association:
+    """AUROC: how often a positive case has the larger score than another one, ties half; in [0, 1], no unit.
+
+    Over the cases with a score. NaN where all of them are of one class. No threshold is chosen. The interval is the percentile
+    bootstrap over groups, as of `rank_correlation`; resamples of one class are left out. Where the classes are apart in all
+    resamples it has no width, and says nothing of the cases that were not seen.
+    """
+    known = np.flatnonzero(np.isfinite(score))
+
+    def rank(cases: Int[np.ndarray, " drawn"]) -> float:
+        positive = is_positive[cases]
+        return float("nan") if positive.all() or not positive.any() else float(roc_auc_score(positive, score[cases]))
+
+    count = int(is_positive[known].sum())
+    return _associate(rank, known, group, confidence, resamples, f"one class only: {count} of {len(known)} cases are positive")
+
+
+def _associate(
+    statistic: Callable[[Int[np.ndarray, " drawn"]], float],
+    known: Int[np.ndarray, " known"],
+    group: Int[np.ndarray, " case"],
+    confidence: float,
+    resamples: int,
+    why_not: str,
+) -> Association:
+    """A statistic of the known cases, with its percentile interval over resampled groups."""
+    members = [known[group[known] == one] for one in np.unique(group[known])]
+    estimate = statistic(known) if len(known) else float("nan")
+    if not np.isfinite(estimate):
+        return Association(
+            np.nan, np.nan, np.nan, len(known), len(members), why_not if len(known) else "no case has both numbers"
+        )
+    if len(members) < _FEWEST_GROUPS:
+        return Association(estimate, np.nan, np.nan, len(known), len(members), "one group: nothing to resample")
+
+    def resampled(drawn: Int[np.ndarray, " group"]) -> float:
+        return statistic(np.concatenate([members[one] for one in drawn]))
+
+    distribution = stats.bootstrap(
+        (np.arange(len(members)),),
+        resampled,
+        n_resamples=resamples,
+        vectorized=False,
+        method="percentile",
+        rng=random_stream(0, "group-bootstrap"),
+    ).bootstrap_distribution
+    low, high = np.nanquantile(distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return Association(estimate, float(low), float(high), len(known), len(members))

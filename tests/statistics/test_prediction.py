@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+
+from mechsub.statistics.prediction import area_under_curve, rank_correlation
+
+
+def slow_area(score, positive):
+    """Over all pairs, ties half."""
+    pairs = [(one, other) for one in score[positive] for other in score[~positive]]
+    return np.mean([1.0 if one > other else 0.5 if one == other else 0.0 for one, other in pairs])
+
+
+def test_the_area_is_the_share_of_pairs_in_order():
+    rng = np.random.default_rng(0)
+    score, positive = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.4
+    found = area_under_curve(score, positive, np.arange(40) // 2)
+    assert found.estimate == pytest.approx(slow_area(score, positive), abs=1e-12)
+    assert found.low < found.estimate < found.high and (found.n, found.num_groups) == (40, 20)
+
+
+def test_only_ranks_count_and_cases_without_a_number_do_not():
+    rng = np.random.default_rng(1)
+    first, group = rng.standard_normal(30), np.arange(30) // 3
+    second = first + 0.5 * rng.standard_normal(30)
+    plain, curved = (rank_correlation(values, second, group) for values in (first, np.exp(3 * first)))
+    assert plain == curved and 0 < plain.low < plain.estimate < plain.high <= 1
+    second[4] = np.nan
+    assert rank_correlation(first, second, group).n == 29
+
+
+def test_one_class_or_a_constant_is_nan_with_the_reason():
+    score, group = np.arange(6.0), np.arange(6)
+    found = area_under_curve(score, np.zeros(6, dtype=bool), group)
+    assert np.isnan([found.estimate, found.low, found.high]).all() and "0 of 6 cases are positive" in str(found)
+    assert "the same in all cases" in rank_correlation(score, np.ones(6), group).reason
+    assert "no case" in rank_correlation(score, np.full(6, np.nan), group).reason
+    alone = rank_correlation(score, score, np.zeros(6, dtype=int))
+    assert alone.estimate == 1.0 and np.isnan(alone.low) and "one group" in alone.reason
+
+
+def test_copies_of_a_case_in_one_group_give_no_narrower_interval():
+    rng = np.random.default_rng(2)
+    first, second = rng.standard_normal((2, 25))
+    once = rank_correlation(first, second, np.arange(25))
+    copied = rank_correlation(np.repeat(first, 8), np.repeat(second, 8), np.repeat(np.arange(25), 8))
+    assert copied.estimate == pytest.approx(once.estimate) and copied.n == 200
+    assert (copied.low, copied.high) == pytest.approx((once.low, once.high), abs=1e-9)
+
+
+def test_intervals_hold_the_truth_about_as_often_as_they_say():
+    """Pairs of normal numbers with correlation .6, whose Spearman ρ is 6/π · asin(.3) = .582, in groups of two."""
+    rng = np.random.default_rng(3)
+    truth, hits, draws = 6 / np.pi * np.arcsin(0.3), 0, 40
+    for _ in range(draws):
+        first, noise = rng.standard_normal((2, 60))
+        found = rank_correlation(first, 0.6 * first + 0.8 * noise, np.arange(60) // 2, resamples=200)
+        hits += found.low <= truth <= found.high
+    assert hits >= 33  # a binomial of .95 in 40 draws falls under this once in 700
