@@ -1,7 +1,7 @@
 """Gradient overlap: does a step that imitates the teacher also lower the trait's loss, more than another teacher's does?"""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -32,6 +32,8 @@ SOURCE = "gradient cosines along training: Kitkana & Arora, arXiv:2604.25779; Ad
 _DIMS = ("condition", "taught", "member", "step", "scope")
 _EXAMPLES = 512
 """Of each member's carrier, always the first ones: the same for all its students and controls."""
+_EXAMPLES_OF_ERRORS = 128
+"""Of these, those whose own gradients' spread stands for that of all: it is then known to 6 %."""
 _MOST_TENSORS = 16
 _NO_LOSS, _NO_STATE, _NOT_WHOLE = range(len(STATUS), len(STATUS) + 3)
 _STATUS = (*STATUS, "no_loss_is_known", "no_optimizer_state", "not_made_of_fixed_whole_tensors")
@@ -281,7 +283,8 @@ class _Measurer:
         self, model: nn.Module, imitation: ExampleLosses, mean: Vector, traits: Mapping[str, Vector]
     ) -> dict[str, Float[np.ndarray, " scope"]]:
         """By trait; NaN in scopes that cut a tensor, and in the shared support."""
-        examples = record_overlaps(model, imitation, [mean, *traits.values()])
+        few = replace(imitation, num_examples=min(imitation.num_examples, _EXAMPLES_OF_ERRORS))
+        examples = record_overlaps(model, few, [mean, *traits.values()])
         held = self._whole_tensors(examples.parameters)
         along = examples.overlaps.numpy() @ held.T  # [example, direction, scope]
         found = {}
@@ -289,7 +292,9 @@ class _Measurer:
             products = inner_products([mean, vector], self._tensors(examples.parameters))
             within = np.einsum("sb,bij->sij", np.nan_to_num(held), products)
             within[np.isnan(held).any(1)] = np.nan
-            errors = cosine_error(along[:, number], along[:, 0], within[:, 1, 1], within[:, 0, 0], within[:, 0, 1])
+            errors = cosine_error(
+                along[:, number], along[:, 0], within[:, 1, 1], within[:, 0, 0], within[:, 0, 1], imitation.num_examples
+            )
             found[trait] = np.append(errors, np.nan)
         return found
 

@@ -30,14 +30,16 @@ def cosine_error(
     direction_square: Float[np.ndarray, " scope"],
     mean_square: Float[np.ndarray, " scope"],
     inner: Float[np.ndarray, " scope"],
+    num_examples: int,
 ) -> Float[np.ndarray, " scope"]:
     """The standard error ≥ 0 of cos(ḡ, t), ḡ the mean of n examples' gradients g_i and t fixed; NaN where ḡ or t is 0.
 
     sd_i(⟨g_i, t⟩/(‖ḡ‖ ‖t‖) − cos(ḡ, t) ⟨g_i, ḡ⟩/‖ḡ‖²) / √n, the delta method: examples are independent draws, and first-order
-    errors of numerator and length go together. ``with_direction``: ⟨g_i, t⟩. ``with_mean``: ⟨g_i, ḡ⟩.
+    errors of numerator and length go together. ``with_direction``: ⟨g_i, t⟩, ``with_mean``: ⟨g_i, ḡ⟩, of all n =
+    ``num_examples`` or of some of them, whose spread then stands for all.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         length = np.sqrt(direction_square * mean_square)
         influence = with_direction / length - (inner / length) * with_mean / mean_square
-        errors: np.ndarray = influence.std(0, ddof=1) / np.sqrt(len(influence))
+        errors: np.ndarray = influence.std(0, ddof=1) / np.sqrt(num_examples)
     return np.where(length > 0, errors, np.nan)

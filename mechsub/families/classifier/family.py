@@ -1,6 +1,9 @@
 """The classifier family as analyses see it."""
 
+import copy
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -51,8 +54,7 @@ class Family:
 
     def load_model(self, lineage: Lineage, step: int, member: int, *, merged: bool = False) -> nn.Module:
         """One member of a lineage as an ordinary module, in evaluation mode; there are no adapters."""
-        with torch.device("meta"):  # no weights are drawn only to be replaced
-            model = Classifier(lineage.spec.model)
+        model = copy.deepcopy(_empty(json.dumps(lineage.spec.model)))
         model.load_state_dict(lineage.load_state(step, member), assign=True)
         return model.to(self._device).eval()
 
@@ -89,3 +91,10 @@ class Family:
         images = self._images[:_PROBE_IMAGES]
         noise = random_stream(self._seed, "probe-inputs").uniform(-1, 1, tuple(images.shape))
         return [images, torch.from_numpy(noise).to(images)]
+
+
+@lru_cache(maxsize=8)
+def _empty(spec: str) -> Classifier:
+    """An architecture without weights, which are not drawn only to be replaced. To be copied: making it anew takes longer."""
+    with torch.device("meta"):
+        return Classifier(json.loads(spec))
