@@ -20,7 +20,7 @@ from mechsub.gradients.per_example import record_overlaps
 
 TOKENS, AT_ONCE = 48, 32
 DIRECTIONS = (1, 3)
-WORDS = 178
+WORDS = 916
 _LIMIT = "forward and backward"
 ENDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
 QWEN_HALF_B = {
