@@ -107,7 +107,8 @@ def first_order_theory(run: Run) -> Result:
     blocks = list_blocks(run.reference.spec.tensors)
     scopes = Scopes.of(blocks)
     steps = sorted({step for case in list_cases(run) for step in run.student(*case).steps})
-    reasons = {case: _why_not(run, case) for case in list_cases(run)}
+    examples = {case: _describe_examples(run, case) for case in list_cases(run)}
+    reasons = {case: found if isinstance(found, int) else int(Missing.OK) for case, found in examples.items()}
     data = _measure(run, blocks, scopes, steps, reasons)
     eligible = [case for case, reason in reasons.items() if reason == Missing.OK]
     data = data.merge(_test_itself(run, eligible[0] if eligible else None))
@@ -119,21 +120,23 @@ def first_order_theory(run: Run) -> Result:
     ]
     findings += [_self_test_finding(run, data, eligible[0])] if eligible else []
     figures = [_step_figure(run, eligible), _self_test_figure()] if eligible else []
-    return Result(data, findings, figures, _sentences(run, data, reasons))
+    described = [found for found in examples.values() if isinstance(found, str)]
+    return Result(data, findings, figures, _sentences(run, data, reasons, list(dict.fromkeys(described))))
 
 
-def _why_not(run: Run, case: CaseName) -> int:
-    """`Missing.OK` where the theory speaks of a case, else why not."""
+def _describe_examples(run: Run, case: CaseName) -> str | int:
+    """On what predictions of a case are made; where the theory does not speak of it, why not, as a code of its status."""
     student = run.student(*case)
     if not run.is_comparable(case[0]):
-        return Missing.INCOMPARABLE
+        return int(Missing.INCOMPARABLE)
     if student.last == 0:
-        return Missing.NOT_RUN
+        return int(Missing.NOT_RUN)
     if run.starts_elsewhere(student):
         return _STARTS_ELSEWHERE
     if sum(block.num_parameters for block in list_blocks(student.spec.tensors)) > _MOST_PARAMETERS:
         return _TOO_LARGE
-    return _OTHER_OUTPUTS if run.family.imitated_logits(student, 0, 1) is None else Missing.OK
+    logits = run.family.imitated_logits(student, 0, _MOST_EXAMPLES)
+    return _OTHER_OUTPUTS if logits is None else logits.description
 
 
 def _measure(
@@ -467,7 +470,7 @@ def _self_test_figure() -> Figure:
     )
 
 
-def _sentences(run: Run, data: xr.Dataset, reasons: Mapping[CaseName, int]) -> list[str]:
+def _sentences(run: Run, data: xr.Dataset, reasons: Mapping[CaseName, int], examples: Sequence[str]) -> list[str]:
     sentences = []
     for condition in run.conditions:
         cases = [case for case in reasons if case[0] == condition]
@@ -475,14 +478,8 @@ def _sentences(run: Run, data: xr.Dataset, reasons: Mapping[CaseName, int]) -> l
         why = dict.fromkeys(_WHY[reasons[case]] for case in cases if reasons[case] != Missing.OK)
         sentences += [f"{condition}: no prediction, {words}." for words in why]
         sentences += [_summarise(run, data, case) for case in eligible]
-    if any(reason == Missing.OK for reason in reasons.values()):
-        sentences.append(f"Self-test: {_describe_self_test(data)}.")
-        described = {
-            _imitated(run, run.student(*case), 0, _MOST_EXAMPLES).description: None
-            for case, reason in reasons.items()
-            if reason == Missing.OK
-        }
-        sentences.append(f"Predictions are made on {'; '.join(described)}.")
+    if examples:
+        sentences += [f"Self-test: {_describe_self_test(data)}.", f"Predictions of member 0 are made on {'; '.join(examples)}."]
     adapters = [name for name in run.conditions if run.student(name, run.traits[0]).spec.is_adapter]
     if adapters:
         sentences.append(

@@ -70,7 +70,7 @@ def imitation_step(model: nn.Module, teacher: nn.Module, logits: ImitatedLogits)
     parameters = _parameters(model)
     total = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for part in logits.parts():
-        found, pull_back = vjp(_forward(model, logits, part), parameters)
+        found, pull_back = vjp(_forward(model, logits, part), parameters)[:2]
         with torch.no_grad():
             wanted = logits.compute(teacher, part)
             rows = -logits.weigh(part).to(found)[:, None] * residual(found, wanted, logits.comparison)
@@ -93,7 +93,7 @@ def gauss_newton_product(model: nn.Module, logits: ImitatedLogits, direction: Ma
     for part in logits.parts():
         forward = _forward(model, logits, part)
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels of attention have no forward mode
-            found, pull_back = vjp(forward, parameters)
+            found, pull_back = vjp(forward, parameters)[:2]
             tangent = jvp(forward, (parameters,), (tangents,))[1]
             rows = logits.weigh(part).to(found)[:, None] * apply_curvature(found, tangent, logits.comparison)
             _add(total, pull_back(rows.detach())[0])

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from mechsub.statistics.prediction import area_under_curve, rank_correlation
 
@@ -15,6 +17,7 @@ def test_the_area_is_the_share_of_pairs_in_order():
     score, positive = rng.integers(0, 6, 40).astype(float), rng.random(40) < 0.4
     found = area_under_curve(score, positive, np.arange(40) // 2)
     assert found.estimate == pytest.approx(slow_area(score, positive), abs=1e-12)
+    assert found.estimate == pytest.approx(roc_auc_score(positive, score), abs=1e-12)
     assert found.low < found.estimate < found.high and (found.n, found.num_groups) == (40, 20)
 
 
@@ -23,6 +26,7 @@ def test_only_ranks_count_and_cases_without_a_number_do_not():
     first, group = rng.standard_normal(30), np.arange(30) // 3
     second = first + 0.5 * rng.standard_normal(30)
     plain, curved = (rank_correlation(values, second, group) for values in (first, np.exp(3 * first)))
+    assert plain.estimate == pytest.approx(stats.spearmanr(first, second).statistic, abs=1e-12)
     assert plain == curved and 0 < plain.low < plain.estimate < plain.high <= 1
     second[4] = np.nan
     assert rank_correlation(first, second, group).n == 29
