@@ -209,7 +209,7 @@ _STUDENT_AND_NULL = {"coverage": "student", "coverage_of_control": "control (nul
 
 def _dots(x: str, y: alt.Y) -> alt.Chart:
     """One dot per member, students beside controls."""
-    return (
+    dots: alt.Chart = (
         fold_variables("cosine", _STUDENT_AND_NULL)
         .mark_circle(size=36, opacity=0.55)
         .encode(
@@ -219,6 +219,7 @@ def _dots(x: str, y: alt.Y) -> alt.Chart:
             tooltip=["condition:N", "scope:N", "taught:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
     )
+    return dots
 
 
 def _condition_figure(run: Run, data: xr.Dataset) -> Figure:

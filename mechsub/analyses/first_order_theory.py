@@ -178,7 +178,8 @@ def _at_step(run: Run, case: CaseName, label: str, step: int) -> Combination | N
         return {label: 1.0}
     if step not in student.steps:
         return None
-    lineage, own = (student, step) if label == "Δ_S" else (control, control and run.paired_step(control, student, step))
+    lineage: Lineage | None = student if label == "Δ_S" else control
+    own = None if lineage is None else step if lineage is student else run.paired_step(lineage, student, step)
     if lineage is None or own is None:
         return None
     return {f"{lineage.name} @ {own}": 1.0} if own > 0 else {}
@@ -195,7 +196,8 @@ def _compute(
     if quantity.measure == "norm":
         return size
     gap = algebra.norm({**second, **{label: -sign for label, sign in first.items()}}, support)
-    return np.divide(gap, size, out=np.full_like(gap, np.nan), where=size > 0)
+    share: Float[np.ndarray, "member scope"] = np.divide(gap, size, out=np.full_like(gap, np.nan), where=size > 0)
+    return share
 
 
 def _contract(run: Run, case: CaseName, blocks: Sequence[Block]) -> Gram:
@@ -285,7 +287,7 @@ def _label(
 def _test_itself(run: Run, case: CaseName | None) -> xr.Dataset:
     """The error of the prediction as the teacher's displacement is scaled down, of member 0 of one case, in float64."""
     errors = np.full(len(_SCALES), np.nan)
-    reason = Missing.NOT_RUN if case is None else Missing.OK
+    reason = int(Missing.NOT_RUN if case is None else Missing.OK)
     if case is not None:
         student, teacher = run.student(*case), run.teacher(case[1])
         model = _load(run, student, 0, 0)
@@ -294,7 +296,7 @@ def _test_itself(run: Run, case: CaseName | None) -> xr.Dataset:
         else:
             moved, logits = _displacement(teacher, teacher.last, 0), _imitated(run, student, 0, _TESTED_EXAMPLES)
             errors = np.array(linearisation_errors(model, moved, logits, _SCALES))
-            reason = Missing.OK if np.isfinite(errors).all() else Missing.ZERO_DISPLACEMENT
+            reason = int(Missing.OK if np.isfinite(errors).all() else Missing.ZERO_DISPLACEMENT)
     variables = {
         "self_test_error": label_variable(
             errors,
