@@ -100,16 +100,8 @@ def _associate(
     if len(members) < _FEWEST_GROUPS:
         return Association(estimate, np.nan, np.nan, len(known), len(members), "one group: nothing to resample")
 
-    def resampled(drawn: Int[np.ndarray, " group"]) -> float:
-        return statistic(np.concatenate([members[one] for one in drawn]))
-
-    distribution = stats.bootstrap(
-        (np.arange(len(members)),),
-        resampled,
-        n_resamples=resamples,
-        vectorized=False,
-        method="percentile",
-        rng=random_stream(0, "group-bootstrap"),
-    ).bootstrap_distribution
+    drawn = random_stream(0, "group-bootstrap").integers(len(members), size=(resamples, len(members)))
+    # Not scipy's `bootstrap`, which has no interval where one resample has no value.
+    distribution = [statistic(np.concatenate([members[one] for one in groups])) for groups in drawn]
     low, high = np.nanquantile(distribution, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Association(estimate, float(low), float(high), len(known), len(members))

@@ -60,3 +60,9 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
         found = rank_correlation(first, 0.6 * first + 0.8 * noise, np.arange(60) // 2, resamples=200)
         hits += found.low <= truth <= found.high
     assert hits >= 33  # a binomial of .95 in 40 draws falls under this once in 700
+
+
+def test_resamples_of_one_class_are_left_out():
+    score, positive = np.arange(8.0), np.arange(8) == 5
+    found = area_under_curve(score, positive, np.arange(8), resamples=100)
+    assert found.estimate == pytest.approx(5 / 7) and 0 <= found.low <= found.estimate <= found.high <= 1
