@@ -20,6 +20,8 @@ from mechsub.statistics.intervals import student_interval
 
 SCOPES = ("layer", "model")
 NOTHING = "–"
+_LARGE = 10
+"""Of such numbers no decimals are shown."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,8 @@ def _cell(run: Run, values: xr.DataArray, digits: int) -> str:
     if not np.isfinite(over_traits).any():
         return NOTHING
     interval = student_interval(over_traits, run.recipe.verdict.confidence)
-    return f"{interval.estimate:+.{digits}f} ± {(interval.high - interval.low) / 2:.{digits}f}"
+    shown = 0 if abs(interval.estimate) > _LARGE else digits
+    return f"{interval.estimate:+.{shown}f} ± {(interval.high - interval.low) / 2:.{shown}f}"
 
 
 if __name__ == "__main__":
