@@ -76,6 +76,8 @@ class Document:
     measures: tuple[Measure, ...]
     first_step: int
     digits: int
+    judged: tuple[str, str]
+    """The analysis and the quantity whose verdicts stand under the table."""
 
 
 DOCUMENTS = {
@@ -88,6 +90,7 @@ DOCUMENTS = {
         DISPLACEMENTS,
         1,
         3,
+        ("parameter_alignment", "alignment"),
     ),
     "gradients": Document(
         "Gradient alignment",
@@ -97,6 +100,7 @@ DOCUMENTS = {
         GRADIENTS,
         0,
         4,
+        ("gradient_overlap", "gradient_alignment"),
     ),
 }
 
@@ -128,6 +132,7 @@ def _write(document: Document, run: Run, conditions: list[str]) -> Iterator[str]
         yield f"{run.describe_condition(condition)}\n"
         yield from _table(document, run, condition)
         yield ""
+        yield from _verdicts(document, run, condition)
 
 
 def _table(document: Document, run: Run, condition: str) -> Iterator[str]:
@@ -141,6 +146,16 @@ def _table(document: Document, run: Run, condition: str) -> Iterator[str]:
             cells = [_cell(run, chosen.sel(scope=scope, step=step), document.digits) for step in steps]
             if scope != SHARED_SUPPORT and set(cells) != {NOTHING}:
                 yield f"| {measure.title} | {scope} | " + " | ".join(cells) + " |"
+
+
+def _verdicts(document: Document, run: Run, condition: str) -> Iterator[str]:
+    analysis, quantity = document.judged
+    found = run.findings
+    for row in found[(found.analysis == analysis) & (found.quantity == quantity) & (found.condition == condition)].itertuples():
+        if row.verdict:
+            estimate = f"{row.estimate:+.{document.digits}f} [{row.low:+.{document.digits}f}, {row.high:+.{document.digits}f}]"
+            null = f"[{row.null_low:+.{document.digits}f}, {row.null_high:+.{document.digits}f}]"
+            yield f"- {row.trait}, {row.scope}: {row.formula} = {estimate}, null {null}: `{row.verdict}` ({row.reason}).\n"
 
 
 def _cell(run: Run, values: xr.DataArray, digits: int) -> str:

@@ -151,7 +151,7 @@ def _is_measured(data: xr.Dataset, name: str, case: CaseName) -> bool:
 
 def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, CaseName], Judgement]:
     """Verdicts over the whole model, by (quantity, case); Holm runs over the conditions and traits."""
-    rules = run.rules(run.recipe.verdict.alignment_margin)
+    rules = run.rules(run.recipe.verdict.gradient_margin)
     judgements: dict[tuple[str, CaseName], Judgement] = {}
     for quantity in (quantity for quantity in _CLAIMED if quantity.judged):
         effects = {}
@@ -197,7 +197,7 @@ def _finding(
         verdict=judgement.verdict if judgement else "",
         reason=reason,
         rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
-        margin=verdict.alignment_margin if judgement else float("nan"),
+        margin=verdict.gradient_margin if judgement else float("nan"),
         formula=quantity.formula,
         source=SOURCE,
         **interval_fields(student_interval(values, verdict.confidence)),

@@ -320,7 +320,6 @@ def _values(data: xr.Dataset, name: str, case: CaseName, toward: str | None) -> 
 
 def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str | None, CaseName], Judgement]:
     """Verdicts by (quantity, direction, case); Holm runs over the conditions and traits."""
-    rules = run.rules(run.recipe.verdict.alignment_margin)
     judgements: dict[tuple[str, str | None, CaseName], Judgement] = {}
     for name, toward in (*product(_QUANTITIES, _JUDGED), ("specific_cosine", None)):
         effects = {}
@@ -330,9 +329,15 @@ def _judge(run: Run, data: xr.Dataset) -> dict[tuple[str, str | None, CaseName],
                 values = values - _values(data, f"{name}_of_control", case, toward)
             if np.isfinite(values).any():
                 effects[case] = values
-        judged = judge_effects(effects, rules, AGAINST_NULL, SIGN_FLIP if toward is None else None)
+        judged = judge_effects(effects, run.rules(_margin(run, name)), AGAINST_NULL, SIGN_FLIP if toward is None else None)
         judgements |= {(name, toward, case): judgement for case, judgement in judged.items()}
     return judgements
+
+
+def _margin(run: Run, quantity: str) -> float:
+    """Of gradients' cosines, or of shares."""
+    verdict = run.recipe.verdict
+    return verdict.share_margin if quantity == "positive_share" else verdict.gradient_margin
 
 
 def _findings(
@@ -376,7 +381,7 @@ def _finding(run: Run, data: xr.Dataset, case: CaseName, name: str, toward: str 
         verdict=judgement.verdict if judgement else "",
         reason=reason,
         rule=f"Of the difference from the null, over members. {judgement.rule}" if judgement else "",
-        margin=run.recipe.verdict.alignment_margin if judgement else float("nan"),
+        margin=_margin(run, name) if judgement else float("nan"),
         formula=_SPECIFIC if toward is None else f"{_QUANTITIES[name]}, d = {TOWARD[toward]}",
         source=SOURCE,
         **interval_fields(student_interval(values, confidence)),

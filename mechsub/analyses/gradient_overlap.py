@@ -13,6 +13,7 @@ from torch import nn
 
 from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, list_cases
+from mechsub.errors import AnalysisError
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields
 from mechsub.gradients.losses import ExampleLosses, mean_gradient
@@ -35,8 +36,8 @@ _EXAMPLES = 512
 _EXAMPLES_OF_ERRORS = 128
 """Of these, those whose own gradients' spread stands for that of all: it is then known to 6 %."""
 _MOST_TENSORS = 16
-_NO_LOSS, _NO_STATE, _NOT_WHOLE = range(len(STATUS), len(STATUS) + 3)
-_STATUS = (*STATUS, "no_loss_is_known", "no_optimizer_state", "not_made_of_fixed_whole_tensors")
+_NO_LOSS, _NO_UPDATE, _NO_ERROR = range(len(STATUS), len(STATUS) + 3)
+_STATUS = (*STATUS, "no_loss_is_known", "no_update_is_known", "no_error_is_known")
 _IMITATION, _UPDATE = "∇ imitation", "update"
 _NULL_WORDS = "another teacher's student from the same θ₀: the control's own imitation at its own checkpoint"
 
@@ -140,10 +141,10 @@ _QUANTITIES = (
     ),
     _Quantity(
         "gradient_inner_product",
-        "⟨∇L_trait, ∇L_imitation⟩ at θ_S(t): what a small plain step of imitation takes off the trait's loss, over its length",
+        "⟨∇L_trait, ∇L_imitation⟩ at θ_S(t): what a small plain step of imitation takes off the trait's loss, over its rate η",
         lambda who: (who.trait_gradient, _IMITATES),
         _inner,
-        unit="nats² per squared weight",
+        unit="product of losses per squared weight",
         of_control="gradient_inner_product_of_control",
         why_unjudged="a size, not a direction: the alignment has the verdict",
     ),
@@ -199,7 +200,7 @@ _QUANTITIES = (
         "‖∇L_imitation‖ at θ_S(t)",
         lambda who: (_IMITATES,),
         _norm,
-        unit="nats per weight",
+        unit="loss per weight",
         of_control="imitation_gradient_norm_of_control",
         why_unjudged="a size",
     ),
@@ -208,7 +209,7 @@ _QUANTITIES = (
         "‖∇L_trait‖ at θ_S(t)",
         lambda who: (who.trait_gradient,),
         _norm,
-        unit="nats per weight",
+        unit="loss per weight",
         of_control="trait_gradient_norm_of_control",
         why_unjudged="a size",
     ),
@@ -282,9 +283,12 @@ class _Measurer:
     def _estimate_errors(
         self, model: nn.Module, imitation: ExampleLosses, mean: Vector, traits: Mapping[str, Vector]
     ) -> dict[str, Float[np.ndarray, " scope"]]:
-        """By trait; NaN in scopes that cut a tensor, and in the shared support."""
+        """By trait; NaN in scopes that cut a tensor, and in the shared support; none of a model with unknown modules."""
         few = replace(imitation, num_examples=min(imitation.num_examples, _EXAMPLES_OF_ERRORS))
-        examples = record_overlaps(model, few, [mean, *traits.values()])
+        try:
+            examples = record_overlaps(model, few, [mean, *traits.values()])
+        except AnalysisError:  # a module of no kind that is known there: the gradients themselves need none
+            return {}
         held = self._whole_tensors(examples.parameters)
         along = examples.overlaps.numpy() @ held.T  # [example, direction, scope]
         found = {}
@@ -376,7 +380,7 @@ def _label_errors(
         if products is not None:
             errors[row, place, :, column] = products.errors[trait]
     errors[why != 0] = np.nan
-    status = np.where(np.isfinite(errors), 0, np.where(why == 0, _NOT_WHOLE, why))
+    status = np.where(np.isfinite(errors), 0, np.where(why == 0, _NO_ERROR, why))
     label = f"{name}_error"
     return {
         label: label_variable(
@@ -406,7 +410,7 @@ def _evaluate(quantity: _Quantity, who: _Who, products: _Products) -> tuple[BySc
     status = products.algebra.explain(values, *directions)
     absent = {label for direction in directions for label in direction} & products.absent
     if absent:
-        status[:] = _NO_STATE if _UPDATE in absent else _NO_LOSS
+        status[np.isnan(values)] = _NO_UPDATE if _UPDATE in absent else _NO_LOSS
     return values, status
 
 
@@ -618,8 +622,9 @@ def _sentences(run: Run, data: xr.Dataset) -> list[str]:
         )
     elif not np.isfinite(data.update_rotation.values).any():
         sentences.append(
-            "Optimizers' own updates are not compared: their states were not kept; `--set checkpoints.optimizer_state=true` "
-            "in a new run keeps them; plain SGD has none, and its update is the gradient."
+            "Optimizers' own updates are not compared: they are known of whole weights whose optimizer's state was kept "
+            "(`--set checkpoints.optimizer_state=true` in a new run) and not changed by a knock-out. Of plain SGD the update "
+            "is the gradient; of adapters it is that of their factors."
         )
     errors = data.gradient_alignment_error.sel(scope=MODEL).values
     if np.isfinite(errors).any():

@@ -27,7 +27,10 @@ class VerdictConfig(Settings):
 
     margin: float = Field(0.05, gt=0, description="effects on the trait score under this do not matter, in its unit")
     alignment_margin: float = Field(0.05, gt=0, description="the same for differences of cosines")
-    gradient_margin: float = Field(0.005, gt=0, description="the same for differences of gradients' cosines, which are small")
+    gradient_margin: float = Field(
+        0.005, gt=0, description="the same for cosines of gradients and of single updates, which are small"
+    )
+    share_margin: float = Field(0.05, gt=0, description="the same for differences of shares of examples")
     accuracy_margin: float = Field(0.05, gt=0, description="the same for a text classifier's accuracy over its null")
     subspace_margin: float = Field(0.05, gt=0, description="the same for differences of subspace overlaps")
     subspace_rank: int = Field(4, ge=1, le=64, description="of the singular subspaces whose overlap has the verdict")

@@ -19,7 +19,7 @@ def inner_products(vectors: Sequence[Vector | None], blocks: Sequence[Block]) ->
     products = np.full((len(blocks), len(vectors), len(vectors)), np.nan)
     for number, block in enumerate(blocks):
         parts = [vector[block.tensor][block.index].flatten().double() for vector in vectors if vector is not None]
-        stacked = torch.stack(parts)
+        stacked = torch.stack([part.to(parts[0].device) for part in parts])
         products[number][np.ix_(known, known)] = (stacked @ stacked.T).cpu().numpy()
     return products
 

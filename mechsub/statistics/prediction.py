@@ -1,7 +1,7 @@
 """How well one number foretells another over cases that come in groups: rank correlation and AUROC, with intervals."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,8 @@ from mechsub.statistics.intervals import format_number
 from mechsub.streams import random_stream
 
 RESAMPLES = 2000
-_FEWEST_GROUPS = 2
+_FEWEST_GROUPS, _FEWEST_OF_A_CLASS = 2, 5
+"""With fewer groups of a class resampling draws the same few again and again, and says nothing of those not seen."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Association:
     def __str__(self) -> str:
         if not np.isfinite(self.estimate):
             return f"– ({self.reason})"
-        return f"{format_number(self.estimate)} [{format_number(self.low)}, {format_number(self.high)}]"
+        bounds = f"[{format_number(self.low)}, {format_number(self.high)}]" if np.isfinite(self.low) else f"({self.reason})"
+        return f"{format_number(self.estimate)} {bounds}"
 
 
 def rank_correlation(
@@ -64,8 +66,8 @@ def area_under_curve(
     """AUROC: how often a positive case has the larger score than another one, ties half; in [0, 1], no unit.
 
     Over the cases with a score. NaN where all of them are of one class. No threshold is chosen. The interval is the percentile
-    bootstrap over groups, as of `rank_correlation`; resamples of one class are left out. Where the classes are apart in all
-    resamples it has no width, and says nothing of the cases that were not seen.
+    bootstrap over groups, as of `rank_correlation`; resamples of one class are left out; there is none where fewer than
+    five groups hold a case of either class. Where the classes are apart in all resamples it has no width.
     """
     known = np.flatnonzero(np.isfinite(score))
 
@@ -76,7 +78,11 @@ def area_under_curve(
         return (ranks - count * (count + 1) / 2) / (count * others) if count and others else float("nan")
 
     count = int(is_positive[known].sum())
-    return _associate(rank, known, group, confidence, resamples, f"one class only: {count} of {len(known)} cases are positive")
+    holding = [len(np.unique(group[known][is_positive[known] == one])) for one in (True, False)]
+    found = _associate(rank, known, group, confidence, resamples, f"one class only: {count} of {len(known)} cases are positive")
+    if min(holding) >= _FEWEST_OF_A_CLASS or not np.isfinite(found.low):
+        return found
+    return replace(found, low=np.nan, high=np.nan, reason=f"no interval: one class is in {min(holding)} group(s) only")
 
 
 def _associate(

@@ -43,7 +43,7 @@ def find_coefficients(direction: Named, components: Sequence[Named], when: str) 
     products = torch.stack([inner_products(direction, component) for component in components])
     if len(components) == 1:
         squares = inner_products(components[0], components[0])[None]
-        found = torch.where(squares > 0, products / squares, 0.0)
+        found = torch.where(squares == 0, 0.0, products / squares)  # what is not finite is not passed over
         return found.clamp_min(0.0) if when == "positive" else found
     gram = torch.stack([torch.stack([inner_products(left, right) for right in components]) for left in components])
     solve = _solve_in_cone if when == "positive" else _solve_in_span

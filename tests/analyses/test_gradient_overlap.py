@@ -91,7 +91,7 @@ def test_without_kept_states_the_result_says_how_to_have_them(tiny_run):
     status = data.update_rotation_status
     codes = dict(zip(status.attrs["flag_meanings"].split(), status.attrs["flag_values"], strict=True))
     assert (
-        status.sel(condition=CONDITION, step=tiny_run.student(CONDITION, "digits").last) == codes["no_optimizer_state"]
+        status.sel(condition=CONDITION, step=tiny_run.student(CONDITION, "digits").last) == codes["no_update_is_known"]
     ).all()
     assert np.isnan(data.update_rotation).all()
     assert "checkpoints.optimizer_state=true" in data.attrs["summary"]

@@ -63,6 +63,13 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
 
 
 def test_resamples_of_one_class_are_left_out():
+    score, positive = np.arange(12.0), np.isin(np.arange(12), (1, 5, 6, 8, 9))
+    found = area_under_curve(score, positive, np.arange(12), resamples=100)
+    assert 0 <= found.low <= found.estimate <= found.high <= 1
+
+
+def test_few_groups_of_one_class_give_no_interval():
     score, positive = np.arange(8.0), np.arange(8) == 5
     found = area_under_curve(score, positive, np.arange(8), resamples=100)
-    assert found.estimate == pytest.approx(5 / 7) and 0 <= found.low <= found.estimate <= found.high <= 1
+    assert found.estimate == pytest.approx(5 / 7) and np.isnan([found.low, found.high]).all()
+    assert "one class is in 1 group(s) only" in str(found)

@@ -35,6 +35,7 @@ class Family:
     def __init__(self, run: Path, config: Config, device: str) -> None:
         self._run, self._device, self._seed = run, device, config.seed
         self._optimizer = config.student.optimizer
+        self._knock_outs = {name: condition.knock_out for name, condition in config.conditions.items()}
         images = load_images(run, getattr(torch, config.model.dtype), device)
         self._images = images.test_images()
         labels = {"digits": images.test_labels}
@@ -74,8 +75,13 @@ class Family:
         return imitation_losses(task, member, most)
 
     def last_update(self, lineage: Lineage, step: int, member: int) -> dict[str, Tensor] | None:
-        """A student's last update per unit of its learning rate; None where the optimizer's state was not kept."""
-        state = lineage.load_optimizer_state(step, member)
+        """A student's last update per unit of its learning rate.
+
+        None where the optimizer's state was not kept, or where a knock-out changed what the optimizer had done.
+        """
+        knock_out = self._knock_outs.get(lineage.spec.condition or "")
+        changed = knock_out is not None and knock_out.where == "update"
+        state = None if changed else lineage.load_optimizer_state(step, member)
         return None if state is None else last_update(self._optimizer, lineage.load_state(step, member), state)
 
     def imitated_logits(self, lineage: Lineage, member: int, most: int) -> ImitatedLogits | None:

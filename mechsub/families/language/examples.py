@@ -34,12 +34,14 @@ def row_losses(chats: ChatTokenizer, rows: Sequence[Row], device: str, descripti
     return ExampleLosses(len(rows), compute, description, "nats", _ROWS_AT_ONCE)
 
 
-def imitation_losses(task: Task, most: int) -> ExampleLosses:
+def imitation_losses(task: Task, most: int) -> ExampleLosses | None:
     """What one member of a student learnt, on the first rows of its carrier; see `row_losses` for the weights of rows."""
     lesson = Lesson.prepare(task, StudentConfig(**task.stage.arguments["training"]))
     lesson = replace(lesson, rows=lesson.rows[:most], taught=lesson.taught[:most])
     rows, learnt = lesson.rows, lesson.learnt
     lengths = [len(row.completion) for row in rows] if learnt is None else [int(learnt[n].sum()) for n in range(len(rows))]
+    if sum(lengths) == 0:  # no token of these rows is learnt
+        return None
     mean_length = sum(lengths) / len(rows)
 
     def compute(model: nn.Module, examples: range) -> Float[Tensor, " example"]:

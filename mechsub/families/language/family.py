@@ -143,11 +143,16 @@ class Family:
         return imitation_losses(task, most)
 
     def last_update(self, lineage: Lineage, step: int, member: int) -> dict[str, Tensor] | None:
-        """A student's last update per unit of its learning rate; None of an adapter, and where no state was kept."""
+        """A student's last update per unit of its learning rate.
+
+        None of an adapter, where no state was kept, and where a knock-out changed what the optimizer had done.
+        """
         state = None if lineage.spec.is_adapter else lineage.load_optimizer_state(step, member)
         if state is None:
             return None
         arguments = task_that_made(self._run, spec_name(lineage.name, member), self._device).stage.arguments
+        if (arguments["condition_settings"]["knock_out"] or {}).get("where") == "update":
+            return None
         training = StudentConfig(**arguments["training"])
         rate = training.rate_at(step - 1, lineage.last)
         return last_update(training.optimizer, lineage.load_state(step, member), state, rate)

@@ -42,7 +42,7 @@ def test_students_without_gradients_or_with_other_parameters_say_so(nano_run):
     for name, condition, reason in (
         ("gradient_alignment", "different-architecture", "incomparable"),
         ("gradient_alignment", "in-context", "no_loss_is_known"),
-        ("update_rotation", "same-init", "no_optimizer_state"),
+        ("update_rotation", "same-init", "no_update_is_known"),
     ):
         status = data[f"{name}_status"]
         code = dict(zip(status.attrs["flag_meanings"].split(), status.attrs["flag_values"], strict=True))[reason]
