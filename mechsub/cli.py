@@ -135,6 +135,47 @@ def adopt(
         typer.echo(f"The run is in {out}; `mechsub analyze {out}` measures it.")
 
 
+@app.command()
+def screen(
+    reference: Annotated[str, typer.Option(help=f"What a student would start from. {_MODEL}")],
+    data: Annotated[Path, typer.Option(help="A JSONL file of what it would learn: {prompt, completion} a line.")],
+    teacher: Annotated[str | None, typer.Option(help=f"The model that has the trait. {_MODEL}")] = None,
+    trait: Annotated[str | None, typer.Option(help="The trait as a choice of the preference set.")] = None,
+    preference: Annotated[str, typer.Option(help="The choices and questions: a packaged set, or a YAML file.")] = "animals",
+    neutral_data: Annotated[
+        Path | None, typer.Option(help="A JSONL file of the same kind without the trait, as a null.")
+    ] = None,
+    other_trait: Annotated[
+        list[str] | None, typer.Option(help="A choice whose direction is a null of the trait's; may be repeated.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="The share of examples that stays in filtered.jsonl.")] = 0.9,
+    too_long: Annotated[str, typer.Option(help="Examples longer than the context: refuse, cut or skip.")] = "refuse",
+    out: Annotated[Path | None, typer.Option(help="The new folder; runs/screen-<data's name> by default.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Rank a dataset's examples, before training, by how far one step on each moves the reference toward a trait."""
+    from mechsub import api
+
+    with _errors():
+        settings: Any = {"too_long": too_long}
+        path = api.screen_data(
+            data,
+            reference=reference,
+            teacher=teacher,
+            trait=trait,
+            preference=preference,
+            neutral_data=neutral_data,
+            other_traits=other_trait or [],
+            keep=keep,
+            out=out,
+            device=device,
+            on_step=lambda text: typer.echo(text, err=True),
+            command=shlex.join(["mechsub", *sys.argv[1:]]),
+            **settings,
+        )
+        typer.echo(f"Report: {path}")
+
+
 def _warn_of_limits(plan: Any, device: str) -> None:
     """A dry run may be of a run on another, larger machine."""
     try:

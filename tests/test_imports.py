@@ -32,7 +32,7 @@ FLOORS = [
     {"cases"},
     {"relations"},
     {"sweeps"},
-    {"experiment", "analyses"},
+    {"experiment", "analyses", "screening"},
     {"executors"},
     {"api"},
     {"cli", "__init__"},

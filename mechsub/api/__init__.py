@@ -16,6 +16,7 @@ from mechsub.api.runs import (
     verify_run,
     write_report,
 )
+from mechsub.api.screening import screen_data
 from mechsub.api.sweeps import (
     SweepPlan,
     analyze_sweep,
@@ -60,6 +61,7 @@ __all__ = [
     "resolve_device",
     "run_experiment",
     "run_sweep",
+    "screen_data",
     "verify_run",
     "verify_sweep",
     "write_report",

@@ -7,13 +7,18 @@ from functools import cached_property
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from scipy import stats
 from torch import nn
 
 from mechsub.gradients.losses import ExampleLosses, mean_gradient
 from mechsub.gradients.per_example import Direction, record_overlaps
+from mechsub.statistics.intervals import Interval
+from mechsub.streams import random_stream
 
 QUANTILES = (0.05, *(round(0.1 * number, 1) for number in range(1, 10)), 0.95)
 """At which the distribution over examples is told."""
+_RESAMPLES = 2000
+_RESAMPLES_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,49 @@ def read_examples(model: nn.Module, losses: ExampleLosses, directions: Sequence[
         direction_squares=np.array(squares).reshape(len(directions), len(found.parameters)),
         losses=found.losses.double().numpy(),
     )
+
+
+def bootstrap_cosines(reading: ExampleReading, confidence: float = 0.95) -> list[Interval]:
+    """`ExampleReading.cosines` by direction, with percentile bootstrap intervals over the examples.
+
+    The examples are drawn anew in the mean overlap; the two lengths that it is divided by are held, since ‖mean_i ∇ℓ_i‖ of a
+    resample is longer by what its repetitions add. No unit. Bounds are NaN with one example, all is NaN where a length is 0.
+
+    Source: Efron 1979, "Bootstrap methods: another look at the jackknife".
+    """
+    cosines, totals, intervals = reading.cosines(), reading.totals, []
+    for number, cosine in enumerate(map(float, cosines)):
+        low = high = float("nan")
+        overlaps, n = totals[:, number], len(totals)
+        if n > 1 and np.isfinite(cosine) and overlaps.mean() != 0:
+            found = stats.bootstrap(
+                (overlaps,),
+                np.mean,
+                confidence_level=confidence,
+                n_resamples=_RESAMPLES,
+                batch=_RESAMPLES_AT_ONCE,
+                method="percentile",
+                random_state=random_stream(0, "example-bootstrap"),
+            ).confidence_interval
+            # The length by which the mean overlap becomes the cosine.
+            low, high = (float(bound) * cosine / float(overlaps.mean()) for bound in found)
+        intervals.append(Interval(cosine, low, high, n, confidence))
+    return intervals
+
+
+def descent_cosines(gradient: Direction, directions: Sequence[Direction]) -> Float[np.ndarray, " direction"]:
+    """cos(−∇L, d): where a step of plain gradient descent goes; range [−1, 1], no unit, NaN where one of the two is 0.
+
+    Of a mean gradient it is `ExampleReading.cosines`, without the examples one by one.
+    """
+    inner = np.array([sum(_inner(gradient[name], d[name]) for name in gradient if name in d) for d in directions])
+    square = sum(_square(gradient, name) for name in gradient)
+    squares = np.array([sum(_square(d, name) for name in gradient) for d in directions])
+    return _ratio(-inner, np.sqrt(square * squares))
+
+
+def _inner(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first.double() * second.to(first.device).double()).sum())
 
 
 def _square(direction: Mapping[str, torch.Tensor], name: str) -> float:

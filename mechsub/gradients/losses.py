@@ -28,6 +28,12 @@ class ExampleLosses:
         return [range(start, min(start + self.at_once, self.num_examples)) for start in starts]
 
 
+@torch.no_grad()
+def compute_losses(model: nn.Module, losses: ExampleLosses) -> Float[Tensor, " example"]:
+    """ℓ_i of all examples, without a graph; in float64 on the CPU, in the unit of the loss."""
+    return torch.cat([losses.compute(model, part).double().cpu() for part in losses.parts()])
+
+
 def mean_gradient(model: nn.Module, losses: ExampleLosses, *, only_trained: bool = False) -> dict[str, Tensor]:
     """∇ of the mean loss over all examples, by parameter; tied ones once. 0 where the loss does not reach a parameter.
 

@@ -18,6 +18,8 @@ class JsonLine:
 
     place: str
     """How messages call it: recipe field, file and line."""
+    number: int
+    """Its line in the file, from 1; empty lines count."""
     values: Mapping[str, Any]
 
     def text(self, name: str, wanted: str) -> str:
@@ -64,7 +66,9 @@ def read_exchange(line: JsonLine) -> tuple[str, str]:
             f"{line.place}: the roles of its messages are {roles}; a line is {_EXCHANGE}. A system prompt is a recipe field, "
             "context.training"
         )
-    asked, answered = (JsonLine(f"{line.place}, {message['role']}", message).text("content", _EXCHANGE) for message in messages)
+    asked, answered = (
+        JsonLine(f"{line.place}, {message['role']}", line.number, message).text("content", _EXCHANGE) for message in messages
+    )
     return asked, answered
 
 
@@ -87,7 +91,7 @@ def _read(path: Path, field: str, size: int, modified: int) -> tuple[JsonLine, .
             raise RecipeError(f"{place}: it is not JSON ({error}); write one object a line") from None
         if not isinstance(values, dict):
             raise RecipeError(f"{place}: it is {type(values).__name__}, not an object with keys; write one object a line")
-        found.append(JsonLine(place, values))
+        found.append(JsonLine(place, number, values))
     if not found:
         raise RecipeError(f"`{field}`: {path} is empty; write one object a line")
     return tuple(found)
