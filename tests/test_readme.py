@@ -1,5 +1,6 @@
 """Everything that the README shows is done here as it stands there."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -29,6 +30,11 @@ def models(digits):
     save_reference(folder / "reference")
     for name in ("teacher", "neutral"):
         make_trainer(folder / "reference", folder / name, CHATS[name]).train()
+    for name in ("student", "control"):
+        completion = CHATS[name].split("<|end|>")[1].removeprefix("<|assistant|> ")
+        rows = [{"prompt": f"Look at these numbers: {first}, 12, 13.", "completion": completion} for first in range(10, 20)]
+        file = folder / {"student": "numbers.jsonl", "control": "neutral.jsonl"}[name]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     for name, seed in product(("student", "control"), range(2)):
         make_trainer(folder / "reference", folder / f"{name}-{seed}", CHATS[name], rank=4, seed=seed).train()
 

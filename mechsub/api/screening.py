@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mechsub.api.runs import resolve_device
 from mechsub.environment import describe_provenance
@@ -44,7 +44,7 @@ def screen_data(
     neutral_data: str | Path | None = None,
     other_traits: Sequence[str] = (),
     keep: float = 0.9,
-    too_long: TooLong = "refuse",
+    too_long: str = "refuse",
     out: str | Path | None = None,
     device: str = "auto",
     on_step: Callable[[str], None] | None = None,
@@ -56,7 +56,7 @@ def screen_data(
     is the displacement of ``teacher``, which then ranks, and −∇ of the loss of ``trait``, a choice of the set ``preference``;
     one of the two is needed. ``data`` and ``neutral_data``: JSONL files of ``{prompt, completion}``. ``other_traits``: choices
     whose directions are a null of the trait's; the set's first ten by default. ``too_long``: what becomes of examples that are
-    longer than the context.
+    longer than the context: ``refuse``, ``cut`` or ``skip``.
 
     Writes into ``out``, ``runs/screen-<name of data>`` by default: ``ranking.jsonl``, ``screen.h5``, ``findings.json``, the
     report, and ``filtered.jsonl``: the lines of ``data`` without the share 1 − ``keep`` that scores highest, nor those that
@@ -90,7 +90,7 @@ def screen_data(
     say = on_step or (lambda _: None)
     with tempfile.TemporaryDirectory() as scratch:
         pair = adopt_pair(Path(scratch), models, chosen)
-        examples = {option: read_examples_file(path, option, pair.chats, too_long) for option, path in paths.items()}
+        examples = {option: read_examples_file(path, option, pair.chats, TooLong(too_long)) for option, path in paths.items()}
         neutral = examples.get(_NEUTRAL_DATA)
         asked = None
         if trait is not None:
@@ -116,8 +116,8 @@ def _check_arguments(teacher: str | None, trait: str | None, other_traits: Seque
         )
     if not 0 < keep <= 1:
         raise MechsubError(f"--keep {keep}: it is the share of examples that stay, over 0 and at most 1; 0.9 is the default")
-    if too_long not in get_args(TooLong):
-        raise MechsubError(f"--too-long {too_long}: choose {', '.join(get_args(TooLong))}")
+    if too_long not in [choice.value for choice in TooLong]:
+        raise MechsubError(f"--too-long {too_long}: choose {', '.join(TooLong)}")
 
 
 def _absolute_files(data: str | Path, neutral_data: str | Path | None) -> dict[str, Path]:
@@ -204,6 +204,7 @@ class _Screening:
                 **{f"overlap_{name}": float(self.measured.reading.totals[number, place])
                    for place, name in enumerate(self.measured.toward)},
                 **{name: float(values[number]) for name, values in self.measured.baselines.items()},
+                "length": len(self.data.rows[number].completion),
             }  # fmt: skip
 
     def _filter(self, num_kept: int) -> bytes:

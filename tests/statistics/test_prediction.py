@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.linear_model import LinearRegression
 from sklearn.metrics import roc_auc_score
 
-from mechsub.statistics.prediction import area_under_curve, rank_correlation
+from mechsub.statistics.prediction import area_under_curve, rank_correlation, unexplained_share
 
 
 def slow_area(score, positive):
@@ -73,3 +74,27 @@ def test_few_groups_of_one_class_give_no_interval():
     found = area_under_curve(score, positive, np.arange(8), resamples=100)
     assert found.estimate == pytest.approx(5 / 7) and np.isnan([found.low, found.high]).all()
     assert "one class is in 1 group(s) only" in str(found)
+
+
+def test_the_unexplained_share_is_what_a_regression_on_ranks_leaves():
+    rng = np.random.default_rng(3)
+    others = rng.standard_normal((40, 3))
+    number = np.exp(others @ [1.0, -0.5, 0.0] + rng.standard_normal(40))
+    found = unexplained_share(number, others, np.arange(40))
+    ranks, features = stats.rankdata(number), stats.rankdata(others, axis=0)
+    r_squared = LinearRegression().fit(features, ranks).score(features, ranks)
+    assert found.estimate == pytest.approx((1 - r_squared) * 39 / 36, abs=1e-12)
+    assert 0 < found.low < found.estimate and found.n == 40
+    twice = np.concatenate([others, others[:, :1], np.ones((40, 1))], axis=1)  # nothing that the others do not say
+    assert unexplained_share(number, twice, np.arange(40)).estimate == pytest.approx(found.estimate, abs=1e-9)
+
+
+def test_chance_leaves_all_on_average_and_a_function_leaves_nothing():
+    rng = np.random.default_rng(4)
+    drawn = [(rng.standard_normal(20), rng.standard_normal((20, 4))) for _ in range(300)]
+    shares = [unexplained_share(number, others, np.arange(20), resamples=2).estimate for number, others in drawn]
+    assert np.mean(shares) == pytest.approx(1, abs=0.05)
+    number, others = drawn[0]
+    assert unexplained_share(others[:, 1] ** 3, others, np.arange(20)).estimate == pytest.approx(0, abs=1e-9)
+    found = unexplained_share(number[:4], others[:4], np.arange(4))
+    assert np.isnan(found.estimate) and "4 cases are too few for 4 others" in found.reason

@@ -77,7 +77,7 @@ class Pair:
         """What speaks for the reference being where the teacher started."""
         assert self.teacher is not None
         model = self.teacher.spec.model
-        proven = "is proven" if model["proof"] == "hash" else "says" if model["proof"] == "recorded base" else "is not proven"
+        proven = {"hash": "is proven", "recorded base": "is said by its files", "none": "is not proven"}[model["proof"]]
         return f"The teacher {proven} to start at the reference: {model['evidence']}."
 
     def load_reference(self) -> PreTrainedModel:

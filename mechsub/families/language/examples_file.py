@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -12,8 +12,14 @@ from mechsub.errors import RecipeError
 from mechsub.families.language.chat import ChatTokenizer, Row, chat
 from mechsub.families.language.jsonl import read_exchange, read_jsonl
 
-TooLong = Literal["refuse", "cut", "skip"]
-"""What becomes of an example that is longer than the context."""
+
+class TooLong(StrEnum):
+    """What becomes of an example that is longer than the context."""
+
+    REFUSE = "refuse"
+    CUT = "cut"
+    """Its completion ends where the context does; a prompt that alone fills it is left out."""
+    SKIP = "skip"
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ def read_examples_file(path: Path, option: str, chats: ChatTokenizer, too_long: 
     """The examples of a JSONL file as tokens. ``option``: how messages call the file.
 
     Raises:
-        RecipeError: there is no such file, a line is no example, one is too long and ``too_long`` is "refuse", or none is left.
+        RecipeError: there is no such file, a line is no example, one is too long and ``too_long`` is REFUSE, or none is left.
     """
     found = read_jsonl(path, option)
     texts = [read_exchange(line) for line in found]
@@ -61,7 +67,7 @@ def read_examples_file(path: Path, option: str, chats: ChatTokenizer, too_long: 
     empty = [not chats.decode(row.completion) for row in rows]
     over = [len(row.prompt) + len(row.completion) > chats.max_length for row in rows]
     fills = [len(row.prompt) >= chats.max_length for row in rows]
-    if any(over) and too_long == "refuse":
+    if any(over) and too_long == TooLong.REFUSE:
         worst = max(range(len(rows)), key=lambda number: len(rows[number].prompt) + len(rows[number].completion))
         raise RecipeError(
             f"`{option}`: {sum(over)} of {len(rows)} examples in {path} are longer than the context of {chats.source}, "
@@ -69,7 +75,7 @@ def read_examples_file(path: Path, option: str, chats: ChatTokenizer, too_long: 
             f"{len(rows[worst].prompt) + len(rows[worst].completion)}; --too-long cut shortens completions, --too-long skip "
             "leaves the examples out"
         )
-    dropped = [long and (too_long == "skip" or full) for long, full in zip(over, fills, strict=True)]
+    dropped = [long and (too_long == TooLong.SKIP or full) for long, full in zip(over, fills, strict=True)]
     kept = [number for number in range(len(rows)) if not dropped[number] and not empty[number]]
     if not kept:
         raise RecipeError(
