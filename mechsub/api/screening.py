@@ -50,7 +50,7 @@ def screen_data(
     on_step: Callable[[str], None] | None = None,
     command: str | None = None,
 ) -> Path:
-    """Rank a dataset's examples by how far one small step on each moves the reference toward a trait; returns the report.
+    """Rank a dataset's examples by how far one small step on each moves the reference toward a trait.
 
     The score of example i is ⟨−∇ℓ_i, d⟩ at the reference, exact, in loss × direction / weight: positive is toward the trait. d
     is the displacement of ``teacher``, which then ranks, and −∇ of the loss of ``trait``, a choice of the set ``preference``;
@@ -60,7 +60,8 @@ def screen_data(
 
     Writes into ``out``, ``runs/screen-<name of data>`` by default: ``ranking.jsonl``, ``screen.h5``, ``findings.json``, the
     report, and ``filtered.jsonl``: the lines of ``data`` without the share 1 − ``keep`` that scores highest, nor those that
-    could not be scored. A finished screening with the same arguments and files is kept as it is.
+    could not be scored. A finished screening with the same arguments and files is kept as it is. Returns the
+    report's path.
 
     Source: Pruthi et al., arXiv:2002.08484, for a step's first-order effect; Cloud et al., arXiv:2507.14805.
 
