@@ -119,7 +119,7 @@ def first_order_theory(run: Run) -> Result:
         if when == "first" or claim[0] == "prediction_of_student"
     ]
     findings += [_self_test_finding(run, data, eligible[0])] if eligible else []
-    figures = [_step_figure(run, eligible), _self_test_figure()] if eligible else []
+    figures = [_step_figure(run, eligible), _self_test_figure(run.recipe.members)] if eligible else []
     described = [found for found in examples.values() if isinstance(found, str)]
     return Result(data, findings, figures, _sentences(run, data, reasons, list(dict.fromkeys(described))))
 
@@ -448,7 +448,7 @@ def _step_figure(run: Run, cases: Sequence[CaseName]) -> Figure:
     )
 
 
-def _self_test_figure() -> Figure:
+def _self_test_figure(members: int) -> Figure:
     def log(name: str, title: str) -> dict[str, Any]:
         return {"shorthand": f"{name}:Q", "title": title, "scale": alt.Scale(type="log"), "axis": alt.Axis(format=".0e")}
 
@@ -463,9 +463,10 @@ def _self_test_figure() -> Figure:
         name="first_order_self_test",
         title="Self-test: the prediction's error as the teacher's displacement shrinks",
         caption=(
-            "‖s(ε)/ε − G Δ_T‖ / ‖G Δ_T‖, no unit, over all parameters of member 0 (n = 1) in float64: s(ε) is the measured "
-            f"imitation step of a teacher at θ₀ + ε Δ_T. Theory: a line of slope 1; the tolerance is {TOLERANCE:g} at the "
-            "smallest ε. At ε = 1 it is the error at the teacher's own size. There is no null: the error is 0 in theory."
+            f"‖s(ε)/ε − G Δ_T‖ / ‖G Δ_T‖, no unit, over all parameters of one of the n = {members} members, in float64: s(ε) "
+            f"is the measured imitation step of a teacher at θ₀ + ε Δ_T. Theory: a line of slope 1; the tolerance is "
+            f"{TOLERANCE:g} at the smallest ε. At ε = 1 it is the error at the teacher's own size. There is no null: the error "
+            "is 0 in theory."
         ),
         variables=("self_test_error",),
         spec=chart_spec(chart),

@@ -140,13 +140,13 @@ def test_a_different_start_is_a_derangement(tiny_run):
 
 
 def test_shuffled_outputs_keep_their_values_and_lose_their_images(tiny_run):
-    from mechsub.families.classifier.train import _StudentTargets
+    from mechsub.families.classifier.train import StudentTargets
     from mechsub.stage import Task
 
     stage = next(
         stage for stage in plan_experiment(tiny_run.recipe, tiny_run.path).stages if stage.name == "student.shuffled-carrier"
     )
-    targets = _StudentTargets.load(Task(stage, tiny_run.path, "cpu", lambda done: None))
+    targets = StudentTargets.load(Task(stage, tiny_run.path, "cpu", lambda done: None))
     every = torch.arange(96).expand(3, -1)
     given, true = targets.gather(slice(0, 3), every), targets.logits
     assert torch.equal(targets.gather(slice(1, 3), every[:2]), given[1:])
