@@ -386,7 +386,7 @@ def _self_test_finding(run: Run, data: xr.Dataset, case: CaseName) -> Finding:
         null=f"none: the tolerance is {TOLERANCE:g} at ε = {_SCALES[-1]:g}",
         null_low=float("nan"),
         null_high=float("nan"),
-        num_references=1,
+        num_references=run.recipe.num_references(case[0]),
         verdict="",
         reason=_describe_self_test(data),
         rule="",
