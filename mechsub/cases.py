@@ -1,11 +1,13 @@
 """Cases: what stands against what in a run's parameter space, as directions; every analysis of it compares these."""
 
 from itertools import product
+from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from mechsub.lineages import Lineage
-from mechsub.parameters.alignment import Combination, DirectionAlgebra
+from mechsub.parameters.alignment import Combination, DirectionAlgebra, Scopes
 from mechsub.parameters.directions import (
     Direction,
     difference_label,
@@ -16,7 +18,7 @@ from mechsub.parameters.directions import (
     origin_label,
 )
 from mechsub.parameters.quantities import CONTROL, NEUTRAL, SHAM, Case, OtherTrait
-from mechsub.results import label_variable
+from mechsub.results import label_variable, status_variable
 from mechsub.run import Run
 
 CaseName = tuple[str, str]
@@ -69,6 +71,29 @@ def label_last_steps(run: Run) -> xr.Variable:
         description="the student's last step",
         unit="optimizer steps",
     )
+
+
+def label_random_cosines(scopes: Scopes) -> dict[str, xr.Variable]:
+    """The line to read cosines by, 1/√d of every scope, with its status."""
+    spread = scopes.random_cosine_sd()
+    name = "random_cosine_sd"
+    return {
+        name: label_variable(
+            spread, ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
+        ),
+        f"{name}_status": status_variable(np.isnan(spread), ["scope"], ("ok", "not_one_set_of_parameters"), name),
+    }
+
+
+def scope_coordinates(run: Run, scopes: Scopes) -> dict[str, Any]:
+    """What every measure of parameters by condition, trait, member and scope is labelled with."""
+    return {
+        "condition": run.conditions,
+        "taught": run.traits,
+        "member": np.arange(run.recipe.members),
+        "scope": list(scopes.names),
+        "scope_kind": ("scope", list(scopes.kinds)),
+    }
 
 
 def last_steps(data: xr.Dataset) -> list[int]:

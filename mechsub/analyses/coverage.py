@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, build_case, list_cases, list_directions
+from mechsub.cases import CaseName, build_case, label_random_cosines, list_cases, list_directions, scope_coordinates
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
@@ -120,20 +120,8 @@ def _label(run: Run, values: Mapping[str, np.ndarray], status: Mapping[str, np.n
             source=SOURCE,
         )
         variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, STATUS, quantity.name)
-    spread = scopes.random_cosine_sd()
-    variables["random_cosine_sd"] = label_variable(
-        spread, ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
-    )
-    variables["random_cosine_sd_status"] = status_variable(
-        np.isnan(spread), ["scope"], ("ok", "not_one_set_of_parameters"), "random_cosine_sd"
-    )
-    coords = {
-        "condition": run.conditions,
-        "taught": run.traits,
-        "member": np.arange(run.recipe.members),
-        "scope": list(scopes.names),
-        "scope_kind": ("scope", list(scopes.kinds)),
-    }
+    variables |= label_random_cosines(scopes)
+    coords = scope_coordinates(run, scopes)
     return xr.Dataset(variables, coords)
 
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, list_cases
+from mechsub.cases import CaseName, list_cases, scope_coordinates
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables
 from mechsub.findings import Finding, interval_fields
 from mechsub.gradients.first_order import (
@@ -273,14 +273,7 @@ def _label(
             source=SOURCE,
         )
         variables[f"{name}_status"] = status_variable(status[name], dims, _STATUS, name)
-    coords = {
-        "condition": run.conditions,
-        "taught": run.traits,
-        "member": np.arange(run.recipe.members),
-        "step": list(steps),
-        "scope": list(scopes.names),
-        "scope_kind": ("scope", list(scopes.kinds)),
-    }
+    coords = scope_coordinates(run, scopes) | {"step": list(steps)}
     return xr.Dataset(variables, coords)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import nn
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, list_cases
+from mechsub.cases import CaseName, label_random_cosines, list_cases, scope_coordinates
 from mechsub.errors import AnalysisError
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields
@@ -350,21 +350,8 @@ def _measure(run: Run, measured: Mapping[tuple[str, int], _Products], scopes: Sc
         variables[f"{name}_status"] = status_variable(status, _DIMS, _STATUS, name)
         if quantity is _QUANTITIES[0]:
             variables |= _label_errors(run, measured, steps, name, is_control, status)
-    spread = scopes.random_cosine_sd()
-    variables["random_cosine_sd"] = label_variable(
-        spread, ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
-    )
-    variables["random_cosine_sd_status"] = status_variable(
-        np.isnan(spread), ["scope"], ("ok", "not_one_set_of_parameters"), "random_cosine_sd"
-    )
-    coords = {
-        "condition": run.conditions,
-        "taught": run.traits,
-        "member": np.arange(run.recipe.members),
-        "step": steps,
-        "scope": list(scopes.names),
-        "scope_kind": ("scope", list(scopes.kinds)),
-    }
+    variables |= label_random_cosines(scopes)
+    coords = scope_coordinates(run, scopes) | {"step": steps}
     return xr.Dataset(variables, coords=coords)
 
 

@@ -9,7 +9,17 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, build_case, label_last_steps, last_displacement, last_steps, list_cases, list_directions
+from mechsub.cases import (
+    CaseName,
+    build_case,
+    label_last_steps,
+    label_random_cosines,
+    last_displacement,
+    last_steps,
+    list_cases,
+    list_directions,
+    scope_coordinates,
+)
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
@@ -89,21 +99,8 @@ def _label(
             source=SOURCE,
         )
         variables[f"{quantity.name}_status"] = status_variable(status[quantity.name], _DIMS, STATUS, quantity.name)
-    spread = scopes.random_cosine_sd()
-    variables["random_cosine_sd"] = label_variable(
-        spread, ["scope"], description="standard deviation of random directions' cosine", unit="cosine", formula="1/√d"
-    )
-    variables["random_cosine_sd_status"] = status_variable(
-        np.isnan(spread), ["scope"], ("ok", "not_one_set_of_parameters"), "random_cosine_sd"
-    )
-    coords = {
-        "condition": run.conditions,
-        "taught": run.traits,
-        "member": np.arange(run.recipe.members),
-        "step": list(steps),
-        "scope": list(scopes.names),
-        "scope_kind": ("scope", list(scopes.kinds)),
-    }
+    variables |= label_random_cosines(scopes)
+    coords = scope_coordinates(run, scopes) | {"step": list(steps)}
     variables["last_step"] = label_last_steps(run)
     return xr.Dataset(variables, coords=coords)
 
