@@ -63,6 +63,12 @@ def list_cases(run: Run) -> list[CaseName]:
     return list(product(run.conditions, run.traits))
 
 
+def count_members(run: Run) -> str:
+    """The members, in words, as captions count them."""
+    traits = f" of {len(run.traits)} traits each" if len(run.traits) > 1 else ""
+    return f"the members (n = {run.recipe.members}{traits})"
+
+
 def label_last_steps(run: Run) -> xr.Variable:
     """The last step of every student, [condition, taught]."""
     return label_variable(

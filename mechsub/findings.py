@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mechsub.statistics.intervals import Interval
+from mechsub.statistics.verdicts import Judgement
 
 SCHEMA_VERSION = 1
 
@@ -56,6 +57,21 @@ def interval_fields(interval: Interval) -> dict[str, Any]:
         "high": interval.high,
         "confidence": interval.confidence,
         "n": interval.n,
+    }
+
+
+def judgement_fields(judgement: Judgement | None, margin: float, otherwise: str, over: str = "") -> dict[str, Any]:
+    """The fields of a finding that a verdict on the difference from its null fills; ``otherwise``: why none is given.
+
+    ``over``: what the difference is taken over, in words, where the rule does not say it.
+    """
+    if judgement is None:
+        return {"verdict": "", "reason": otherwise, "rule": "", "margin": float("nan")}
+    return {
+        "verdict": judgement.verdict,
+        "reason": f"difference from the null {judgement.interval}: {judgement.reason}",
+        "rule": f"Of the difference from the null{over}. {judgement.rule}",
+        "margin": margin,
     }
 
 

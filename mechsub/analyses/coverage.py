@@ -10,9 +10,17 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, build_case, label_random_cosines, list_cases, list_directions, scope_coordinates
+from mechsub.cases import (
+    CaseName,
+    build_case,
+    count_members,
+    label_random_cosines,
+    list_cases,
+    list_directions,
+    scope_coordinates,
+)
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables, zero_line
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.gram import describe_not_finite, stream_gram
@@ -167,8 +175,6 @@ def _finding(
         null_low, null_high = against.low, against.high
         if run.control(case[0]) is None:
             null_words, reason = "none: no control was given", "without its null a cosine says nothing; give --control"
-    if judgement is not None:
-        reason = f"difference from the null {judgement.interval}: {judgement.reason}"
     return Finding(
         analysis="coverage",
         quantity=quantity.name,
@@ -182,10 +188,7 @@ def _finding(
         null_low=null_low,
         null_high=null_high,
         num_references=run.recipe.num_references(case[0]),
-        verdict=judgement.verdict if judgement else "",
-        reason=reason,
-        rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
-        margin=verdict.gradient_margin if judgement else float("nan"),
+        **judgement_fields(judgement, verdict.gradient_margin, reason),
         formula=quantity.formula,
         source=SOURCE,
         **interval_fields(student_interval(values, verdict.confidence)),
@@ -222,7 +225,7 @@ def _condition_figure(run: Run, data: xr.Dataset) -> Figure:
         name="coverage_by_condition",
         title="Coverage: the first update against the teacher's whole displacement",
         caption=(
-            f"cos(θ_S(1) − θ_S(0), Δ_T) over all parameters, no unit; each dot is one of {_members(run)}. The null is its "
+            f"cos(θ_S(1) − θ_S(0), Δ_T) over all parameters, no unit; each dot is one of {count_members(run)}. The null is its "
             f"control, the first update of a student of {run.neutral_name} from the same start. Updates are the optimizer's "
             "own, not gradients. Between the blue lines lie 95 % of random directions (±2/√d): a line to read by, not the null."
         ),
@@ -246,8 +249,8 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
         title="Where the first update covers the teacher's displacement",
         caption=(
             "cos(θ_S(1) − θ_S(0), Δ_T), no unit, of every layer and module kind and the model (tensors are in the results); "
-            f"each dot is one of {_members(run)}; the null is its control. A scope without dots has no shared support: the "
-            "first update and the teacher moved no tensor of it together."
+            f"each dot is one of {count_members(run)}; the null is its control. A scope without dots has no shared support: "
+            "the first update and the teacher moved no tensor of it together."
         ),
         variables=tuple(_STUDENT_AND_NULL),
         spec=chart_spec(facets),
@@ -258,11 +261,6 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
 def _drawn(run: Run, data: xr.Dataset) -> list[str]:
     """The conditions with a value of any trait."""
     return [name for name in run.conditions if any(_is_measured(data, "coverage", (name, trait)) for trait in run.traits)]
-
-
-def _members(run: Run) -> str:
-    traits = f" of {len(run.traits)} traits each" if len(run.traits) > 1 else ""
-    return f"the members (n = {run.recipe.members}{traits})"
 
 
 def _sentences(run: Run, data: xr.Dataset) -> list[str]:

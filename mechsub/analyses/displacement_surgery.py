@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mechsub.analyses.registry import analysis
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.lineages import Lineage
 from mechsub.parameters.edits import (
     ALL_BUT,
@@ -585,10 +585,7 @@ def _judged_finding(run: Run, measured: _Measured, judgement: Judgement | None, 
         f"as far, has {measured.interval(case, judged.long_as(RANDOM))})",
         null_low=against.low,
         null_high=against.high,
-        verdict=judgement.verdict if judgement else "",
-        reason=f"difference from the null {judgement.interval}: {judgement.reason}" if judgement else unjudged,
-        rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
-        margin=run.recipe.verdict.margin if judgement else float("nan"),
+        **judgement_fields(judgement, run.recipe.verdict.margin, unjudged),
         formula=_FORMULA.replace("edit", judged.formula),
         **interval_fields(measured.interval(case, judged.edit)),
         **_common(run, case),

@@ -12,14 +12,14 @@ import xarray as xr
 from torch import Tensor, nn
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, list_cases
+from mechsub.cases import CaseName, count_members, list_cases
 from mechsub.errors import AnalysisError
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables, zero_line
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.gradients.example_statistics import QUANTILES, ExampleReading, read_examples
 from mechsub.gradients.losses import ExampleLosses, mean_gradient
 from mechsub.lineages import Lineage
-from mechsub.parameters.directions import displacement, load_dense
+from mechsub.parameters.directions import displacement, load_tensors
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -284,7 +284,7 @@ def _load_direction(
     lineage = run.teacher(case[1]) if toward == TEACHER else run.neutral
     assert lineage is not None
     direction = displacement(lineage, lineage.last)
-    return {name: load_dense(direction, name, member) for name, _ in model.named_parameters()}
+    return load_tensors(direction, (name for name, _ in model.named_parameters()), member)
 
 
 def _layer_members(run: Run, model: nn.Module, layers: Sequence[str]) -> np.ndarray:
@@ -359,9 +359,7 @@ def _finding(run: Run, data: xr.Dataset, case: CaseName, name: str, toward: str 
         against = student_interval(_values(data, f"{name}_of_control", case, toward), confidence)
         null = _NULL if against.n else "none: the control's examples are not known"
         null_low, null_high = against.low, against.high
-    if judgement is not None:
-        reason = f"difference from the null {judgement.interval}: {judgement.reason}"
-    elif toward == NEUTRAL:
+    if toward == NEUTRAL:
         reason = "a line to read the overlap with the own teacher by; the specific cosine has the verdict"
     else:
         reason = "without its null it says nothing"
@@ -378,10 +376,7 @@ def _finding(run: Run, data: xr.Dataset, case: CaseName, name: str, toward: str 
         null_low=null_low,
         null_high=null_high,
         num_references=run.recipe.num_references(case[0]),
-        verdict=judgement.verdict if judgement else "",
-        reason=reason,
-        rule=f"Of the difference from the null, over members. {judgement.rule}" if judgement else "",
-        margin=_margin(run, name) if judgement else float("nan"),
+        **judgement_fields(judgement, _margin(run, name), reason, ", over members"),
         formula=_SPECIFIC if toward is None else f"{_QUANTITIES[name]}, d = {TOWARD[toward]}",
         source=SOURCE,
         **interval_fields(student_interval(values, confidence)),
@@ -397,11 +392,6 @@ def _figures(run: Run, data: xr.Dataset) -> list[Figure]:
     if not _shown(data):
         return []
     return [_distribution_figure(run, data), _layer_figure(run, data)]
-
-
-def _members(run: Run) -> str:
-    traits = f" of {len(run.traits)} traits each" if len(run.traits) > 1 else ""
-    return f"the members (n = {run.recipe.members}{traits})"
 
 
 _ZERO = zero_line()
@@ -429,7 +419,7 @@ def _distribution_figure(run: Run, data: xr.Dataset) -> Figure:
         caption=(
             f"{_SCALED} of every example i of the carrier at step 0 over all parameters, no unit: "
             "its quantiles over examples. Right of 0 a step on the example goes along d. Thin lines are "
-            f"{_members(run)}, thick ones their mean. teacher: d = Δ_T; trait: d = −∇L_trait. The null is the control's "
+            f"{count_members(run)}, thick ones their mean. teacher: d = Δ_T; trait: d = −∇L_trait. The null is the control's "
             f"examples, which {run.neutral_name} answered, at the same start and along the same d."
         ),
         variables=tuple(names),
@@ -460,9 +450,9 @@ def _layer_figure(run: Run, data: xr.Dataset) -> Figure:
         name="example_overlap_layers",
         title="In which layers the examples' steps lean toward the teacher",
         caption=(
-            f"{_COSINE} within each layer at step 0, no unit; each dot is one of {_members(run)}. teacher: d = Δ_T; trait: "
-            "d = −∇L_trait. A layer without dots gets no gradient from the examples, or the direction is 0 there. The null is "
-            "the control's examples at the same start."
+            f"{_COSINE} within each layer at step 0, no unit; each dot is one of {count_members(run)}. teacher: d = Δ_T; "
+            "trait: d = −∇L_trait. A layer without dots gets no gradient from the examples, or the direction is 0 there. The "
+            "null is the control's examples at the same start."
         ),
         variables=tuple(names),
         spec=chart_spec(facets),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, list_cases, scope_coordinates
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.gradients.first_order import (
     ImitatedLogits,
     Vector,
@@ -26,6 +26,7 @@ from mechsub.gradients.first_order import (
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL, STATUS, Combination, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import Block, list_blocks
+from mechsub.parameters.directions import displacement, load_tensors
 from mechsub.parameters.gram import Gram
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
@@ -210,9 +211,9 @@ def _contract(run: Run, case: CaseName, blocks: Sequence[Block]) -> Gram:
     for member in range(run.recipe.members):
         fixed = _predict(run, case, member)
         for place, (lineage, step) in enumerate(moved, len(_FIXED)):
-            displacement = _displacement(lineage, step, member)
+            change = _displacement(lineage, step, member)
             for number, block in enumerate(blocks):
-                row = _flat(displacement, block)
+                row = _flat(change, block)
                 within[member, number, place, place] = float(row @ row)
                 products = (torch.stack([_flat(vector, block) for vector in fixed]) @ row).cpu().numpy()
                 within[member, number, place, : len(_FIXED)] = within[member, number, : len(_FIXED), place] = products
@@ -229,12 +230,12 @@ def _predict(run: Run, case: CaseName, member: int) -> list[Mapping[str, Tensor]
     student, teacher = run.student(*case), run.teacher(case[1])
     logits = _imitated(run, student, member, _MOST_EXAMPLES)
     model = _load(run, student, 0, member)
-    displacement = _displacement(teacher, teacher.last, member)
-    nothing: Vector = {name: torch.zeros_like(tensor) for name, tensor in displacement.items()}
+    taught = _displacement(teacher, teacher.last, member)
+    nothing: Vector = {name: torch.zeros_like(tensor) for name, tensor in taught.items()}
     neutral = nothing if run.neutral is None else _displacement(run.neutral, run.neutral.last, member)
-    by_teacher, by_neutral = (gauss_newton_product(model, logits, moved) for moved in (displacement, neutral))
+    by_teacher, by_neutral = (gauss_newton_product(model, logits, moved) for moved in (taught, neutral))
     measured = imitation_step(model, _load(run, teacher, teacher.last, member), logits)
-    return [displacement, neutral, by_teacher, by_neutral, measured]
+    return [taught, neutral, by_teacher, by_neutral, measured]
 
 
 def _imitated(run: Run, student: Lineage, member: int, most: int) -> ImitatedLogits:
@@ -249,8 +250,9 @@ def _load(run: Run, lineage: Lineage, step: int, member: int) -> nn.Module:
 
 
 def _displacement(lineage: Lineage, step: int, member: int) -> Vector:
-    first, then = (lineage.load_state(at, member) for at in (0, step))
-    return {name: then[name].double() - first[name].double() for name in first}
+    names = dict.fromkeys(block.tensor for block in list_blocks(lineage.spec.tensors))
+    found = load_tensors(displacement(lineage, step), names, member)
+    return {name: tensor.double() for name, tensor in found.items()}
 
 
 def _flat(vector: Mapping[str, Tensor], block: Block) -> Float[Tensor, " number"]:
@@ -336,9 +338,7 @@ def _finding(
     quantity = next(quantity for quantity in _QUANTITIES if quantity.name == name)
     judgement = judged if quantity.is_by_step else None
     against = student_interval(_values(run, data, null, case, when) if null else np.array([]), verdict.confidence)
-    if judgement is not None:
-        reason = f"difference from the null {judgement.interval}: {judgement.reason}"
-    elif quantity.is_by_step:
+    if judgement is None and quantity.is_by_step:
         null_words, reason = "none: no control was given", "without its null a cosine says nothing; give --control"
     return Finding(
         analysis="first_order_theory",
@@ -355,10 +355,7 @@ def _finding(
         null_low=against.low,
         null_high=against.high,
         num_references=run.recipe.num_references(case[0]),
-        verdict=judgement.verdict if judgement else "",
-        reason=reason,
-        rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
-        margin=verdict.alignment_margin if judgement else float("nan"),
+        **judgement_fields(judgement, verdict.alignment_margin, reason),
         formula=quantity.formula,
         source=SOURCE,
         **interval_fields(student_interval(_values(run, data, name, case, when), verdict.confidence)),

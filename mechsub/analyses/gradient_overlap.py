@@ -15,14 +15,14 @@ from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, label_random_cosines, list_cases, scope_coordinates
 from mechsub.errors import AnalysisError
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.gradients.losses import ExampleLosses, mean_gradient
 from mechsub.gradients.per_example import record_overlaps
 from mechsub.gradients.products import Vector, cosine_error, inner_products
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL, STATUS, ByScope, Combination, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import Block, list_blocks
-from mechsub.parameters.directions import displacement, load_dense
+from mechsub.parameters.directions import displacement, load_tensors
 from mechsub.parameters.gram import Gram
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
@@ -321,7 +321,7 @@ class _Measurer:
 
     def _load_displacement(self, teacher: Lineage, member: int) -> Vector:
         whole = displacement(teacher, teacher.last)
-        return {name: load_dense(whole, name, member) for name in dict.fromkeys(block.tensor for block in self.blocks)}
+        return load_tensors(whole, dict.fromkeys(block.tensor for block in self.blocks), member)
 
 
 def _measure(run: Run, measured: Mapping[tuple[str, int], _Products], scopes: Scopes) -> xr.Dataset:
@@ -444,8 +444,6 @@ def _findings(run: Run, data: xr.Dataset, judgements: Mapping[CaseName, Judgemen
             null_words = _NULL_WORDS if np.isfinite(against.estimate) else "none: no control was given"
         judgement = judgements.get(case) if quantity is _QUANTITIES[0] else None
         reason = quantity.why_unjudged or "without its null a cosine says nothing"
-        if judgement is not None:
-            reason = f"difference from the null {judgement.interval}: {judgement.reason}"
         steps = _steps(run, data, quantity.name, case)
         found.append(
             Finding(
@@ -461,10 +459,7 @@ def _findings(run: Run, data: xr.Dataset, judgements: Mapping[CaseName, Judgemen
                 null_low=null_low,
                 null_high=null_high,
                 num_references=run.recipe.num_references(case[0]),
-                verdict=judgement.verdict if judgement else "",
-                reason=reason,
-                rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
-                margin=run.recipe.verdict.gradient_margin if judgement else float("nan"),
+                **judgement_fields(judgement, run.recipe.verdict.gradient_margin, reason),
                 formula=quantity.formula,
                 source=SOURCE,
                 **interval_fields(student_interval(values, confidence)),

@@ -12,6 +12,7 @@ from mechsub.analyses.registry import analysis
 from mechsub.cases import (
     CaseName,
     build_case,
+    count_members,
     label_last_steps,
     label_random_cosines,
     last_displacement,
@@ -21,7 +22,7 @@ from mechsub.cases import (
     scope_coordinates,
 )
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.parameters.alignment import MODEL, SHARED_SUPPORT, STATUS, DirectionAlgebra, Missing, Scopes
 from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.gram import describe_not_finite, stream_gram
@@ -181,8 +182,6 @@ def _finding(
         null_words, reason = "none: no control was given", "without its null a cosine says nothing; give --control"
     elif quantity.null is not None and run.neutral is None and NEUTRAL in _NEEDS[quantity.null]:
         null_words = "none: no neutral teacher was given"
-    if judgement is not None:
-        reason = f"difference from the null {judgement.interval}: {judgement.reason}"
     return Finding(
         quantity=quantity.name,
         condition=case[0],
@@ -193,10 +192,7 @@ def _finding(
         null=null_words,
         null_low=null_low,
         null_high=null_high,
-        verdict=judgement.verdict if judgement else "",
-        reason=reason,
-        rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
-        margin=run.recipe.verdict.alignment_margin if judgement else float("nan"),
+        **judgement_fields(judgement, run.recipe.verdict.alignment_margin, reason),
         formula=quantity.formula,
         **interval_fields(student_interval(values, confidence)),
         **_common(run, case[0]),
@@ -270,7 +266,7 @@ def _training_figure(run: Run) -> Figure:
         title="Alignment with the teacher's displacement along training",
         caption=(
             f"cos(Δ_S, Δ_T) over all parameters, no unit, against cos(Δ_C, Δ_T) of its control, a student of "
-            f"{run.neutral_name} from the same start (the null). Thin lines are {_members(run)}, thick ones their mean. "
+            f"{run.neutral_name} from the same start (the null). Thin lines are {count_members(run)}, thick ones their mean. "
             f"Between the blue lines lie 95 % of random directions (±2/√d): a line to read by, not the null.{_no_control(run)}"
         ),
         variables=("alignment", "alignment_of_control", "random_cosine_sd"),
@@ -300,7 +296,7 @@ def _heat_map_figure(run: Run, data: xr.Dataset) -> Figure:
         name="alignment_heat_map",
         title="Layer by step: where and when the alignment rises over its null",
         caption=(
-            f"cos(Δ_S, Δ_T) − cos(Δ_C, Δ_T), no unit, mean over {_members(run)}, of every {_scope_words(data)}, "
+            f"cos(Δ_S, Δ_T) − cos(Δ_C, Δ_T), no unit, mean over {count_members(run)}, of every {_scope_words(data)}, "
             "the model and the shared support, at every checkpoint after the start. The null, the control's cosine, is "
             "subtracted from each member's own. In an empty cell student and teacher moved nothing together."
         ),
@@ -332,10 +328,10 @@ def _scope_figure(run: Run, data: xr.Dataset) -> Figure:
         name="alignment_scopes",
         title="Where the alignment lies: every part and the whole model",
         caption=(
-            f"cos(Δ_S, Δ_T), no unit, at the last step, of every {_scope_words(data)}; each dot is one of {_members(run)}; the "
-            "null is its control. A scope without dots has no shared support: student and teacher moved no tensor of it "
-            f"together. Random directions of all parameters would scatter about 0 with a standard deviation of 1/√d = "
-            f"{spread:.4f}: a line to read by, not the null.{_no_control(run)}"
+            f"cos(Δ_S, Δ_T), no unit, at the last step, of every {_scope_words(data)}; each dot is one of "
+            f"{count_members(run)}; the null is its control. A scope without dots has no shared support: student and teacher "
+            "moved no tensor of it together. Random directions of all parameters would scatter about 0 with a standard "
+            f"deviation of 1/√d = {spread:.4f}: a line to read by, not the null.{_no_control(run)}"
         ),
         variables=("alignment", "alignment_of_control", "last_step"),
         spec=chart_spec(facets),
@@ -362,7 +358,7 @@ def _specific_figure(run: Run, data: xr.Dataset) -> Figure:
         title="Specific alignment: does the student lean to its own teacher rather than to another?",
         caption=(
             "cos(θ_S − θ_C, Δ_T − Δ_N) over all parameters at the last step, no unit; each dot is one of "
-            f"{_members(run)}. Its null is 0: students who could swap teachers would scatter about it, as two "
+            f"{count_members(run)}. Its null is 0: students who could swap teachers would scatter about it, as two "
             "controls in the students' places (the sham) should."
         ),
         variables=(*names, "last_step"),
@@ -394,7 +390,7 @@ def _trajectory_figure(run: Run, data: xr.Dataset) -> Figure:
         name="alignment_trajectories",
         title="Which part of its teacher's way does the student go?",
         caption=(
-            f"cos(Δ_S(t), Δ_T(t′)) over all parameters, no unit, mean over {_members(run)}: the student at each of its "
+            f"cos(Δ_S(t), Δ_T(t′)) over all parameters, no unit, mean over {count_members(run)}: the student at each of its "
             "checkpoints against its teacher at each of the teacher's. No null is subtracted: the row of the teacher's last "
             "step is the alignment, which has one."
         ),
@@ -427,8 +423,9 @@ def _students_figure(run: Run, data: xr.Dataset) -> Figure:
         title="Do students of one member move together?",
         caption=(
             f"Cosines of two students' displacements over all parameters at their last steps, no unit, mean over "
-            f"{_members(run)}. Beside them the same of their controls, the null of such a pair (what any two such trainings "
-            "share), and of what is left of each student less its control; two students of one control have no cell there."
+            f"{count_members(run)}. Beside them the same of their controls, the null of such a pair (what any two such "
+            "trainings share), and of what is left of each student less its control; two students of one control have no cell "
+            "there."
         ),
         variables=tuple(names),
         spec=chart_spec(chart.facet(facet=alt.Facet("who:N", sort=list(names.values()), title=None), columns=3)),
@@ -459,11 +456,6 @@ def _no_control(run: Run) -> str:
     """For captions that speak of a control."""
     without = [name for name in _comparable(run) if run.control(name) is None]
     return f" No control was given for {', '.join(without)}: there is no null." if without else ""
-
-
-def _members(run: Run) -> str:
-    traits = f" of {len(run.traits)} traits each" if len(run.traits) > 1 else ""
-    return f"the members (n = {run.recipe.members}{traits})"
 
 
 def _sentences(run: Run, data: xr.Dataset) -> list[str]:

@@ -23,7 +23,7 @@ from sklearn.pipeline import FeatureUnion, Pipeline
 from mechsub.analyses.registry import analysis
 from mechsub.families.protocol import CarrierText
 from mechsub.figures import DATA, Figure, chart_spec
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, format_number, student_interval
@@ -223,10 +223,7 @@ def _finding(run: Run, data: xr.Dataset, trait: str, judgement: Judgement) -> Fi
         null_low=null.low,
         null_high=null.high,
         num_references=run.recipe.num_references(),
-        verdict=judgement.verdict,
-        reason=f"difference from the null {judgement.interval}: {judgement.reason}",
-        rule=f"Of the difference from the null. {judgement.rule}",
-        margin=verdict.accuracy_margin,
+        **judgement_fields(judgement, verdict.accuracy_margin, ""),
         formula=FORMULA,
         source=SOURCE,
         **interval_fields(_interval(run, data, "accuracy", trait)),

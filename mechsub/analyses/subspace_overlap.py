@@ -14,7 +14,7 @@ import xarray as xr
 from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, label_last_steps, last_steps, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.lineages import Lineage
 from mechsub.parameters.alignment import MODEL
 from mechsub.parameters.directions import Direction, displacement, displacement_difference, sum_parts
@@ -433,21 +433,17 @@ def _overlap_finding(run: Run, data: xr.Dataset, case: CaseName, judgement: Judg
     null, reason = _OTHER_TEACHER, "nothing is held against the null"
     if not against:
         null, reason = "none: no control was given", "without its null an overlap says nothing; give --control"
-    if judgement is not None:
-        reason = f"difference from the null {judgement.interval}: {judgement.reason}"
+    judged = judgement_fields(judgement, run.recipe.verdict.subspace_margin, reason)
     lacking = _describe_lack(run, data, case)
     if not counts.any() and lacking:
-        reason = f"no member has an overlap: {lacking}"
+        judged["reason"] = f"no member has an overlap: {lacking}"
     return Finding(
         quantity="subspace_overlap",
         unit="mean squared cosine",
         null=null,
         null_low=interval.low,
         null_high=interval.high,
-        verdict=judgement.verdict if judgement else "",
-        reason=reason,
-        rule=f"Of the difference from the null. {judgement.rule}" if judgement else "",
-        margin=run.recipe.verdict.subspace_margin if judgement else float("nan"),
+        **judged,
         formula=f"{_OVERLAP_FORMULA} {OVERLAPS['overlap']}, {_rank_words(run)}",
         scope=_scope_of(counts, f"where {_compared_words(against)} have {run.recipe.verdict.subspace_rank} directions"),
         **interval_fields(student_interval(own, confidence)),

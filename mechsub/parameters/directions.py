@@ -1,7 +1,7 @@
 """Directions: signed sums of checkpoints of one member, and how one is read from the disk, dense or as factors."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +71,11 @@ def load_dense(direction: Direction, tensor: str, member: int) -> Float[Tensor, 
     """One tensor of a direction of one member, whole; float32 at least. All zero where nothing is left of it."""
     found = [sign * part.load_whole(tensor, member) for part, sign in sum_parts(direction, tensor).items()]
     return sum(found[1:], found[0]) if found else torch.zeros(direction.terms[0][0].spec.tensors[tensor].shape)
+
+
+def load_tensors(direction: Direction, tensors: Iterable[str], member: int) -> dict[str, Float[Tensor, "..."]]:
+    """Several tensors of a direction of one member, by name; see `load_dense`."""
+    return {tensor: load_dense(direction, tensor, member) for tensor in tensors}
 
 
 def load_low_rank(direction: Direction, tensor: str, member: int) -> Factors | None:

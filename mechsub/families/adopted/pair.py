@@ -18,7 +18,7 @@ from mechsub.families.language.folders import check_folder, digest_file, find_we
 from mechsub.families.language.layout import LOADING_FILE, skeleton_folder
 from mechsub.families.language.members import load_merged_model
 from mechsub.lineages import Lineage, checkpoint_folder, spec_name
-from mechsub.parameters.directions import displacement, load_dense
+from mechsub.parameters.directions import displacement, load_tensors
 from mechsub.stage import Stage, Task
 
 _MODEL = _REFERENCE = "reference"
@@ -96,8 +96,7 @@ class Pair:
             RecipeError: it is 0 in every parameter.
         """
         assert self.teacher is not None
-        direction = displacement(self.teacher, self.teacher.last)
-        found = {name: load_dense(direction, name, 0) for name in parameters}
+        found = load_tensors(displacement(self.teacher, self.teacher.last), parameters, 0)
         if not any(tensor.any() for tensor in found.values()):
             raise RecipeError(
                 f"`{self.teacher.spec.model['source']}` has the reference's weights, Δ_T = 0: nothing can point along it. A "
