@@ -21,12 +21,17 @@ class Section:
     result: Result
     figures: Sequence[DrawnFigure]
     verdicts: Mapping[tuple[str, str], Mapping[str, Finding]]
-    """All of its own; the first screen has the first of them."""
 
-    @property
-    def has_more_verdicts(self) -> bool:
-        """Whether the first screen does not have them all."""
-        return any(len(row) > 1 for row in self.verdicts.values())
+
+@dataclass(frozen=True)
+class Glance:
+    """The first judged quantity of one analysis, in all conditions."""
+
+    analysis: str
+    finding: Finding
+    """One of them, for what is the same in all."""
+    cells: Mapping[str, Mapping[str, Sequence[Finding]]]
+    """Condition → verdict → the findings that have it, one a trait."""
 
 
 def render_report(
@@ -42,21 +47,27 @@ def render_report(
     ``left_out``: the analyses that the run could not feed, each with what to supply.
     """
     findings = [finding for result in results.values() for finding in result.findings]
+    sections = [
+        Section(name, result, [draw_figure(figure, result) for figure in result.figures], _verdict_table(result.findings))
+        for name, result in results.items()
+    ]
+    first = next((section for section in sections if section.verdicts), None)
+    glances = [_glance(section) for section in sections if section.verdicts and section is not first]
     return render_page(
         "report.html",
         {**header, "recipe": recipe},
         recipe,
         setup=_setup(recipe),
         answers=_answers(findings),
-        verdicts=_verdict_table(_first_screen(results)),
+        verdicts=first.verdicts if first else {},
+        glances=glances,
+        glanced_conditions=list(dict.fromkeys(condition for glance in glances for condition in glance.cells)),
         num_conditions=len({finding.condition for finding in findings if finding.verdict and finding.condition}),
         replicates=_say_replicates(recipe["members"], findings),
         several_traits=len({finding.trait for finding in findings}) > 1,
         conditions=_conditions(results),
-        sections=[
-            Section(name, result, [draw_figure(figure, result) for figure in result.figures], _verdict_table(result.findings))
-            for name, result in results.items()
-        ],
+        sections=sections,
+        first=first,
         findings=findings,
         outgrown=outgrown,
         left_out=left_out or {},
@@ -105,14 +116,14 @@ def _say(value: Any) -> str:
     return f"({', '.join(map(str, value))})" if isinstance(value, list) else str(value)
 
 
-def _first_screen(results: Mapping[str, Result]) -> list[Finding]:
-    """Verdicts of the first analysis that has any, which answers the title's question; of each other, its first quantity's."""
-    shown: list[Finding] = []
-    for result in results.values():
-        judged = [finding for finding in result.findings if finding.verdict]
-        is_first = not shown
-        shown += [finding for finding in judged if is_first or finding.quantity == judged[0].quantity]
-    return shown
+def _glance(section: Section) -> Glance:
+    judged = [finding for row in section.verdicts.values() for finding in row.values()]
+    quantity = next(finding.quantity for finding in section.result.findings if finding.verdict)
+    cells: dict[str, dict[str, list[Finding]]] = {}
+    for finding in judged:
+        if finding.quantity == quantity:
+            cells.setdefault(finding.condition, {}).setdefault(str(finding.verdict), []).append(finding)
+    return Glance(section.name, next(finding for finding in judged if finding.quantity == quantity), cells)
 
 
 def _verdict_table(findings: Sequence[Finding]) -> dict[tuple[str, str], dict[str, Finding]]:

@@ -62,6 +62,20 @@ def test_every_condition_and_every_finding_is_on_it(tiny_run, page):
     assert str(tiny_run.recipe.members) in page and "verdict" in page
 
 
+def test_the_first_screen_has_one_row_an_analysis_and_links_to_it(tiny_run, page):
+    table = re.search(r'<section class="card" id="mechanisms">.*?</section>', page, flags=re.DOTALL)[0]
+    judged = tiny_run.findings.query("verdict != ''").groupby("analysis", sort=False).first()
+    for analysis, quantity in judged.quantity.drop("behaviour").items():
+        assert f'<a href="#{analysis}"><b>{quantity.replace("_", " ")}</b>' in table
+        assert f'<h2 id="{analysis}">' in page
+        found = tiny_run.findings.query("quantity == @quantity and verdict != ''").drop_duplicates(["condition", "trait"])
+        for finding in found.itertuples():
+            row = table[table.index(f'"#{analysis}"') :]
+            row = row[: row.index("</tr>")]
+            cell = row[row.index(f'data-label="{finding.condition}"') :].split("</td>")[0]
+            assert finding.verdict in cell and format_number(finding.estimate) in cell
+
+
 def test_every_panel_of_a_faceted_figure_holds_its_own_condition(tiny_run, page):
     figure = page[page.index('id="alignment_training"') :]
     svg = figure[: figure.index("</svg>")]
