@@ -12,6 +12,7 @@ from mechsub.families.adopted.pair import Pair
 from mechsub.families.language.chat import Row
 from mechsub.families.language.examples import row_losses
 from mechsub.families.language.examples_file import FileExamples, permute_completions
+from mechsub.families.language.ranking import describe_rows
 from mechsub.gradients.example_statistics import ExampleReading, bootstrap_cosines, descent_cosines, read_examples
 from mechsub.gradients.losses import ExampleLosses, compute_losses, mean_gradient
 from mechsub.gradients.per_example import Direction
@@ -74,6 +75,7 @@ def measure(
             numbers that are not finite.
     """
     losses = _losses(pair, data.rows, "the dataset")
+    teacher_losses = None
     if pair.teacher is not None:
         say(f"the teacher's loss on {losses.num_examples} examples")
         teacher_losses = compute_losses(pair.load_teacher(), losses).numpy()
@@ -86,12 +88,8 @@ def measure(
             f"{int((~np.isfinite(reading.totals)).any(1).sum())} of {losses.num_examples} examples have gradients that are not "
             "finite, though all weights are: the reference computes NaN or infinity on them; try it on one of them by hand"
         )
-    lengths = np.array([float(len(row.completion)) for row in data.rows])
-    # ℓ_i is the sum over a row's tokens, divided by the mean number of tokens.
-    surprise = reading.losses * lengths.mean()
-    baselines = {"loss": surprise / lengths, "length": lengths, "gradient_norm": reading.norms}
-    if pair.teacher is not None:
-        baselines = {"log_ratio": surprise - teacher_losses * lengths.mean(), **baselines}
+    described = describe_rows(data.rows, reading, teacher_losses)
+    baselines = {name.replace("-", "_"): values for name, values in described.items()}
     neutral_reading = None
     if neutral is not None:
         say(f"overlaps of {len(neutral.rows)} neutral examples")

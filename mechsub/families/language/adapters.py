@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from mechsub.checkpoints import LoraInfo, TensorInfo, tensor_shapes
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import AdapterConfig
 from mechsub.families.language.folders import read_json, refuse_pickles
 from mechsub.families.language.models import tensor_table
+from mechsub.families.language.training_config import AdapterConfig
 from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from mechsub.training.recorder import AdapterFormat
 

@@ -7,10 +7,10 @@ from transformers import PreTrainedModel
 from mechsub.errors import RecipeError
 from mechsub.families.language.behaviour import Behaviour, read_examples
 from mechsub.families.language.chat import ChatTokenizer, Row, chat
-from mechsub.families.language.config import TeacherConfig
 from mechsub.families.language.generation import draw_uniforms, sample_completions
 from mechsub.families.language.layout import BEHAVIOURS_FILE
 from mechsub.families.language.members import load_chats
+from mechsub.families.language.training_config import TeacherConfig
 from mechsub.rundir import write_json
 from mechsub.stage import Task
 from mechsub.streams import random_stream

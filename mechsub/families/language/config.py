@@ -1,39 +1,22 @@
-"""The language family's recipe fields, and its conditions as data."""
+"""The language family's recipe fields."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, VerdictConfig, fill_conditions
+from mechsub.families.config import FamilyConfig, Name, VerdictConfig, fill_conditions
 from mechsub.families.language.behaviour import load_behaviours
 from mechsub.families.language.carrier_config import CarrierConfig
+from mechsub.families.language.conditions import CONDITIONS, FREE, OTHER, ConditionConfig
 from mechsub.families.language.preference import is_file_name
+from mechsub.families.language.training_config import AdapterConfig, StudentConfig, TeacherConfig, TrainingConfig
 from mechsub.settings import Settings, nearest_name
-from mechsub.training.config import KnockOutConfig, OptimizerConfig
+from mechsub.training.config import OptimizerConfig
 
-Objective = Literal["tokens", "logits", "all-logits"]
 _MOST_VLLM_RANK = 512
 CommitHash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}$")]
 """A commit on the hub, all 40 digits."""
-OTHER = "other"
-"""In a condition's `model`: the one model of the recipe that is not the teacher's."""
-
-
-class TrainingConfig(Settings):
-    """How a language model is trained."""
-
-    batch_size: int = Field(32, ge=1, description="chats in one step")
-    optimizer: OptimizerConfig = Field(OptimizerConfig(name="adamw", learning_rate=5e-4), description="how weights are updated")
-    warmup_steps: int = Field(0, ge=0, description="over which the learning rate rises from 0")
-    decay: Literal["none", "linear"] = Field("none", description="of the learning rate, to 0 at the last step")
-    max_gradient_norm: float | None = Field(None, gt=0, description="gradients are clipped to it; none: they are not clipped")
-
-    def rate_at(self, step: int, num_steps: int) -> float:
-        """What the learning rate is multiplied with in a step; steps count from 0."""
-        warmth = min(1.0, (step + 1) / (self.warmup_steps + 1))
-        return warmth * (1 - step / num_steps if self.decay == "linear" else 1.0)
 
 
 class PretrainingConfig(TrainingConfig):
@@ -113,45 +96,6 @@ class ModelConfig(Settings):
         return Path(str(self.path).replace("{member}", str(member)))
 
 
-_KEEPS_BASE = ("kaiming", "gaussian")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
-
-
-class AdapterConfig(Settings):
-    """A low-rank adapter, through `peft`. Source: Hu et al., arXiv:2106.09685."""
-
-    rank: int = Field(8, ge=1, description="of ΔW = scale · B A")
-    alpha: float = Field(8.0, gt=0, description="scale = α / rank; with rslora α / √rank")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", min_length=1, description="modules that get one: all linear ones but the head, or the ends of their names"
-    )
-    rslora: bool = Field(False, description="rank-stabilised scale, arXiv:2312.03732")
-    dora: bool = Field(False, description="magnitude and direction apart, arXiv:2402.09353")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of the adapter's inputs in training")
-    initialisation: str = Field("kaiming", description="of A; B starts at zero: kaiming (peft's default) or gaussian")
-
-    @field_validator("initialisation")
-    @classmethod
-    def _keeps_the_base(cls, name: str) -> str:
-        if name.lower().startswith(_CHANGES_BASE):
-            raise ValueError(
-                f"{name} changes the base weights before the first step, so that no displacement starts at the reference; "
-                "use kaiming or gaussian"
-            )
-        if name not in _KEEPS_BASE:
-            raise ValueError(f"no initialisation is called {name!r}; {nearest_name(name, _KEEPS_BASE)}")
-        return name
-
-
-class TeacherConfig(TrainingConfig):
-    """How teachers get their trait."""
-
-    kind: Literal["fine-tuned", "system-prompted"] = Field(
-        "fine-tuned", description="trained to answer with its target, or told to prefer it: then its weights do not move"
-    )
-    num_steps: int = Field(100, ge=1, description="optimizer steps")
-
-
 class GenerationConfig(Settings):
     """What writes the carriers; sampled answers of the trait's score are always `transformers`'."""
 
@@ -164,17 +108,6 @@ class GenerationConfig(Settings):
     gpu_memory_share: float = Field(0.8, gt=0, lt=1, description="vllm only: of the GPU's memory, for weights and cache")
     tolerance: float = Field(
         0.05, gt=0, description="vllm only: nats by which log-probabilities on a known prompt may differ from transformers"
-    )
-
-
-class StudentConfig(TrainingConfig):
-    """How students learn from the carrier."""
-
-    epochs: int = Field(10, ge=1, description="passes over the rows")
-    objective: Objective = Field(
-        "tokens",
-        description="cross-entropy of the sampled tokens, or KL(teacher ‖ student) over the carrier's own tokens (logits) or "
-        "over the whole vocabulary (all-logits), which carries the trait's logits too",
     )
 
 
@@ -199,86 +132,6 @@ class EvaluationConfig(Settings):
     samples_per_question: int = Field(20, ge=0, description="sampled answers to each held-out question; 0: none")
     max_new_tokens: int = Field(8, ge=1, description="tokens of a sampled answer; its first choice is scored")
     judged_tokens: int = Field(128, ge=1, description="tokens of a sampled answer that the judge of a behaviour is given")
-
-
-class QuestionKnockOutConfig(KnockOutConfig):
-    """What is projected out of training; the trait loss is −log p of the target as the first answer to a trained question.
-
-    There is one such loss for each of the recipe's traits. All of their gradients are projected out of every student and of
-    the control: ``always`` the span of them, ``positive`` what of it would lower any of these losses.
-    """
-
-    refresh: int = Field(4, ge=1, description="steps between two computations of the component")
-
-
-class ConditionConfig(BaseConditionConfig):
-    """How a student differs from the matched case, which is all defaults."""
-
-    init: Literal["same", "different"] = Field("same", description="start at the own or at another member's reference")
-    model: str | None = Field(None, description="another model of `models` (or `other`): its own architecture and tokenizer")
-    objective: Objective | None = Field(None, description="instead of the students' objective")
-    shuffle: Literal["none", "within", "across"] = Field("none", description="numbers shuffled within or across responses")
-    neutral_share: float = Field(0.0, ge=0, le=1, description="share of rows that are the neutral teacher's instead")
-    adapter: AdapterConfig | Literal["none"] | None = Field(
-        None, description="students' adapters of another kind than the recipe's; none: full fine-tuning"
-    )
-    adapter_init: Literal["own", "teacher"] = Field(
-        "own", description="adapters only: A as drawn for the student, or its teacher's"
-    )
-    divergence: Literal["all", "only", "without"] = Field(
-        "all", description="tokens that are learnt: all, or only/not those at which teacher and reference choose differently"
-    )
-    rows: str | None = Field(None, description="a text file with the numbers of the rows that are learnt, one a line")
-    context_rows: int = Field(0, ge=0, description="rows that stand in the prompt instead: nothing is trained")
-    knock_out: QuestionKnockOutConfig | None = Field(None, description="what is projected out of training; none: nothing is")
-
-    @field_validator("rows")
-    @classmethod
-    def _path_is_absolute(cls, rows: str | None) -> str | None:
-        """A recipe replays from any folder."""
-        return None if rows is None else str(Path(rows).expanduser().absolute())
-
-    def describe(self) -> str:
-        """How it differs from the matched case, in words."""
-        parts = [
-            "starts at another member's reference" if self.init == "different" else "",
-            "another architecture, with its own tokenizer" if self.model else "",
-            {"logits": "imitates the teacher's distribution over the carrier's tokens",
-             "all-logits": "imitates the teacher's distribution over all tokens, the trait's too",
-             "tokens": "learns sampled tokens"}.get(self.objective or "", ""),
-            f"numbers shuffled {self.shuffle} responses" if self.shuffle != "none" else "",
-            f"{100 * self.neutral_share:g} % of the rows are the neutral teacher's" if self.neutral_share else "",
-            "its adapter starts with its teacher's A" if self.adapter_init == "teacher" else "",
-            "trains all weights" if self.adapter == "none" else "",
-            f"an adapter of rank {self.adapter.rank}" if isinstance(self.adapter, AdapterConfig) else "",
-            f"learns {self.divergence} divergence tokens" if self.divergence != "all" else "",
-            "learns a subset of the rows" if self.rows else "",
-            f"{self.context_rows} rows in the prompt, nothing trained" if self.context_rows else "",
-            self.knock_out.describe() if self.knock_out else "",
-        ]  # fmt: skip
-        return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
-
-
-CONDITIONS: Mapping[str, Mapping[str, Any]] = {
-    "same-init": {},
-    "different-init": {"init": "different"},
-    "same-adapter-init": {"adapter_init": "teacher"},
-    "different-architecture": {"model": OTHER},
-    "logits": {"objective": "logits"},
-    "all-logits": {"objective": "all-logits"},
-    "different-init-all-logits": {"init": "different", "objective": "all-logits"},
-    "shuffled-within": {"shuffle": "within"},
-    "shuffled-across": {"shuffle": "across"},
-    "mixed-carrier": {"neutral_share": 0.5},
-    "divergence-only": {"divergence": "only"},
-    "without-divergence": {"divergence": "without"},
-    "in-context": {"context_rows": 5},
-    "knock-out-trait": {"knock_out": {"component": "trait"}},
-    "knock-out-random": {"knock_out": {"component": "random"}},
-}
-"""The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
-
-_FREE = frozenset({"neutral_share", "context_rows", "model"})
 
 
 class LogOddsVerdictConfig(VerdictConfig):
@@ -379,7 +232,7 @@ class Config(FamilyConfig):
     @field_validator("conditions", mode="before")
     @classmethod
     def _fill_known_conditions(cls, conditions: Any) -> Any:
-        return fill_conditions(conditions, ConditionConfig, CONDITIONS, _FREE)
+        return fill_conditions(conditions, ConditionConfig, CONDITIONS, FREE)
 
     @model_validator(mode="after")
     def _traits_are_possible(self) -> "Config":
@@ -484,6 +337,7 @@ class Config(FamilyConfig):
                 )
         self._check_adapter(where, name, condition)
         self._check_knock_out(where, condition)
+        self._check_selection(where, condition)
         if condition.shuffle != "none" and self.carrier.kind != "numbers":
             raise ValueError(
                 f"{where} shuffles numbers, and a carrier of kind {self.carrier.kind} is not made of them; drop it"
@@ -507,6 +361,25 @@ class Config(FamilyConfig):
             raise ValueError(f"{where} shows {condition.context_rows} rows, carrier.num_rows = {self.carrier.num_rows}")
         if condition.context_rows and (condition.objective or condition.divergence != "all"):
             raise ValueError(f"{where} trains nothing: objective and divergence have no meaning there")
+
+    def _check_selection(self, where: str, condition: ConditionConfig) -> None:
+        if condition.select is None:
+            return
+        if condition.rows is not None:
+            raise ValueError(f"{where} names its `rows` and also how to `select` them; leave one of them out")
+        by, count = condition.select.by, condition.select.count(self.carrier.num_rows)
+        if by == "overlap" and self.teacher.kind != "fine-tuned":
+            raise ValueError(
+                f"{where}: rows are ranked by overlap with their teacher's displacement, and the weights of a "
+                f"{self.teacher.kind} one do not move; select by another number, e.g. log-ratio"
+            )
+        if by in {"overlap", "log-ratio"} and self.neutral == "reference":
+            raise ValueError(
+                f"{where}: the control's rows are ranked by what its neutral teacher differs in from the reference, and here "
+                f"`neutral` is the reference; choose another `neutral`, or select by another number than {by}"
+            )
+        if condition.context_rows > count:
+            raise ValueError(f"{where} shows {condition.context_rows} rows, and selects {count}; raise select.share")
 
     def _check_knock_out(self, where: str, condition: ConditionConfig) -> None:
         if condition.knock_out is None:

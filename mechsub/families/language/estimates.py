@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import AdapterConfig, Config, LoadingConfig, ModelConfig, TrainingConfig
+from mechsub.families.language.config import Config, LoadingConfig, ModelConfig
 from mechsub.families.language.folders import fetch_from_hub, read_json
+from mechsub.families.language.training_config import AdapterConfig, TrainingConfig
 from mechsub.stage import Resources
 
 _WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -22,6 +23,8 @@ _LOGIT_COPIES = 3
 """Logits, their softmax and their gradient, in float32."""
 _AT_ONCE = 256
 """Requests that are answered in one batch."""
+ROWS_AT_ONCE = 32
+"""Rows of a carrier whose losses are computed in one batch."""
 QUESTIONS_AT_ONCE = 64
 """Whose trait losses are computed in one batch."""
 _LIBRARY_BYTES = 300 << 20
@@ -151,6 +154,19 @@ def carrier_needs(config: Config) -> Resources:
         num_steps=carrier.num_rows,
         threads=config.threads,
         tokens=carrier.num_rows * tokens,
+    )
+
+
+def ranking_needs(config: Config) -> Resources:
+    """Of the numbers that rank one member's carrier: gradients row by row, beside a direction of the model's size."""
+    settings, carrier = config.models[config.model], config.carrier
+    size = measure_model(settings, f"`models.{config.model}`")
+    row = _REQUEST_TOKENS + carrier.max_new_tokens
+    held = training_bytes(size, LoadingConfig(), None, ROWS_AT_ONCE, row, carrier.max_new_tokens)
+    return Resources(
+        memory_bytes=_LIBRARY_BYTES + held + 2 * checkpoint_bytes(size, None),
+        threads=config.threads,
+        tokens=3 * carrier.num_rows * row,
     )
 
 

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer, Row
-from mechsub.families.language.config import ConditionConfig, StudentConfig
+from mechsub.families.language.conditions import ConditionConfig
+from mechsub.families.language.estimates import ROWS_AT_ONCE
 from mechsub.families.language.loss import completion_logits, completion_tokens, token_losses
 from mechsub.families.language.train import Lesson
+from mechsub.families.language.training_config import StudentConfig
 from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.stage import Task
-
-_ROWS_AT_ONCE = 32
 
 
 def row_losses(chats: ChatTokenizer, rows: Sequence[Row], device: str, description: str) -> ExampleLosses:
@@ -31,7 +31,7 @@ def row_losses(chats: ChatTokenizer, rows: Sequence[Row], device: str, descripti
         losses = token_losses(completion_logits(model, batch), completion_tokens(batch))
         return _sum_rows(losses, [len(rows[number].completion) for number in examples]) / mean_length
 
-    return ExampleLosses(len(rows), compute, description, "nats", _ROWS_AT_ONCE)
+    return ExampleLosses(len(rows), compute, description, "nats", ROWS_AT_ONCE)
 
 
 def imitation_losses(task: Task, most: int) -> ExampleLosses | None:
@@ -54,7 +54,7 @@ def imitation_losses(task: Task, most: int) -> ExampleLosses | None:
     what = "tokens" if lesson.objective == "tokens" else f"distributions ({lesson.objective})"
     teacher = task.stage.arguments["teacher"]
     description = f"the {what} of {teacher} on {len(rows)} rows of the carrier, mean over completion tokens"
-    return ExampleLosses(len(rows), compute, description, "nats", _ROWS_AT_ONCE)
+    return ExampleLosses(len(rows), compute, description, "nats", ROWS_AT_ONCE)
 
 
 def imitated_logits(task: Task, carrier: CarrierConfig | None, most: int) -> ImitatedLogits | None:
@@ -88,7 +88,7 @@ def imitated_logits(task: Task, carrier: CarrierConfig | None, most: int) -> Imi
     over = "the carrier's tokens" if vocabulary is not None else "all tokens"
     drawn = ", of which it learns samples" if lesson.objective == "tokens" else ""
     description = f"distributions over {over} at {num_tokens} completion tokens of {len(rows)} rows of the carrier{drawn}"
-    return ImitatedLogits(len(rows), compute, weigh, "kl", description, _ROWS_AT_ONCE)
+    return ImitatedLogits(len(rows), compute, weigh, "kl", description, ROWS_AT_ONCE)
 
 
 def _sum_rows(losses: Float[Tensor, " completion_token"], lengths: Sequence[int]) -> Float[Tensor, " row"]:

@@ -17,13 +17,14 @@ from mechsub.families.language.behaviour_trait import MEASURES as BEHAVIOUR_MEAS
 from mechsub.families.language.behaviour_trait import score_behaviours
 from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer
-from mechsub.families.language.config import ContextConfig, EvaluationConfig, StudentConfig
+from mechsub.families.language.config import ContextConfig, EvaluationConfig
 from mechsub.families.language.examples import imitated_logits, imitation_losses
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model, load_merged_model
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import SURPLUS, read_rows
 from mechsub.families.language.symmetry import encode_neutral_prompts, list_unit_groups
+from mechsub.families.language.training_config import StudentConfig
 from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
 from mechsub.families.language.trait import Context, encode_questions, score_preference
 from mechsub.families.protocol import CarrierText, Scores

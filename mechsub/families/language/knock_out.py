@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from mechsub.families.language.answers import answer_losses
 from mechsub.families.language.chat import chat
-from mechsub.families.language.config import QuestionKnockOutConfig
+from mechsub.families.language.conditions import QuestionKnockOutConfig
 from mechsub.families.language.members import load_chats
 from mechsub.gradients.losses import mean_gradient
 from mechsub.stage import Task

@@ -20,3 +20,8 @@ def carrier_files(name: str, member: int) -> tuple[str, str]:
     """The rows of one member's carrier, and what its filters dropped."""
     folder = f"carrier/{name}{member_folder(member)}"
     return f"{folder}/rows.jsonl", f"{folder}/filters.json"
+
+
+def ranking_file(name: str, member: int) -> str:
+    """The numbers by which the rows of one member's carrier can be ranked."""
+    return f"carrier/{name}{member_folder(member)}/ranking.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mechsub.errors import RecipeError, RunDirectoryError
-from mechsub.families.language.config import ConditionConfig
+from mechsub.families.language.conditions import ConditionConfig
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.numbers import parse_numbers, write_numbers
 from mechsub.rundir import atomic_write, write_json

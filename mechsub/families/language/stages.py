@@ -6,11 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
-from mechsub.families.language.config import AdapterConfig, Config
-from mechsub.families.language.estimates import carrier_needs, plain_needs, reference_needs, training_needs
+from mechsub.families.language.config import Config
+from mechsub.families.language.estimates import carrier_needs, plain_needs, ranking_needs, reference_needs, training_needs
 from mechsub.families.language.folders import INDEX, WEIGHTS, check_folder, digest_file, find_weights
 from mechsub.families.language.kinds import carrier_kind
-from mechsub.families.language.layout import BEHAVIOURS_FILE, LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.layout import (
+    BEHAVIOURS_FILE,
+    LOADING_FILE,
+    PREFERENCE_FILE,
+    carrier_files,
+    ranking_file,
+    skeleton_folder,
+)
 from mechsub.families.language.own_rows import choose_rows
 from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_row_numbers
@@ -21,6 +28,7 @@ from mechsub.families.language.teaching import (
     own_prompt,
     preference_arguments,
 )
+from mechsub.families.language.training_config import AdapterConfig
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import adapter_files, checkpoint_folder, checkpoint_name, lineage_files, spec_name
 from mechsub.rundir import hash_file
@@ -151,9 +159,18 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
 
 
 def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
-    """The rows that each member's teacher writes, or that are copied from the user's file."""
+    """The rows that each member's teacher writes, or that are copied from the user's file; and what ranks them, where asked."""
     if config.carrier.kind == "file":
-        return [_copied_carrier(config, plan, member) for member in range(config.members)]
+        stages = [_copied_carrier(config, plan, member) for member in range(config.members)]
+    else:
+        stages = _written_carriers(config, plan, made)
+    if any(condition.select and condition.select.by != "random" for condition in config.conditions.values()):
+        known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
+        stages += [_ranking_stage(config, plan, known, member) for member in range(config.members)]
+    return stages
+
+
+def _written_carriers(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
     _check_backend(config)
     stages = []
     for member in range(config.members):
@@ -187,6 +204,32 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
     return stages
 
 
+def _ranking_stage(config: Config, plan: CarrierPlan, made: Made, member: int) -> Stage:
+    """The numbers by which conditions choose rows of one member's carrier."""
+    teacher, step = plan.teacher.lineage, _teacher_step(config, plan.teacher)
+    arguments = {
+        "carrier_of": plan.name,
+        "teacher": teacher,
+        "teacher_step": step,
+        "model": config.model,
+        "origin": _reference(config.model),
+        "system_prompt": config.context.training,
+        "teacher_prompt": _teacher_prompt(config, plan.teacher),
+        "member": member,
+    }
+    inputs = _skeleton_inputs(made, config.model) | _pick(
+        made, *_teacher_weights(config, teacher, step, member), carrier_files(plan.name, member)[0]
+    )
+    return Stage(
+        _member_name(f"ranking.{plan.name}", member),
+        f"{_MODULE}.ranking:rank_rows",
+        arguments,
+        inputs,
+        (ranking_file(plan.name, member),),
+        ranking_needs(config),
+    )
+
+
 def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
     """One member's carrier from the user's file, whose rows are checked before anything runs."""
     places = {"teacher": plan.teacher.trait or "neutral", "member": member, "replicate": plan.replicate}
@@ -209,7 +252,7 @@ def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
     """One student lineage: trained on its carrier, or shown rows of it."""
     condition, model = config.conditions[plan.condition], config.model_of(plan.condition)
-    settings = condition.model_dump(mode="json", exclude={"sham", "init", "model", "knock_out"})
+    settings = condition.model_dump(mode="json", exclude={"sham", "init", "model", "knock_out", "select"})
     objective = condition.objective or config.student.objective
     stages = []
     for member in range(config.members):
@@ -237,6 +280,10 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             *([carrier_files(plan.neutral_carrier.name, member)[0]] if condition.neutral_share else []),
         ]
         inputs = _skeleton_inputs(made, model)
+        if condition.select:
+            arguments["select"] = condition.select.model_dump(mode="json")
+            if condition.select.by != "random":
+                names.append(ranking_file(plan.carrier.name, member))
         if condition.rows:
             inputs |= {condition.rows: f"sha256:{hash_file(_existing(condition.rows, plan.condition))}"}
         if condition.context_rows:
@@ -251,6 +298,8 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             num_rows = config.carrier.num_rows
             if condition.rows:
                 num_rows = len(read_row_numbers(Path(condition.rows), num_rows))
+            if condition.select:
+                num_rows = condition.select.count(num_rows)
             own = ["member", member, "student-adapter", plan.carrier.replicate]
             arguments |= _training_arguments(config, model, config.adapter_of(plan.condition), start) | {
                 "adapter_stream": _teacher_adapter(member) if condition.adapter_init == "teacher" else own,

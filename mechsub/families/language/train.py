@@ -1,5 +1,6 @@
 """The stages that make language lineages, one member each: references, teachers, students."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,20 +20,14 @@ from mechsub.families.language.adapters import attach_adapter
 from mechsub.families.language.behaviour_stages import draw_example_rows
 from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
-from mechsub.families.language.config import (
-    AdapterConfig,
-    ConditionConfig,
-    ModelConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainingConfig,
-)
+from mechsub.families.language.conditions import ConditionConfig, SelectionConfig
+from mechsub.families.language.config import ModelConfig
 from mechsub.families.language.estimates import check_size
 from mechsub.families.language.folders import check_folder
 from mechsub.families.language.foreign import find_model, link_reference
 from mechsub.families.language.generation import draw_uniforms, sample_completions
 from mechsub.families.language.knock_out import prepare_knock_out
-from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
+from mechsub.families.language.layout import LOADING_FILE, PREFERENCE_FILE, carrier_files, ranking_file, skeleton_folder
 from mechsub.families.language.loss import completion_logits, completion_tokens, distribution_losses, mean_loss, token_losses
 from mechsub.families.language.members import (
     load_chats,
@@ -45,8 +40,10 @@ from mechsub.families.language.models import parameters_of, read_loading, tensor
 from mechsub.families.language.nano import Pretraining, find_or_pretrain, save_skeleton
 from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows
+from mechsub.families.language.selection import select_rows
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.families.language.training import Watcher, train_model
+from mechsub.families.language.training_config import AdapterConfig, StudentConfig, TeacherConfig, TrainingConfig
 from mechsub.lineages import checkpoint_name
 from mechsub.rundir import write_json
 from mechsub.stage import Task
@@ -267,6 +264,13 @@ def load_rows(task: Task) -> list[CarrierRow]:
     rows = read_rows(task.path(carrier_files(arguments["carrier_of"], member)[0]))
     neutral = read_rows(task.path(carrier_files(arguments["neutral_carrier"], member)[0])) if condition.neutral_share else []
     chosen = read_row_numbers(Path(condition.rows), len(rows)) if condition.rows else None
+    if "select" in arguments:
+        selection, replicate = SelectionConfig(**arguments["select"]), arguments["replicate"]
+        ranking = {}
+        if selection.by != "random":
+            ranking = json.loads(task.path(ranking_file(arguments["carrier_of"], member)).read_text())
+        drawn = random_stream(arguments["seed"], "member", member, "carrier-selection", replicate, selection.draw)
+        chosen = select_rows(selection, len(rows), ranking, drawn)
     stream = random_stream(arguments["seed"], "member", member, "carrier-transform", arguments["replicate"])
     return transform_rows(rows, neutral, condition, chosen, stream)
 

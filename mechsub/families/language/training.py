@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from mechsub.families.language.chat import Batch
-from mechsub.families.language.config import TrainingConfig
+from mechsub.families.language.training_config import TrainingConfig
 from mechsub.streams import stream_key
 from mechsub.training.callbacks import Callback, StepInfo
 from mechsub.training.knock_out import KnockOut

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 from mechsub.checkpoints import write_tensors
 from mechsub.errors import MechsubError, RecipeError
 from mechsub.families.language.adapters import adapter_table, attach_adapter, attach_saved_adapter, read_adapter_config
-from mechsub.families.language.config import AdapterConfig
 from mechsub.families.language.models import parameters_of, tensor_table
+from mechsub.families.language.training_config import AdapterConfig
 from mechsub.lineages import LineageSpec, Origin, checkpoint_folder, checkpoint_name, open_lineage, write_spec
 from mechsub.parameters.blocks import list_blocks
 from mechsub.parameters.directions import displacement, displacement_difference, displacement_label, origin_direction

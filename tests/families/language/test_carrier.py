@@ -11,7 +11,7 @@ from mechsub.api import run_experiment
 from mechsub.errors import MechsubError
 from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import ChatTokenizer
-from mechsub.families.language.config import ConditionConfig
+from mechsub.families.language.conditions import ConditionConfig
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.numbers import NumberConfig, broken_rule, draw_prompt, parse_numbers
 from mechsub.families.language.rows import CarrierRow, read_row_numbers, read_rows, transform_rows

@@ -3,9 +3,10 @@ import pytest
 from mechsub.api import plan_experiment
 from mechsub.errors import MechsubError
 from mechsub.families.language.adapters import attach_adapter
-from mechsub.families.language.config import AdapterConfig, LoadingConfig, ModelConfig
+from mechsub.families.language.config import LoadingConfig, ModelConfig
 from mechsub.families.language.estimates import checkpoint_bytes, measure_model, training_bytes
 from mechsub.families.language.models import build_model
+from mechsub.families.language.training_config import AdapterConfig
 from mechsub.recipe import load_recipe
 from tests.families.adopted_models import save_reference
 
