@@ -1,13 +1,14 @@
-"""Does a screening foretell which students take a trait over: scripts/screening_table.py RUN_DIR OUT.md [--record FILE.json].
+"""Does a screening foretell who takes a trait over: scripts/screening_table.py RUN_DIR OUT.md [--leave-out TRAIT].
 
-Of a run with many traits, none of which chose a setting. The numbers of `example_overlap`, `coverage` and `behaviour` must be
-there (`mechsub analyze RUN_DIR --only behaviour --only coverage --only example_overlap`); the log-ratio is measured here.
+Of a run with many traits; those that chose a setting are to be left out. The numbers of `example_overlap`, `coverage` and
+`behaviour` must be there (`mechsub analyze RUN_DIR --only behaviour --only coverage --only example_overlap`); the log-ratio is
+measured here.
 """
 
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--leave-out", action="append", default=[], help="a trait that chose a setting; may be repeated")
     parser.add_argument("--record", type=Path, help="a JSON file for the AUROCs of the screening, which its report cites")
     options = parser.parse_args()
     run = open_run(options.run_dir)
@@ -54,27 +56,28 @@ def main() -> None:
         parser.error(
             f"{options.run_dir} has no {missing[0]}: run `mechsub analyze {options.run_dir} --only {missing[0]}` first"
         )
-    students = collect_students(run)
+    traits = [trait for trait in run.traits if trait not in options.leave_out]
+    students = collect_students(run, traits)
     cells = (
         students.groupby(["condition", "trait"], sort=False)
         .agg({**dict.fromkeys(PREDICTORS, "mean"), "effect": "mean", "verdict": "first"})
         .reset_index()
     )
-    options.out.write_text("\n".join(write_document(run, students, cells)) + "\n")
+    options.out.write_text("\n".join(write_document(run, students, cells, options.leave_out)) + "\n")
     print(options.out)
     if options.record:
-        options.record.write_text(json.dumps(summarise(run, cells), indent=1) + "\n")
+        options.record.write_text(json.dumps(summarise(run, cells, options.leave_out), indent=1) + "\n")
         print(options.record)
 
 
-def collect_students(run: Run) -> pd.DataFrame:
+def collect_students(run: Run, traits: Sequence[str]) -> pd.DataFrame:
     """One row for each condition, trait and member."""
     behaviour, coverage, overlap = (run.results[name] for name in NEEDED)
     verdicts = run.findings.query("analysis == 'behaviour' and quantity == 'effect' and verdict != ''")
     known = {(finding.condition, finding.trait): finding.verdict for finding in verdicts.itertuples()}
     rows = []
     for condition in run.conditions:
-        for trait in run.traits:
+        for trait in traits:
             case = {"condition": condition, "taught": trait}
             effects = behaviour.effect.sel(case).isel(context=0).values
             first, screened = coverage.sel(case | {"scope": MODEL}), overlap.sel(case)
@@ -111,13 +114,16 @@ def measure_teacher(run: Run, condition: str, trait: str, member: int) -> dict[s
     return {"log_ratio": float(ratio), "displacement_norm": float(moved.double().norm())}
 
 
-def write_document(run: Run, students: pd.DataFrame, cells: pd.DataFrame) -> Iterator[str]:
+def write_document(run: Run, students: pd.DataFrame, cells: pd.DataFrame, left_out: Sequence[str]) -> Iterator[str]:
     """The report, line by line."""
     verdicts = Counter(cells.verdict)
+    left_words = "No trait is left out."
+    if left_out:
+        left_words = f"Left out, since the recipe's settings were chosen on them: {', '.join(left_out)}."
     listed = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.most_common())
     yield f"# Does a screening foretell who takes a trait over? {run.recipe.name}\n"
     yield (
-        f"{len(run.traits)} traits ({', '.join(run.traits)}), {run.recipe.members} members, conditions "
+        f"{cells.trait.nunique()} traits ({', '.join(dict.fromkeys(cells.trait))}), {run.recipe.members} members, conditions "
         f"{', '.join(run.conditions)}: {len(cells)} cells (condition × trait), {len(students)} students. A screening reads the "
         f"student's start and at most {MOST_EXAMPLES} rows of what it is going to learn; nothing is trained. Effect: trait "
         f"score of the student − that of its control at the last step, in {next(iter(run.family.measures.values())).unit}; its "
@@ -127,7 +133,7 @@ def write_document(run: Run, students: pd.DataFrame, cells: pd.DataFrame) -> Ite
         f"ρ is Spearman's with the effect; AUROC is for the verdict `{TRANSFER.above}` against every other one, over cells, "
         "whose numbers are means over members. .5 is chance, what is under .5 foretells the other way round. In brackets 95 % "
         f"percentile intervals from {RESAMPLES:,} bootstrap resamples of traits, all of a trait's cells drawn together. "
-        "Nothing is fitted, and no trait was left out.\n"
+        f"Nothing is fitted. {left_words}\n"
     )
     for condition in [ALL, *run.conditions]:
         yield from _cells_table(condition, cells if condition == ALL else cells[cells.condition == condition])
@@ -184,7 +190,7 @@ def _groups(names: pd.Series) -> np.ndarray:
     return pd.factorize(names)[0].astype(np.int64)
 
 
-def summarise(run: Run, cells: pd.DataFrame) -> dict[str, object]:
+def summarise(run: Run, cells: pd.DataFrame, left_out: Sequence[str]) -> dict[str, object]:
     """The AUROCs of the screening for its report, over all cells and within the matched condition."""
     found = {}
     for name in ("toward_teacher", SCREENED, "toward_trait_over_neutral", "log_ratio"):
@@ -193,7 +199,8 @@ def summarise(run: Run, cells: pd.DataFrame) -> dict[str, object]:
             passed = (chosen.verdict == TRANSFER.above).to_numpy()
             area = area_under_curve(chosen[name].to_numpy(), passed, _groups(chosen.trait))
             found[f"{name}, {condition}"] = _record(area) | {"transferred": int(passed.sum())}
-    return {"run": run.recipe.name, "traits": len(run.traits), "members": run.recipe.members, "auroc": found}
+    counts = {"traits": cells.trait.nunique(), "left_out": list(left_out), "members": run.recipe.members}
+    return {"run": run.recipe.name, **counts, "auroc": found}
 
 
 def _record(found: Association) -> dict[str, float | int | str | None]:

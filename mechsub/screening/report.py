@@ -11,6 +11,7 @@ from mechsub.findings import Finding, interval_fields
 from mechsub.results import Result
 from mechsub.screening.arrays import BASELINE_WORDS, COSINE, SCALED, SOURCE, label_arrays
 from mechsub.screening.measure import BASELINES, PERMUTATIONS, TEACHER, TRAIT, Measured
+from mechsub.screening.validation import describe_validation
 from mechsub.statistics.intervals import Interval, format_number
 from mechsub.statistics.prediction import Association
 
@@ -26,10 +27,6 @@ _LORA = (
     "Gradients are of the whole weights. A training with LoRA starts with B = 0, where its factor A gets no gradient at all: "
     "step 0 is blind in A, and an adapter can follow only what lies in the span of its factors."
 )
-_UNKNOWN = (
-    "No AUROC of this ranking on held-out sweeps of this project has been measured yet: it is not yet known how well it "
-    "predicts which examples pass a trait on."
-)
 _FIRST_ORDER = (
     "To first order the overlap with Δ_T is the log-ratio log p_T(x) − log p₀(x), divided by the mean number of completion "
     "tokens; what the two do not share is the curvature between reference and teacher"
@@ -42,7 +39,7 @@ def describe(measured: Measured, data: FileExamples, neutral: FileExamples | Non
         data=label_arrays(measured, data),
         findings=[*_total_findings(measured, data, trait), *_added_findings(measured, data, trait)],
         figures=_figures(measured, data),
-        summary=[*_sentences(measured, data, neutral), *notes, _CHANNEL, _LORA, _UNKNOWN],
+        summary=[*_sentences(measured, data, neutral), *notes, _CHANNEL, _LORA, describe_validation()],
     )
 
 
@@ -133,7 +130,9 @@ def _finding(
     formula: str,
     missing: str = "",
 ) -> Finding:
-    reason = "no verdict: n counts examples at one reference, and how well this predicts a training is not known yet"
+    reason = (
+        "no verdict: n counts examples at one reference; the summary says how well such totals foretold trainings elsewhere"
+    )
     return Finding(
         analysis=ANALYSIS,
         quantity=quantity,
