@@ -62,12 +62,13 @@ def imitated_logits(task: Task, carrier: CarrierConfig | None, most: int) -> Imi
 
     Of sampled tokens those that they are drawn from, over the whole vocabulary: their expectation, but for what filters chose.
     None where rows are not the teacher's own samples at temperature 1 (``carrier``: how they were drawn; None: not here), or
-    the teacher answers other prompts than the student.
+    were selected by what they say of it, or the teacher answers other prompts than the student.
     """
     arguments = task.stage.arguments
     condition = ConditionConfig(**arguments["condition_settings"])
     is_drawn = carrier is not None and carrier.kind != "file" and carrier.temperature == 1
-    is_sample = is_drawn and condition.shuffle == "none" and condition.neutral_share == 0
+    is_chosen = arguments.get("select", {}).get("by", "random") != "random"
+    is_sample = is_drawn and condition.shuffle == "none" and condition.neutral_share == 0 and not is_chosen
     lesson = Lesson.prepare(task, StudentConfig(**arguments["training"]))
     if lesson.taught is not lesson.rows or (lesson.objective == "tokens" and not is_sample):
         return None

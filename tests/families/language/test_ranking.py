@@ -98,6 +98,11 @@ def test_halves_share_no_row_and_ties_take_the_earlier():
     assert first == again != other and len(first) == 50
 
 
+def test_selected_rows_are_no_fair_sample_of_what_the_teacher_says(ranked):
+    drawn = {name: ranked.family.imitated_logits(ranked.student(name, "owl"), 0, 8) for name in SELECTED}
+    assert drawn["chance"] is not None and drawn["top"] is None and drawn["bottom"] is None
+
+
 def test_a_condition_says_what_it_selects(ranked):
     assert "learns the 50 % of the rows with the smallest overlap" in ranked.describe_condition("bottom")
     assert "learns random 50 % of the rows (draw 1)" in ranked.describe_condition("chance-1")
