@@ -151,13 +151,14 @@ def screen(
     keep: Annotated[float, typer.Option(help="The share of examples that stays in filtered.jsonl.")] = 0.9,
     too_long: Annotated[str, typer.Option(help="Examples longer than the context: refuse, cut or skip.")] = "refuse",
     out: Annotated[Path | None, typer.Option(help="The new folder; runs/screen-<data's name> by default.")] = None,
+    backend: Annotated[str, typer.Option(help="exact, or bergson: linear layers only, faster for long examples.")] = "exact",
     device: Device = "auto",
 ) -> None:
     """Rank a dataset's examples, before training, by how far one step on each moves the reference toward a trait."""
     from mechsub import api
 
     with _errors():
-        settings: Any = {"too_long": too_long}
+        settings: Any = {"too_long": too_long, "backend": backend}
         path = api.screen_data(
             data,
             reference=reference,

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -250,6 +251,37 @@ def test_the_same_screening_is_kept_and_another_one_refused(models, screened):
         screen(models, screened, keep=0.5, **given)
 
 
+@pytest.mark.skipif(find_spec("bergson") is None, reason="bergson is not installed: pip install 'mechsub[bergson]'")
+def test_bergson_scores_linear_layers_and_says_what_it_leaves_out(models, tmp_path, data):
+    out = screen(models, tmp_path / "out", teacher=str(models / "teacher"), backend="bergson")
+    result, model = read_result(out / "screen.h5"), reference_model(models)
+    rows, _ = file_rows(models, "data.jsonl")
+    linear = [name for name, _ in model.named_parameters() if "c_" in name]
+    moved = AutoModelForCausalLM.from_pretrained(models / "teacher").double()
+    direction = {name: (moved.get_parameter(name) - model.get_parameter(name)).detach() for name in linear}
+    mean_length = np.mean([len(row.completion) for row in rows])
+    for number in (0, 7, 30):
+        row = rows[number]
+        model.zero_grad()
+        (surprise(model, row.prompt, row.completion) / mean_length).backward()
+        wanted = -sum(float((model.get_parameter(name).grad * direction[name]).sum()) for name in linear)
+        assert float(result.data.overlap.sel(toward="teacher")[number]) == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+    num = len([*model.named_parameters()])
+    scope = f"the {len(linear)} of {num} parameters that bergson covers"
+    findings = json.loads((out / "findings.json").read_text())["findings"]
+    assert {finding["scope"] for finding in findings} == {scope}
+    assert any(scope in sentence and "Left out are transformer.wte.weight" in sentence for sentence in result.summary)
+    np.testing.assert_allclose(result.data.loss, data.loss, rtol=1e-5)
+
+
+@pytest.mark.skipif(find_spec("bergson") is not None, reason="bergson is installed")
+def test_a_backend_that_is_not_installed_is_named(models, tmp_path):
+    with pytest.raises(
+        MechsubError, match=r"bergson is not installed here; `pip install 'mechsub\[bergson\]'`, or --backend exact"
+    ):
+        screen(models, tmp_path / "out", backend="bergson")
+
+
 def long_rows(models, tmp_path):
     rows = write_rows(models, "reference", 7, 4)
     rows[1] = {"prompt": rows[1]["prompt"], "completion": "14, " * 200 + "15"}
@@ -337,6 +369,7 @@ BAD = {
     "keep": ({"keep": 0.0}, "--keep 0.0"),
     "keep more": ({"keep": 1.5}, "--keep 1.5"),
     "too_long": ({"too_long": "drop"}, "--too-long drop: choose refuse, cut, skip"),
+    "backend": ({"backend": "autograd"}, "--backend autograd: choose exact, bergson"),
 }
 
 

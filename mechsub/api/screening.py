@@ -16,10 +16,11 @@ from mechsub.families.language.examples_file import FileExamples, TooLong, read_
 from mechsub.families.language.folders import digest_file, read_json
 from mechsub.families.language.preference import load_preference
 from mechsub.findings import findings_document
+from mechsub.gradients import bergson_adapter
 from mechsub.reporting.screen import render_screen_report
 from mechsub.results import Result, write_result
 from mechsub.rundir import atomic_write, hash_file, is_unused, write_json
-from mechsub.screening.measure import Measured, measure
+from mechsub.screening.measure import Backend, Measured, measure
 from mechsub.screening.report import ANALYSIS, describe
 from mechsub.screening.trait import ask_for
 
@@ -47,6 +48,7 @@ def screen_data(
     too_long: str = "refuse",
     out: str | Path | None = None,
     device: str = "auto",
+    backend: str = "exact",
     on_step: Callable[[str], None] | None = None,
     command: str | None = None,
 ) -> Path:
@@ -56,7 +58,8 @@ def screen_data(
     is the displacement of ``teacher``, which then ranks, and −∇ of the loss of ``trait``, a choice of the set ``preference``;
     one of the two is needed. ``data`` and ``neutral_data``: JSONL files of ``{prompt, completion}``. ``other_traits``: choices
     whose directions are a null of the trait's; the set's first ten by default. ``too_long``: what becomes of examples that are
-    longer than the context: ``refuse``, ``cut`` or ``skip``.
+    longer than the context: ``refuse``, ``cut`` or ``skip``. ``backend``: ``exact`` takes overlaps in all parameters,
+    ``bergson`` in those that this library covers, see `mechsub.gradients.bergson_adapter`.
 
     Writes into ``out``, ``runs/screen-<name of data>`` by default: ``ranking.jsonl``, ``screen.h5``, ``findings.json``, the
     report, and ``filtered.jsonl``: the lines of ``data`` without the share 1 − ``keep`` that scores highest, nor those that
@@ -69,6 +72,7 @@ def screen_data(
         MechsubError: an argument, a file or a model that cannot be used, or a folder that holds something else.
     """
     _check_arguments(teacher, trait, other_traits, keep, too_long)
+    _check_backend(backend)
     chosen = resolve_device(device)
     models = ModelFiles.find(reference, teacher)
     paths = _absolute_files(data, neutral_data)
@@ -82,6 +86,7 @@ def screen_data(
         "other_traits": list(other_traits),
         "keep": keep,
         "too_long": too_long,
+        "backend": backend,
     }
     inputs = models.digests | {str(path): digest_file(path) for path in paths.values()}
     folder = Path(out) if out is not None else Path("runs") / f"screen-{paths[_DATA].stem}"
@@ -96,7 +101,7 @@ def screen_data(
         asked = None
         if trait is not None:
             asked = ask_for(trait, other_traits, load_preference(preference), preference, pair.chats)
-        measured = measure(pair, examples[_DATA], neutral, asked, say)
+        measured = measure(pair, examples[_DATA], neutral, asked, Backend(backend), say)
         notes = [] if pair.teacher is None else [pair.origin_note]
     result = describe(measured, examples[_DATA], neutral, notes, trait or "")
     screening = _Screening(folder, paths[_DATA], arguments, inputs, examples[_DATA], measured, result)
@@ -119,6 +124,13 @@ def _check_arguments(teacher: str | None, trait: str | None, other_traits: Seque
         raise MechsubError(f"--keep {keep}: it is the share of examples that stay, over 0 and at most 1; 0.9 is the default")
     if too_long not in [choice.value for choice in TooLong]:
         raise MechsubError(f"--too-long {too_long}: choose {', '.join(TooLong)}")
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in [choice.value for choice in Backend]:
+        raise MechsubError(f"--backend {backend}: choose {', '.join(Backend)}")
+    if backend == Backend.BERGSON and not bergson_adapter.is_installed():
+        raise MechsubError(f"--backend bergson: bergson is not installed here; {bergson_adapter.INSTALL}, or --backend exact")
 
 
 def _absolute_files(data: str | Path, neutral_data: str | Path | None) -> dict[str, Path]:

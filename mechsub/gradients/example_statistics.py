@@ -1,6 +1,6 @@
 """What a set of examples says of directions: totals, shares and cosine-like means from overlaps by tensor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,7 +11,7 @@ from scipy import stats
 from torch import nn
 
 from mechsub.gradients.losses import ExampleLosses, mean_gradient
-from mechsub.gradients.per_example import Direction, record_overlaps
+from mechsub.gradients.per_example import Direction, ExampleOverlaps, record_overlaps
 from mechsub.statistics.intervals import Interval
 from mechsub.streams import random_stream
 
@@ -19,6 +19,8 @@ QUANTILES = (0.05, *(round(0.1 * number, 1) for number in range(1, 10)), 0.95)
 """At which the distribution over examples is told."""
 _RESAMPLES = 2000
 _RESAMPLES_AT_ONCE = 50
+Record = Callable[[nn.Module, ExampleLosses, Sequence[Direction]], ExampleOverlaps]
+"""A way to take overlaps, in all parameters of a model or in some."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ExampleReading:
     """mean_i ∇ℓ_i, by tensor."""
     direction_squares: Float[np.ndarray, "direction tensor"]
     losses: Float[np.ndarray, " example"]
+    covered_share: float = 1.0
+    """Of ‖mean_i ∇ℓ_i‖² over the whole model, what lies in the tensors that were read; in [0, 1], NaN where it is 0."""
 
     @property
     def totals(self) -> Float[np.ndarray, "example direction"]:
@@ -79,20 +83,27 @@ class ExampleReading:
         return found
 
 
-def read_examples(model: nn.Module, losses: ExampleLosses, directions: Sequence[Direction]) -> ExampleReading:
-    """Overlaps, lengths and mean gradient of the examples; see `mechsub.gradients.per_example.record_overlaps`.
+def read_examples(
+    model: nn.Module, losses: ExampleLosses, directions: Sequence[Direction], record: Record = record_overlaps
+) -> ExampleReading:
+    """Overlaps, lengths and mean gradient of the examples, in the parameters that ``record`` covers.
+
+    See `mechsub.gradients.per_example.record_overlaps`, which covers all.
 
     Raises:
         AnalysisError: the model uses a parameter in a way that is not known there.
     """
-    found = record_overlaps(model, losses, directions)
+    found = record(model, losses, directions)
+    gradient = mean_gradient(model, losses)
+    every, covered = (sum(_square(gradient, name) for name in names) for names in (gradient, found.parameters))
     squares = [[_square(direction, name) for name in found.parameters] for direction in directions]
     return ExampleReading(
         overlaps=-found.overlaps.numpy(),
         gradient_squares=found.squared_norms.numpy(),
-        mean_gradient=mean_gradient(model, losses),
+        mean_gradient={name: gradient[name] for name in found.parameters},
         direction_squares=np.array(squares).reshape(len(directions), len(found.parameters)),
         losses=found.losses.double().numpy(),
+        covered_share=covered / every if every > 0 else float("nan"),
     )
 
 

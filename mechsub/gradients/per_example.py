@@ -69,7 +69,7 @@ def record_overlaps(
             the model has not, or one example's loss depends on another's.
     """
     wanted = find_parameters(model, parameters)
-    placed = [_place_direction(direction, wanted, dict(model.named_parameters())) for direction in directions]
+    placed = [place_direction(direction, wanted, dict(model.named_parameters())) for direction in directions]
     uses = find_uses(model, losses, wanted)
     column = {name: number for number, name in enumerate(wanted)}
     overlaps = torch.zeros(losses.num_examples, len(placed), len(wanted), dtype=torch.float64)
@@ -129,7 +129,7 @@ def _device(wanted: Mapping[str, nn.Parameter]) -> torch.device | None:
     return next((parameter.device for parameter in wanted.values()), None)
 
 
-def _place_direction(
+def place_direction(
     direction: Direction, wanted: Mapping[str, nn.Parameter], known: Mapping[str, nn.Parameter]
 ) -> dict[str, Tensor]:
     """What of a direction lies in the wanted parameters, beside them, in the type that products are taken in."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -13,9 +14,10 @@ from mechsub.families.language.chat import Row
 from mechsub.families.language.examples import row_losses
 from mechsub.families.language.examples_file import FileExamples, permute_completions
 from mechsub.families.language.ranking import describe_rows
-from mechsub.gradients.example_statistics import ExampleReading, bootstrap_cosines, descent_cosines, read_examples
+from mechsub.gradients.bergson_adapter import record_overlaps_by_bergson
+from mechsub.gradients.example_statistics import ExampleReading, Record, bootstrap_cosines, descent_cosines, read_examples
 from mechsub.gradients.losses import ExampleLosses, compute_losses, mean_gradient
-from mechsub.gradients.per_example import Direction
+from mechsub.gradients.per_example import Direction, record_overlaps
 from mechsub.screening.trait import TraitQuestion
 from mechsub.statistics.intervals import Interval
 from mechsub.statistics.prediction import Association, rank_correlation, unexplained_share
@@ -25,6 +27,18 @@ TEACHER, TRAIT = "teacher", "trait"
 PERMUTATIONS = 5
 BASELINES = ("log_ratio", "loss", "length", "gradient_norm")
 _RESAMPLES = 500
+
+
+class Backend(StrEnum):
+    """What takes the overlaps."""
+
+    EXACT = "exact"
+    """This package, in all parameters."""
+    BERGSON = "bergson"
+    """The library bergson, in those that it covers."""
+
+
+_RECORDS: Mapping[Backend, Record] = {Backend.EXACT: record_overlaps, Backend.BERGSON: record_overlaps_by_bergson}
 
 
 @dataclass(frozen=True)
@@ -54,6 +68,17 @@ class Measured:
     """None where there is nothing to permute: one prompt, or one completion."""
     others: Mapping[str, float]
     """The dataset's cosine with −∇ of each other trait's loss; empty where no trait was named."""
+    backend: Backend
+    left_out: Sequence[str]
+    """Parameters of the reference that the backend does not cover: no overlap, length or cosine holds anything of them."""
+
+    @property
+    def scope(self) -> str:
+        """What overlaps, lengths and cosines are taken over, in words."""
+        if not self.left_out:
+            return "all parameters"
+        covered = len(self.reading.mean_gradient)
+        return f"the {covered} of {covered + len(self.left_out)} parameters that {self.backend} covers"
 
     @property
     def ranks(self) -> Int[np.ndarray, " example"]:
@@ -65,15 +90,21 @@ class Measured:
 
 
 def measure(
-    pair: Pair, data: FileExamples, neutral: FileExamples | None, asked: TraitQuestion | None, say: Callable[[str], None]
+    pair: Pair,
+    data: FileExamples,
+    neutral: FileExamples | None,
+    asked: TraitQuestion | None,
+    backend: Backend,
+    say: Callable[[str], None],
 ) -> Measured:
     """Screen a dataset. Beside the model one to three directions of its size are held, as dense weights.
 
     Raises:
         RecipeError: the teacher's displacement is 0.
-        AnalysisError: the model uses a parameter in a way that is not known to `mechsub.gradients.per_example`, or computes
-            numbers that are not finite.
+        AnalysisError: the model uses a parameter in a way that is not known to the backend, or computes numbers that are not
+            finite.
     """
+    record = _RECORDS[backend]
     losses = _losses(pair, data.rows, "the dataset")
     teacher_losses = None
     if pair.teacher is not None:
@@ -82,7 +113,7 @@ def measure(
     model = pair.load_reference()
     directions = _directions(pair, model, asked)
     say(f"overlaps of {losses.num_examples} examples with {len(directions)} direction{'s' if len(directions) > 1 else ''}")
-    reading = read_examples(model, losses, list(directions.values()))
+    reading = read_examples(model, losses, list(directions.values()), record)
     if not np.isfinite(reading.totals).all():
         raise AnalysisError(
             f"{int((~np.isfinite(reading.totals)).any(1).sum())} of {losses.num_examples} examples have gradients that are not "
@@ -93,7 +124,8 @@ def measure(
     neutral_reading = None
     if neutral is not None:
         say(f"overlaps of {len(neutral.rows)} neutral examples")
-        neutral_reading = read_examples(model, _losses(pair, neutral.rows, "the neutral data"), list(directions.values()))
+        neutral_losses = _losses(pair, neutral.rows, "the neutral data")
+        neutral_reading = read_examples(model, neutral_losses, list(directions.values()), record)
     return Measured(
         toward=tuple(directions),
         reading=reading,
@@ -102,8 +134,10 @@ def measure(
         cosines=bootstrap_cosines(reading),
         neutral=neutral_reading,
         neutral_cosines=[] if neutral_reading is None else bootstrap_cosines(neutral_reading),
-        permuted=_permute(pair, model, data, list(directions.values()), say),
+        permuted=_permute(pair, model, data, list(directions.values()), list(reading.mean_gradient), say),
         others={} if asked is None else _measure_others(pair, model, reading.mean_gradient, asked, say),
+        backend=backend,
+        left_out=[name for name, _ in model.named_parameters() if name not in reading.mean_gradient],
     )
 
 
@@ -136,7 +170,12 @@ def _compare(overlap: Float[np.ndarray, " example"], baselines: Mapping[str, Flo
 
 
 def _permute(
-    pair: Pair, model: nn.Module, data: FileExamples, directions: Sequence[Direction], say: Callable[[str], None]
+    pair: Pair,
+    model: nn.Module,
+    data: FileExamples,
+    directions: Sequence[Direction],
+    covered: Sequence[str],
+    say: Callable[[str], None],
 ) -> Float[np.ndarray, "permutation direction"] | None:
     """The cosines of the same prompts with each other's completions."""
     if any(len({texts[side] for texts in data.texts}) < 2 for side in (0, 1)):
@@ -146,7 +185,7 @@ def _permute(
         say(f"permuted pairing {number + 1} of {PERMUTATIONS}")
         rows = permute_completions(data.rows, pair.chats.max_length, random_stream(0, "permuted-pairing", number))
         gradient = mean_gradient(model, _losses(pair, rows, "the dataset, permuted"))
-        found.append(descent_cosines(gradient, directions))
+        found.append(descent_cosines({name: gradient[name] for name in covered}, directions))
     return np.stack(found)
 
 

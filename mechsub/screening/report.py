@@ -1,6 +1,7 @@
 """What a screening says: findings without verdicts, figures, and sentences on what it sees and what it does not."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 
 import altair as alt
 import numpy as np
@@ -10,13 +11,14 @@ from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variabl
 from mechsub.findings import Finding, interval_fields
 from mechsub.results import Result
 from mechsub.screening.arrays import BASELINE_WORDS, COSINE, SCALED, SOURCE, label_arrays
-from mechsub.screening.measure import BASELINES, PERMUTATIONS, TEACHER, TRAIT, Measured
+from mechsub.screening.measure import BASELINES, PERMUTATIONS, TEACHER, TRAIT, Backend, Measured
 from mechsub.screening.validation import describe_validation
 from mechsub.statistics.intervals import Interval, format_number
 from mechsub.statistics.prediction import Association
 
 ANALYSIS = "screen"
 _CONFIDENCE = 0.95
+_SHOWN_NAMES = 6
 _DIRECTIONS = {TEACHER: "Δ_T, the teacher's displacement", TRAIT: "−∇L_trait, what lowers the trait loss"}
 _CHANNEL = (
     "It sees one channel: a small step of plain gradient descent on each example alone, in parameter space, at the reference, "
@@ -51,6 +53,7 @@ def _total_findings(measured: Measured, data: FileExamples, trait: str) -> Itera
                     measured.cosines[number],
                     data,
                     trait,
+                    scope=measured.scope,
                     quantity=f"cosine_toward_{toward}_against_{null}",
                     unit="cosine",
                     null=words,
@@ -91,6 +94,7 @@ def _added_findings(measured: Measured, data: FileExamples, trait: str) -> Itera
                 _as_interval(found),
                 data,
                 trait,
+                scope=measured.scope,
                 quantity=f"correlation_of_{toward}_overlap_with_{name}",
                 unit="correlation",
                 null="0: ranks that have nothing to do with each other",
@@ -103,6 +107,7 @@ def _added_findings(measured: Measured, data: FileExamples, trait: str) -> Itera
             _as_interval(added.unexplained),
             data,
             trait,
+            scope=measured.scope,
             quantity=f"unexplained_share_of_{toward}_overlap",
             unit="share",
             null="1: baselines that say nothing of the overlap; 0: it is a function of theirs",
@@ -122,6 +127,7 @@ def _finding(
     data: FileExamples,
     trait: str,
     *,
+    scope: str,
     quantity: str,
     unit: str,
     null: str,
@@ -140,7 +146,7 @@ def _finding(
         trait=trait,
         context=f"{len(data.rows)} examples of the dataset",
         step=0,
-        scope="all parameters",
+        scope=scope,
         unit=unit,
         null=null,
         null_low=null_low,
@@ -184,8 +190,20 @@ def _sentences(measured: Measured, data: FileExamples, neutral: FileExamples | N
             f"The dataset has {len(data.rows)} examples, the neutral data {len(measured.neutral.losses)}: the length of a mean "
             "gradient falls as more examples average out, so that cosines of sets of different size differ by that alone."
         )
+    if measured.left_out:
+        sentences.append(_say_left_out(measured))
     neutral_notes = [] if neutral is None else [f"Neutral data: {note}" for note in neutral.notes]
     return [*sentences, *data.notes, *neutral_notes]
+
+
+def _say_left_out(measured: Measured) -> str:
+    shown, more = measured.left_out[:_SHOWN_NAMES], len(measured.left_out[_SHOWN_NAMES:])
+    return (
+        f"Overlaps, lengths of gradients and cosines are over {measured.scope} ({metadata.version(measured.backend)}): linear "
+        f"layers and their biases. These hold {format_number(measured.reading.covered_share)} of the squared length of the "
+        f"dataset's mean gradient. Left out are {', '.join(shown)}{f' and {more} more' if more else ''}; --backend "
+        f"{Backend.EXACT} takes all. What is known of how well totals foretell transfer was measured over all parameters."
+    )
 
 
 def _say(interval: Interval) -> str:
@@ -228,7 +246,7 @@ def _quantile_figure(measured: Measured, data: FileExamples) -> Figure:
         name="screen_distribution",
         title="Where single steps on the examples would go",
         caption=(
-            f"{SCALED} of every example i at the reference over all parameters, no unit: its quantiles over n = "
+            f"{SCALED} of every example i at the reference over {measured.scope}, no unit: its quantiles over n = "
             f"{len(data.rows)} examples. Right of 0 a step goes toward the trait. teacher: d = Δ_T; trait: d = "
             f"−∇L_trait. {_null_words(measured)}"
         ),
@@ -259,8 +277,9 @@ def _baseline_figure(measured: Measured, data: FileExamples) -> Figure:
         name="screen_baselines",
         title="How far cheaper numbers rank the examples alike",
         caption=(
-            f"Spearman's ρ over n = {len(data.rows)} examples between ⟨−∇ℓ_i, d⟩ and each baseline, all parameters, no unit; "
-            "pale dots are the ends of 95 % bootstrap intervals over examples. The null is 0: ranks with nothing in common."
+            f"Spearman's ρ over n = {len(data.rows)} examples between ⟨−∇ℓ_i, d⟩ and each baseline, {measured.scope}, no "
+            "unit; pale dots are the ends of 95 % bootstrap intervals over examples. The null is 0: ranks with nothing in "
+            "common."
         ),
         variables=tuple(names),
         spec=chart_spec(facets),
