@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--leave-out", action="append", default=[], help="a trait that chose a setting; may be repeated")
-    parser.add_argument("--record", type=Path, help="a JSON file for the AUROCs of the screening, which its report cites")
+    parser.add_argument("--record", type=Path, help="a JSON file for what the report of `mechsub screen` cites")
     options = parser.parse_args()
     run = open_run(options.run_dir)
     missing = [name for name in NEEDED if name not in run.results]
@@ -111,7 +111,7 @@ def measure_teacher(run: Run, condition: str, trait: str, member: int) -> dict[s
     )
     moved = torch.nn.utils.parameters_to_vector(end.parameters()) - torch.nn.utils.parameters_to_vector(taught.parameters())
     ratio = compute_losses(start, losses).mean() - compute_losses(end, losses).mean()
-    return {"log_ratio": float(ratio), "displacement_norm": float(moved.double().norm())}
+    return {"log_ratio": float(ratio), "displacement_norm": float(moved.detach().double().norm())}
 
 
 def write_document(run: Run, students: pd.DataFrame, cells: pd.DataFrame, left_out: Sequence[str]) -> Iterator[str]:
@@ -130,8 +130,9 @@ def write_document(run: Run, students: pd.DataFrame, cells: pd.DataFrame, left_o
         f"verdict by the recipe's rules, Holm's correction over the cells: {listed}.\n"
     )
     yield (
-        f"ρ is Spearman's with the effect; AUROC is for the verdict `{TRANSFER.above}` against every other one, over cells, "
-        "whose numbers are means over members. .5 is chance, what is under .5 foretells the other way round. In brackets 95 % "
+        f"ρ is Spearman's with the effect; AUROC is for the verdict `{TRANSFER.above}` against every other one, and against "
+        f"`{TRANSFER.equivalent}` alone, undecided cells left out, over cells, whose numbers are "
+        f"means over members. .5 is chance, what is under .5 foretells the other way round. In brackets 95 % "
         f"percentile intervals from {RESAMPLES:,} bootstrap resamples of traits, all of a trait's cells drawn together. "
         f"Nothing is fitted. {left_words}\n"
     )
@@ -150,16 +151,22 @@ def write_document(run: Run, students: pd.DataFrame, cells: pd.DataFrame, left_o
 
 
 def _cells_table(condition: str, cells: pd.DataFrame) -> Iterator[str]:
-    passed = (cells.verdict == TRANSFER.above).to_numpy()
+    passed, decided = _outcomes(cells)
     yield f"## Cells, {condition}\n"
-    yield f"{passed.sum()} of {len(cells)} cells are {TRANSFER.above}.\n"
-    yield "| foretold by | ρ with the effect | AUROC, transferred |"
-    yield "|---|---|---|"
+    yield f"{passed.sum()} {TRANSFER.above}, {(decided & ~passed).sum()} {TRANSFER.equivalent}, of {len(cells)} cells.\n"
+    yield "| foretold by | ρ with the effect | AUROC, transferred | AUROC, decided cells |"
+    yield "|---|---|---|---|"
     group = _groups(cells.trait)
     for name, words in PREDICTORS.items():
         score = cells[name].to_numpy()
-        found = rank_correlation(score, cells.effect.to_numpy(), group), area_under_curve(score, passed, group)
-        yield f"| {words} | {found[0]} | {found[1]} |"
+        areas = [area_under_curve(score[kept], passed[kept], group[kept]) for kept in (np.ones_like(passed), decided)]
+        yield f"| {words} | {rank_correlation(score, cells.effect.to_numpy(), group)} | {areas[0]} | {areas[1]} |"
+
+
+def _outcomes(cells: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """By cell: whether the trait transferred, and whether the verdict says that it did or did not."""
+    passed, absent = ((cells.verdict == verdict).to_numpy() for verdict in (TRANSFER.above, TRANSFER.equivalent))
+    return passed, passed | absent
 
 
 def _students_table(condition: str, students: pd.DataFrame) -> Iterator[str]:
@@ -191,16 +198,20 @@ def _groups(names: pd.Series) -> np.ndarray:
 
 
 def summarise(run: Run, cells: pd.DataFrame, left_out: Sequence[str]) -> dict[str, object]:
-    """The AUROCs of the screening for its report, over all cells and within the matched condition."""
+    """How well the screening foretold effects and verdicts, for its report: over all cells and within each condition."""
     found = {}
     for name in ("toward_teacher", SCREENED, "toward_trait_over_neutral", "log_ratio"):
         for condition in [ALL, *run.conditions]:
             chosen = cells if condition == ALL else cells[cells.condition == condition]
-            passed = (chosen.verdict == TRANSFER.above).to_numpy()
-            area = area_under_curve(chosen[name].to_numpy(), passed, _groups(chosen.trait))
-            found[f"{name}, {condition}"] = _record(area) | {"transferred": int(passed.sum())}
+            (passed, decided), score, group = _outcomes(chosen), chosen[name].to_numpy(), _groups(chosen.trait)
+            area = area_under_curve(score[decided], passed[decided], group[decided])
+            correlation = rank_correlation(score, chosen.effect.to_numpy(), group)
+            found[f"{name}, {condition}"] = {
+                "rank_correlation": _record(correlation),
+                "area_of_decided": _record(area) | {"transferred": int(passed.sum())},
+            }
     counts = {"traits": cells.trait.nunique(), "left_out": list(left_out), "members": run.recipe.members}
-    return {"run": run.recipe.name, **counts, "auroc": found}
+    return {"run": run.recipe.name, **counts, "foretold": found}
 
 
 def _record(found: Association) -> dict[str, float | int | str | None]:

@@ -230,7 +230,7 @@ def test_an_adapter_is_a_teacher_and_lines_stay_as_they_are(models, tmp_path):
 
 def test_the_report_says_what_is_seen_and_what_is_not_known(screened):
     page = (screened / "report/index.html").read_text()
-    for words in ("one channel", "as context in a prompt", "blind in A", "AUROC for the verdict transferred",
+    for words in ("one channel", "as context in a prompt", "blind in A", "AUROC for transferred",
                   "log p_T(x) − log p₀(x)", "is not proven to start", "screen_distribution", "ranking.jsonl"):  # fmt: skip
         assert words in page, words
     findings = json.loads((screened / "findings.json").read_text())["findings"]

@@ -41,7 +41,7 @@ def describe(measured: Measured, data: FileExamples, neutral: FileExamples | Non
         data=label_arrays(measured, data),
         findings=[*_total_findings(measured, data, trait), *_added_findings(measured, data, trait)],
         figures=_figures(measured, data),
-        summary=[*_sentences(measured, data, neutral), *notes, _CHANNEL, _LORA, describe_validation()],
+        summary=[*_sentences(measured, data, neutral), *notes, _CHANNEL, _LORA, *describe_validation()],
     )
 
 
