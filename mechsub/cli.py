@@ -151,7 +151,7 @@ def screen(
     keep: Annotated[float, typer.Option(help="The share of examples that stays in filtered.jsonl.")] = 0.9,
     too_long: Annotated[str, typer.Option(help="Examples longer than the context: refuse, cut or skip.")] = "refuse",
     out: Annotated[Path | None, typer.Option(help="The new folder; runs/screen-<data's name> by default.")] = None,
-    backend: Annotated[str, typer.Option(help="exact, or bergson: linear layers only, faster for long examples.")] = "exact",
+    backend: Annotated[str, typer.Option(help="exact, or bergson: linear layers only.")] = "exact",
     device: Device = "auto",
 ) -> None:
     """Rank a dataset's examples, before training, by how far one step on each moves the reference toward a trait."""

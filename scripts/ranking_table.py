@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mechsub.api import open_run
+from mechsub.families.language.config import Config
 from mechsub.families.language.layout import ranking_file
 from mechsub.families.language.selection import select_rows
 from mechsub.run import Run
@@ -21,6 +22,7 @@ from mechsub.statistics.intervals import student_interval
 from mechsub.streams import random_stream
 
 RANDOM = "random"
+HALF = 0.5
 
 Values = Float[np.ndarray, " member"]
 
@@ -34,11 +36,18 @@ def main() -> None:
     run = open_run(options.run_dir)
     if "behaviour" not in run.results:
         parser.error(f"{options.run_dir} has no scores yet: run `mechsub analyze` on it first")
+    if not isinstance(run.recipe, Config):
+        parser.error(f"{options.run_dir} is no run of the language family, whose conditions can `select` rows")
     halves = {name: chosen for name in run.conditions if (chosen := run.recipe.conditions[name].select) is not None}
     rankings = list(dict.fromkeys(chosen.by for chosen in halves.values() if chosen.by != RANDOM))
     draws = [name for name, chosen in halves.items() if chosen.by == RANDOM]
-    if not rankings or len(draws) < 2:
-        parser.error(f"{options.run_dir} needs conditions that `select` rows by a number, and two at random or more")
+    kept = sorted((chosen.by, chosen.keep) for chosen in halves.values() if chosen.by != RANDOM)
+    wanted = sorted((by, keep) for by in rankings for keep in ("top", "bottom"))
+    if not rankings or kept != wanted or len(draws) < 2 or {chosen.share for chosen in halves.values()} != {HALF}:
+        parser.error(
+            f"{options.run_dir} has {', '.join(halves) or 'no condition'} that `select` rows; needed are, for each number, one "
+            f"with the top and one with the bottom, two at random or more, and share: {HALF} in all"
+        )
     options.out.write_text("\n".join(write_document(run, halves, rankings, draws)) + "\n")
     print(options.out)
 
@@ -55,7 +64,8 @@ def write_document(run: Run, halves: Mapping[str, Any], rankings: list[str], dra
         f"member the mean over {len(run.traits)} traits ({', '.join(run.traits)}). All numbers are means over "
         f"n = {run.recipe.members} members with the {level} interval (Student t); differences are paired within members. Every "
         "half has as many rows and steps. A control learns the half of its neutral teacher's rows that ranks likewise there. "
-        f"{len(rankings)} rankings are compared and no interval is corrected for their number. No verdict is given: the "
+        f"{len(rankings)} rankings are compared and no interval is corrected for their number, "
+        "nor for how few random halves there are. No verdict is given: the "
         "recipe fixed none on differences between conditions.\n"
     )
     yield "## Conditions\n"

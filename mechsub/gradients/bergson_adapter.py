@@ -52,6 +52,8 @@ def record_overlaps_by_bergson(model: nn.Module, losses: ExampleLosses, directio
         rows, seen = slice(part.start, part.stop), set[str]()
 
         def receive(module: str, gradients: Any, rows: slice = rows, seen: set[str] = seen) -> None:
+            if module in seen:  # bergson keeps one input of each: the gradient would be of the wrong one
+                raise AnalysisError(f"{module} is called more than once in a batch, which bergson cannot see; {_NEXT_STEP}")
             seen.add(module)
             for name, formed in covered[module].form(gradients).items():
                 if len(formed) != rows.stop - rows.start:

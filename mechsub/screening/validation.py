@@ -1,4 +1,4 @@
-"""How well screenings foretold transfer on runs of this project: numbers that ``scripts/screening_table.py`` measured."""
+"""How well screenings foretold transfer on a run of this project: numbers that ``scripts/screening_table.py`` measured."""
 
 import json
 from collections.abc import Mapping
@@ -10,33 +10,31 @@ from mechsub.statistics.intervals import format_number
 _RECORD = resources.files("mechsub.screening") / "validation.json"
 _WORDS = {
     "toward_teacher": "the data's cosine toward Δ_T",
-    "toward_trait_over_neutral": "its cosine toward −∇L_trait less that of neutral data",
-    "log_ratio": "the baseline, mean log p_T − log p₀",
+    "toward_trait": "the data's cosine toward −∇L_trait",
+    "toward_trait_over_neutral": "the same less that of neutral data",
+    "log_ratio": "mean log p_T − log p₀, cheaper",
+    "displacement_norm": "‖Δ_T‖, cheaper",
 }
 
 
 def describe_validation() -> list[str]:
     """What is known of how well a dataset's total foretells whether a student takes the trait over, sentence by sentence."""
     record = json.loads(_RECORD.read_text())
-    conditions = list(dict.fromkeys(name.split(", ", 1)[1] for name in record["foretold"]))
-    return [
-        f"How well such totals foretold transfer was measured on this project's own run {record['run']}: nano models, "
-        f"{record['traits']} traits that chose none of its settings, {record['members']} members; nothing is known of other "
-        "models, nor of how well single examples rank. Below: Spearman's ρ with the effect over cells of condition and trait, "
-        "and AUROC for transferred against no-transfer, undecided cells left out, .5 is chance; 95 % intervals.",
-        *(_describe_condition(record["foretold"], condition) for condition in conditions),
+    over_all = [
+        f"{_WORDS[name]} ρ {_bounds(found['rank_correlation'])}, AUROC {_bounds(found['area_of_decided'])}"
+        for name, found in record["over_all"].items()
     ]
-
-
-def _describe_condition(foretold: Mapping[str, Any], condition: str) -> str:
-    parts = []
-    for name, words in _WORDS.items():
-        found = foretold[f"{name}, {condition}"]
-        area = found["area_of_decided"]
-        decided = "" if area["estimate"] is None else f", AUROC {_bounds(area)}"
-        parts.append(f"{words} ρ {_bounds(found['rank_correlation'])}{decided}")
-    counts = f"{area['transferred']} transferred of {area['cells']} that were decided"
-    return f"{condition}, {found['rank_correlation']['cells']} cells ({counts}): {'; '.join(parts)}."
+    within = [f"{_WORDS[name]} {_bounds(found['within_traits'])}" for name, found in record["within_matched"].items() if found]
+    return [
+        f"How well such totals foretold transfer was measured on one run of this project, {record['run']} "
+        f"({', '.join(record['models'])}-style nano models, {record['members']} members, {record['traits']} traits that chose "
+        "none of its settings). Nothing is known of other models. Intervals: 95 %, bootstrap, too narrow with so few.",
+        f"Over all cells of trait and condition ({', '.join(record['conditions'])}), Spearman's ρ with the effect, and AUROC "
+        f"for transferred against no-transfer ({record['transferred']} of {record['decided']} decided cells, .5 is chance): "
+        f"{'; '.join(over_all)}.",
+        f"Among the students of one trait that start where their teacher did ({', '.join(record['matched'])}), Spearman's ρ "
+        f"with the effect over members: {'; '.join(within)}.",
+    ]
 
 
 def _bounds(found: Mapping[str, Any]) -> str:

@@ -45,7 +45,10 @@ def rank_rows(tasks: Sequence[Task]) -> None:
             numbers["overlap"] = reading.totals[:, 0]
         unknown = [name for name, values in numbers.items() if not np.isfinite(values).all()]
         if unknown:
-            raise AnalysisError(f"{task.stage.name}: {unknown[0]} of some rows is not finite; the teacher's training diverged")
+            raise AnalysisError(
+                f"{task.stage.name}: {unknown[0]} is not finite on some rows, so that they cannot be ranked: the reference or "
+                f"{arguments['teacher']} computes NaN or infinity there; train it at a smaller learning rate"
+            )
         write_json(
             task.path(ranking_file(arguments["carrier_of"], member)),
             {name: values.tolist() for name, values in numbers.items()},
