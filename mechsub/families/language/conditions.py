@@ -25,9 +25,6 @@ class QuestionKnockOutConfig(KnockOutConfig):
     refresh: int = Field(4, ge=1, description="steps between two computations of the component")
 
 
-RankedBy = Literal["overlap", "log-ratio", "loss", "length", "gradient-norm"]
-
-
 class SelectionConfig(Settings):
     """Which rows of its carrier a student learns: those with the largest or the smallest numbers, or random ones.
 
@@ -36,7 +33,9 @@ class SelectionConfig(Settings):
     neutral teacher's own displacement and probabilities.
     """
 
-    by: RankedBy | Literal["random"] = Field(description="the number that ranks them; random: none does")
+    by: Literal["overlap", "log-ratio", "loss", "length", "gradient-norm", "random"] = Field(
+        description="the number that ranks them; random: none does"
+    )
     keep: Literal["top", "bottom"] = Field("top", description="the largest numbers, or the smallest; no meaning with random")
     share: float = Field(0.5, gt=0, lt=1, description="of the rows that is learnt")
     draw: int = Field(0, ge=0, description="random only: another number draws other rows")
