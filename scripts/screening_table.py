@@ -9,6 +9,7 @@ import argparse
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,8 @@ def collect_students(run: Run, conditions: Sequence[str], traits: Sequence[str])
     behaviour, coverage, overlap = (run.results[name] for name in NEEDED)
     verdicts = run.findings.query("analysis == 'behaviour' and quantity == 'effect' and verdict != ''")
     known = {(finding.condition, finding.trait): finding.verdict for finding in verdicts.itertuples()}
-    teachers = {
-        (trait, member): measure_teacher(run, trait, member) for trait in traits for member in range(run.recipe.members)
-    }
+    cases = product(traits, range(run.recipe.members))
+    teachers = {(trait, member): measure_teacher(run, conditions[0], trait, member) for trait, member in cases}
     rows = []
     for condition in conditions:
         for trait in traits:
@@ -107,10 +107,10 @@ def collect_students(run: Run, conditions: Sequence[str], traits: Sequence[str])
     return pd.DataFrame(rows)
 
 
-def measure_teacher(run: Run, trait: str, member: int) -> dict[str, float]:
-    """How far the teacher has moved, and how much likelier it finds its own data than its own start does: of no student."""
+def measure_teacher(run: Run, condition: str, trait: str, member: int) -> dict[str, float]:
+    """How far the teacher has moved, and how much likelier than its own start it finds the rows that a condition learns."""
     teacher = run.teacher(trait)
-    losses = run.family.imitation_losses(run.student(run.conditions[0], trait), member, MOST_EXAMPLES)
+    losses = run.family.imitation_losses(run.student(condition, trait), member, MOST_EXAMPLES)
     if losses is None:
         return {"log_ratio": np.nan, "displacement_norm": np.nan}
     start, end = (run.family.load_model(teacher, step, member, merged=True) for step in (0, teacher.last))
