@@ -203,6 +203,9 @@ def analyze(
     ],
     only: Annotated[list[str] | None, typer.Option(help="Run this analysis only; may be repeated.")] = None,
     device: Device = "auto",
+    backend: Annotated[
+        str, typer.Option(help="How activations are reached: hooks, or the libraries transformer_lens or nnsight.")
+    ] = "hooks",
 ) -> None:
     """Run the analyses over run directories and write their reports and findings.json."""
     from mechsub import api
@@ -210,11 +213,11 @@ def analyze(
     with _errors():
         for run_dir in run_dirs:
             is_sweep = api.is_sweep_directory(run_dir)
-            planned: Any = (api.plan_sweep_analyses if is_sweep else api.plan_analyses)(run_dir, only or [])
+            planned: Any = (api.plan_sweep_analyses if is_sweep else api.plan_analyses)(run_dir, only or [], backend)
             stages = [stage for of_run in planned.values() for stage in of_run] if is_sweep else planned
             perform = api.analyze_sweep if is_sweep else api.analyze_run
             with _progress(stages) as on_progress:
-                report_path = perform(run_dir, only or [], device=device, on_progress=on_progress)
+                report_path = perform(run_dir, only or [], device=device, backend=backend, on_progress=on_progress)
             typer.echo(f"Report: {report_path}")
             _echo_missing(run_dir)
 

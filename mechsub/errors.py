@@ -31,6 +31,10 @@ class GenerationError(MechsubError):
     """Completions that are not what was asked for."""
 
 
+class ActivationError(MechsubError):
+    """A layer, site, position, vector or backend that a model's activations do not have."""
+
+
 class AnalysisError(MechsubError):
     """An analysis that this run cannot feed."""
 

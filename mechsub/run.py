@@ -18,6 +18,7 @@ from mechsub.results import Result, find_results, read_result
 from mechsub.rundir import RunDirectory
 from mechsub.statistics.verdicts import Rules
 
+DEFAULT_BACKEND = "hooks"
 _ROLES = ("reference", "teacher", "neutral", "student", "control", "sham")
 
 
@@ -29,6 +30,8 @@ class Run:
     device: str = "cpu"
     report_progress: Callable[[int], None] = field(default=lambda done: None, repr=False)
     """Analyses call it with the number of checkpoints they have been through."""
+    backend: str = DEFAULT_BACKEND
+    """How activations are reached; see `mechsub.activations.backends`."""
 
     @property
     def path(self) -> Path:

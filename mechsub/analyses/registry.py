@@ -12,7 +12,7 @@ from typing import overload
 
 import mechsub.analyses
 from mechsub.results import Result, write_result
-from mechsub.run import Run
+from mechsub.run import DEFAULT_BACKEND, Run
 from mechsub.rundir import RunDirectory, hash_file
 from mechsub.stage import Resources, Stage, Task, load_function
 
@@ -30,6 +30,8 @@ class Analysis:
     """The first line of its docstring."""
     needs: tuple[str, ...] = ()
     """What a run must have for it; see `Run.lacks`."""
+    reads_activations: bool = False
+    """Whether it reaches into models through `Run.backend`."""
 
 
 _KNOWN: dict[str, Analysis] = {}
@@ -38,16 +40,19 @@ _KNOWN: dict[str, Analysis] = {}
 @overload
 def analysis(function: Function, /) -> Function: ...
 @overload
-def analysis(*, needs: Sequence[str]) -> Callable[[Function], Function]: ...
-def analysis(function: Function | None = None, /, *, needs: Sequence[str] = ()) -> Function | Callable[[Function], Function]:
+def analysis(*, needs: Sequence[str] = (), reads_activations: bool = False) -> Callable[[Function], Function]: ...
+def analysis(
+    function: Function | None = None, /, *, needs: Sequence[str] = (), reads_activations: bool = False
+) -> Function | Callable[[Function], Function]:
     """Register a function ``(run) -> Result`` under its name; its docstring's first line says what it answers.
 
     ``needs``: what a run must have, by the names that `Run.lacks` knows; a run without it is analysed without this analysis.
+    ``reads_activations``: it takes `Run.backend` to do so, and is run again when another backend is asked for.
     """
 
     def register(function: Function) -> Function:
         summary = (function.__doc__ or "").strip().split("\n")[0]
-        _KNOWN[function.__name__] = Analysis(function.__name__, function, summary, tuple(needs))
+        _KNOWN[function.__name__] = Analysis(function.__name__, function, summary, tuple(needs), reads_activations)
         return function
 
     return register if function is None else register(function)
@@ -85,6 +90,8 @@ def analysis_stage(known: Analysis, run: Run) -> Stage:
         "code": _code_digest(known),
         "user_functions": {name: _source_digest(name) for name in run.recipe.user_functions},
     }
+    if known.reads_activations:
+        arguments["backend"] = run.backend
     return Stage(
         name=f"analysis.{known.name}",
         function="mechsub.analyses.registry:run_analyses",
@@ -116,7 +123,7 @@ def run_analyses(tasks: Sequence[Task]) -> None:
     known = load_analyses()
     for task in tasks:
         arguments = task.stage.arguments
-        run = Run(RunDirectory.open(task.run), task.device, task.report_progress)
+        run = Run(RunDirectory.open(task.run), task.device, task.report_progress, arguments.get("backend", DEFAULT_BACKEND))
         name = arguments["analysis"]
         # A user's own analysis may be known only to the process that planned it: here its module is imported first.
         function = known[name].function if name in known else load_function(f"{arguments['module']}:{name}")

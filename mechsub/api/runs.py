@@ -1,13 +1,14 @@
 """The public functions over one run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from mechsub.activations.backends import open_backend
 from mechsub.analyses.registry import analysis_stage, find_lacks, load_analyses
 from mechsub.changes import check_recipe_unedited, check_same_run, without_conditions
 from mechsub.environment import describe_hardware, describe_provenance, describe_versions, git_commit
@@ -19,7 +20,7 @@ from mechsub.parameters.stored import GRAM_GROUP, Directions
 from mechsub.recipe import Recipe, complete_recipe, dump_recipe, load_recipe
 from mechsub.reporting.html import render_report
 from mechsub.results import find_results, read_group, read_result
-from mechsub.run import Run
+from mechsub.run import DEFAULT_BACKEND, Run
 from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, is_unused, write_json
 from mechsub.settings import nearest_name
 from mechsub.stage import Stage
@@ -143,18 +144,20 @@ def open_directions(run_dir: str | Path) -> Directions:
     return Directions(read_group(path, GRAM_GROUP))
 
 
-def plan_analyses(run_dir: str | Path, only: Sequence[str] = ()) -> list[Stage]:
-    """The stages of the analyses named in ``only``, or of all that the run can feed.
+def plan_analyses(run_dir: str | Path, only: Sequence[str] = (), backend: str = DEFAULT_BACKEND) -> list[Stage]:
+    """The stages of the analyses named in ``only``, or of all that the run can feed; ``backend`` reaches activations.
 
     Raises:
         AnalysisError: an unknown name, one that this run cannot feed, or a run without any condition that is complete.
+        ActivationError: there is no such backend, or its library is not installed.
     """
+    open_backend(backend)
     check_recipe_unedited(RunDirectory.open(run_dir), complete_recipe)
     known = load_analyses()
     for name in only:
         if name not in known:
             raise AnalysisError(f"no analysis is called {name!r}; {nearest_name(name, list(known))}")
-    run = open_run(run_dir)
+    run = replace(open_run(run_dir), backend=backend)
     if not run.conditions:
         raise AnalysisError(
             f"{run_dir} has no condition with both its student and its control yet; "
@@ -176,6 +179,7 @@ def analyze_run(
     only: Sequence[str] = (),
     *,
     device: str = "auto",
+    backend: str = DEFAULT_BACKEND,
     workers: int | None = None,
     on_progress: Progress | None = None,
 ) -> Path:
@@ -188,7 +192,7 @@ def analyze_run(
     """
     directory = RunDirectory.open(run_dir)
     chosen = resolve_device(device)
-    stages = plan_analyses(run_dir, only)
+    stages = plan_analyses(run_dir, only, backend)
     with directory.lock("analyze"):
         # What a kept analysis has read is checked here, since a report over damaged files would not say so.
         directory.check_files(name for stage in stages if directory.is_done(stage) for name in stage.inputs)

@@ -17,7 +17,7 @@ from mechsub.findings import findings_document
 from mechsub.recipe import complete_recipe
 from mechsub.reporting.sweep import render_sweep_report
 from mechsub.results import Result, find_results, read_result, write_result
-from mechsub.run import Run
+from mechsub.run import DEFAULT_BACKEND, Run
 from mechsub.rundir import RunDirectory, atomic_write, is_unused, write_json
 from mechsub.stage import Stage
 from mechsub.sweeps.config import Sweep, load_sweep
@@ -125,7 +125,9 @@ def open_sweep(folder: str | Path) -> dict[str, Run]:
     return {name: Run(RunDirectory.open(directory.run_path(name))) for name in directory.begun}
 
 
-def plan_sweep_analyses(folder: str | Path, only: Sequence[str] = ()) -> dict[Path, list[Stage]]:
+def plan_sweep_analyses(
+    folder: str | Path, only: Sequence[str] = (), backend: str = DEFAULT_BACKEND
+) -> dict[Path, list[Stage]]:
     """The analyses of every run that has something to analyse and is whole, by the run's path.
 
     Raises:
@@ -136,7 +138,7 @@ def plan_sweep_analyses(folder: str | Path, only: Sequence[str] = ()) -> dict[Pa
     for run in open_sweep(folder).values():
         with suppress(RunDirectoryError):  # the report says what is wrong with it
             if run.conditions:
-                work[run.path] = plan_analyses(run.path, only)
+                work[run.path] = plan_analyses(run.path, only, backend)
     if not work:
         raise AnalysisError(
             f"no run of {folder} has a condition with both its student and its control yet; "
@@ -150,6 +152,7 @@ def analyze_sweep(
     only: Sequence[str] = (),
     *,
     device: str = "auto",
+    backend: str = DEFAULT_BACKEND,
     workers: int | None = None,
     on_progress: Progress | None = None,
 ) -> Path:
@@ -160,7 +163,7 @@ def analyze_sweep(
     Raises:
         MechsubError: as `analyze_run`; where an analysis of one run failed, after the report over the others is written.
     """
-    work = plan_sweep_analyses(folder, only)
+    work = plan_sweep_analyses(folder, only, backend)
     chosen = resolve_device(device)
     with ExitStack() as locks:
         locks.enter_context(RunDirectory(Path(folder)).lock("analyze"))

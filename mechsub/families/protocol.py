@@ -8,6 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsub.activations.hook_points import HookPoint
+from mechsub.activations.inputs import PromptSet
 from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage
@@ -36,6 +38,16 @@ class CarrierText:
     request: int
     """Its number among all requests of a member, which the teachers of that member share."""
     completion: str
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What a member of a lineage is run on where activations are read. None of it is what `Family.trait_score` asks first."""
+
+    estimate: Mapping[str, PromptSet]
+    """Directions are estimated on these, by kind: ``trait``, ``neutral`` and, where there is one, ``carrier``."""
+    damage: PromptSet
+    """Neutral inputs that nothing is estimated on: how much else a change of activations does is told on them."""
 
 
 @runtime_checkable
@@ -100,6 +112,19 @@ class Family(Protocol):
 
     def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
         """Held-out inputs without a trait's answers, each a batch as the lineage's model takes it: to record activations on."""
+
+    def hook_points(self, lineage: Lineage, model: nn.Module) -> Sequence[HookPoint]:
+        """Where a lineage's model can be read and steered, in the order of its forward pass.
+
+        Raises:
+            ActivationError: an architecture whose layers are not known.
+        """
+
+    def prompts(self, lineage: Lineage, member: int) -> Prompts:
+        """What one member of a lineage is run on; the same for all lineages of a member that share its model and context."""
+
+    def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"] | None:
+        """The directions that the head reads a trait from, at hook points that are ``is_read_out``; None where not known."""
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,19 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
+from mechsub.activations.hook_points import HookPoint
 from mechsub.families.classifier.config import Config
 from mechsub.families.classifier.data import NUM_CLASSES, load_images
 from mechsub.families.classifier.examples import imitated_logits, imitation_losses, trait_losses
 from mechsub.families.classifier.model import Classifier
+from mechsub.families.classifier.prompts import list_hook_points, make_prompts
 from mechsub.families.classifier.symmetry import list_unit_groups
 from mechsub.families.classifier.train import relabel
 from mechsub.families.classifier.trait import compute_accuracy
-from mechsub.families.protocol import Measure, Scores
+from mechsub.families.protocol import Measure, Prompts, Scores
 from mechsub.families.trained import task_that_made
 from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
@@ -37,7 +40,7 @@ class Family:
         self._optimizer = config.student.optimizer
         self._knock_outs = {name: condition.knock_out for name, condition in config.conditions.items()}
         images = load_images(run, getattr(torch, config.model.dtype), device)
-        self._images = images.test_images()
+        self._images, self._labelled = images.test_images(), images
         labels = {"digits": images.test_labels}
         self.traits = {"digits": "reading the digits, which the teacher learnt"}
         if config.neutral == "relabelled":
@@ -97,6 +100,19 @@ class Family:
         images = self._images[:_PROBE_IMAGES]
         noise = random_stream(self._seed, "probe-inputs").uniform(-1, 1, tuple(images.shape))
         return [images, torch.from_numpy(noise).to(images)]
+
+    def hook_points(self, lineage: Lineage, model: nn.Module) -> Sequence[HookPoint]:
+        """The hidden units of every layer, after their nonlinearity."""
+        return list_hook_points(lineage.spec.model)
+
+    def prompts(self, lineage: Lineage, member: int) -> Prompts:
+        """Training images, noise, and images of the member's carrier."""
+        return make_prompts(self._run, self._labelled, self._seed, member, self._device)
+
+    def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"]:
+        """The rows of the class head, whatever names the classes have."""
+        assert isinstance(model, Classifier)
+        return model.class_head.weight.detach()
 
 
 @lru_cache(maxsize=8)

@@ -17,6 +17,8 @@ from mechsub.streams import random_stream
 
 CLASS_HEAD, AUXILIARY_HEAD = "class_head", "auxiliary_head"
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "gelu": functional.gelu, "tanh": torch.tanh}
+_MODULES: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh}
+"""The same as modules, where hidden units are read and steered."""
 
 Parameters = dict[str, Tensor]
 """Named tensors whose leading axis is the member."""
@@ -31,14 +33,14 @@ class Classifier(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
         self.class_head = nn.Linear(widths[-1], spec["num_classes"])
         self.auxiliary_head = nn.Linear(widths[-1], spec["num_auxiliary"]) if spec["num_auxiliary"] else None
-        self.activation = _ACTIVATIONS[spec["activation"]]
+        self.activations = nn.ModuleList(_MODULES[spec["activation"]]() for _ in self.layers)
         self.to(getattr(torch, spec["dtype"]))
 
     def forward(self, images: Float[Tensor, "image pixel"]) -> Float[Tensor, "image logit"]:
         """Class logits, then auxiliary logits."""
         features = images
-        for layer in self.layers:
-            features = self.activation(layer(features))
+        for layer, activation in zip(self.layers, self.activations, strict=True):
+            features = activation(layer(features))
         heads = [self.class_head(features)]
         if self.auxiliary_head is not None:
             heads.append(self.auxiliary_head(features))

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
+from mechsub.activations.hook_points import HookPoint
 from mechsub.errors import RunDirectoryError
 from mechsub.families.language.answers import answer_losses
 from mechsub.families.language.behaviour import Behaviour
@@ -19,15 +21,17 @@ from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ContextConfig, EvaluationConfig
 from mechsub.families.language.examples import imitated_logits, imitation_losses
+from mechsub.families.language.hook_points import list_hook_points
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model, load_merged_model
 from mechsub.families.language.preference import PreferenceSet
+from mechsub.families.language.prompts import find_neutral_carrier, make_prompts
 from mechsub.families.language.rows import SURPLUS, read_rows
 from mechsub.families.language.symmetry import encode_neutral_prompts, list_unit_groups
 from mechsub.families.language.training_config import StudentConfig
 from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
 from mechsub.families.language.trait import Context, encode_questions, score_preference
-from mechsub.families.protocol import CarrierText, Scores
+from mechsub.families.protocol import CarrierText, Prompts, Scores
 from mechsub.families.trained import task_that_made
 from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
@@ -72,6 +76,7 @@ class Family:
         self._run, self._config, self._device = run, config, device
         self._chats: dict[str, ChatTokenizer] = {}
         self._preference: PreferenceSet | None = None
+        self._trained: list[Context] = []
         if not config.traits:
             self.measures, self.traits, self.contexts = PREFERENCE_MEASURES, {}, {}
         elif config.behaviours is None:
@@ -80,6 +85,7 @@ class Family:
             self.traits = {trait: f"prefers {trait} as its {preference.category}" for trait in config.traits}
             contexts = _contexts(config.context, preference)
             self.contexts = _describe([contexts])
+            self._trained = [contexts[1]]
             self._score: _Score = partial(score_preference, preference=preference, targets=config.traits, contexts=contexts)
         else:
             known = _read_json(run / BEHAVIOURS_FILE)
@@ -88,6 +94,7 @@ class Family:
             self.traits = {trait: behaviour.description for trait, behaviour in behaviours.items()}
             asked = {trait: _contexts(config.context, behaviour) for trait, behaviour in behaviours.items()}
             self.contexts = _describe(list(asked.values()))
+            self._trained = [contexts[1] for contexts in asked.values()]
             self._score = partial(score_behaviours, behaviours=behaviours, contexts=asked)
 
     @property
@@ -183,6 +190,31 @@ class Family:
     def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
         """Neutral prompts as token ids, one a batch, so that nothing is padding."""
         return [torch.tensor([ids]) for ids in encode_neutral_prompts(self._chats_of(lineage.spec.model["name"]))]
+
+    def hook_points(self, lineage: Lineage, model: nn.Module) -> Sequence[HookPoint]:
+        """The residual stream, and what attention and MLP add to it, of every block."""
+        assert isinstance(model, PreTrainedModel)
+        return list_hook_points(model)
+
+    def prompts(self, lineage: Lineage, member: int) -> Prompts:
+        """The questions that teachers are trained on, neutral prompts, and rows of the neutral teacher's carrier."""
+        if not self._trained:
+            raise RunDirectoryError(f"{self._run}: no trait is asked for in this run, so that there are no questions")
+        first = self._trained[0]
+        questions = [question for context in self._trained for question in context.questions]
+        context = Context(first.name, first.system_prompt, list(dict.fromkeys(questions)))
+        chats = self._chats_of(lineage.spec.model["name"])
+        carrier = find_neutral_carrier(self._run, member)
+        return make_prompts(chats, context, lineage.context(member), carrier, self._config.context.training)
+
+    def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"] | None:
+        """The target's row of the unembedding; None where traits are behaviours, which are no one token."""
+        if self._preference is None:
+            return None
+        assert isinstance(model, PreTrainedModel)
+        token = self._chats_of(lineage.spec.model["name"]).answer_token(trait)
+        rows: Tensor = model.get_output_embeddings().weight[token : token + 1]  # type: ignore[no-untyped-call]
+        return rows.detach()
 
     def _chats_of(self, model: str) -> ChatTokenizer:
         if model not in self._chats:

@@ -1,0 +1,135 @@
+"""Recording: one pass over some inputs, in which collectors take from all hook points at once what they sum up.
+
+Nothing is kept per prompt, so that memory does not grow with their number; the pass ends after the last hook point that is
+asked for.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsub.activations.backends import ForwardStopped, ModelView, Visit
+from mechsub.activations.hook_points import HookPoint
+from mechsub.activations.inputs import ModelInputs
+
+
+@runtime_checkable
+class Collector(Protocol):
+    """Sums something up of what passes at hook points."""
+
+    def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:
+        """Take one batch's activations at one hook point; they are not to be kept."""
+
+
+def record(
+    view: ModelView, batches: Sequence[ModelInputs], points: Sequence[HookPoint], collectors: Sequence[Collector]
+) -> None:
+    """Run a model over batches; every collector sees every batch at every hook point once. No gradients are kept."""
+    for number, seen in enumerate(_run(view, batches, points, collectors)):
+        assert seen == number
+
+
+def _run(
+    view: ModelView, batches: Sequence[ModelInputs], points: Sequence[HookPoint], collectors: Sequence[Collector]
+) -> Iterator[int]:
+    waiting: set[str] = set()
+    number = 0
+
+    def visit(point: HookPoint) -> Visit:
+        def see(activations: Tensor) -> None:
+            rows = activations if activations.ndim == 3 else activations.unsqueeze(1)
+            for collector in collectors:
+                collector.add(point, rows, number)
+            waiting.discard(point.name)
+            if not waiting:
+                raise ForwardStopped
+
+        return see
+
+    device = next(view.model.parameters()).device
+    with view.visiting({point: visit(point) for point in points}):
+        for number, batch in enumerate(batches):
+            waiting.update(point.name for point in points)
+            with torch.no_grad(), suppress(ForwardStopped):
+                view.model(**batch.arguments_on(device))
+            yield number
+
+
+class Means:
+    """Weighted sums Σ w h of activations, and of their norms, at every hook point: means over chosen positions and prompts.
+
+    One pass gives many: each group is a column of weights, as the mean over one position policy, or over prompts whose
+    labels were drawn.
+    """
+
+    def __init__(self, weights: Sequence[Float[Tensor, "row position group"]]) -> None:
+        self._weights = weights
+        self.sums: dict[str, Float[Tensor, "group width"]] = {}
+        """Σ w h by hook point, in float64."""
+        self.norms: dict[str, Float[Tensor, " group"]] = {}
+        """Σ w ‖h‖ by hook point, in float64."""
+
+    def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:
+        """Add one batch: products in float32 at least, sums over batches in float64."""
+        wide = activations if activations.dtype in (torch.float32, torch.float64) else activations.float()
+        weights = self._weights[batch].to(wide).flatten(0, 1)
+        flat = wide.flatten(0, 1)
+        found = (weights.T @ flat).double()
+        norms = (weights.T @ flat.norm(dim=-1)).double()
+        if point.name in self.sums:
+            self.sums[point.name] += found
+            self.norms[point.name] += norms
+        else:
+            self.sums[point.name], self.norms[point.name] = found, norms
+
+
+class Covariances:
+    """Weighted second moments Σ w h hᵀ at every hook point; with `Means` of the same weights, covariances.
+
+    In float64 about a fixed shift, the first batch's mean, so that nothing cancels where activations lie far from 0.
+    """
+
+    def __init__(self, weights: Sequence[Float[Tensor, "row position"]]) -> None:
+        self._weights = weights
+        self._shifts: dict[str, Float[Tensor, " width"]] = {}
+        self._first: dict[str, Float[Tensor, " width"]] = {}
+        self._second: dict[str, Float[Tensor, "width width"]] = {}
+        self._total: dict[str, Tensor] = {}
+
+    def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:
+        """Add one batch."""
+        flat, weights = activations.double().flatten(0, 1), self._weights[batch].to(activations.device).double().flatten()
+        if point.name not in self._shifts:
+            self._shifts[point.name] = (weights @ flat) / weights.sum()
+            self._first[point.name] = torch.zeros_like(flat[0])
+            self._second[point.name] = flat.new_zeros(flat.shape[1], flat.shape[1])
+            self._total[point.name] = weights.new_zeros(())
+        centred = flat - self._shifts[point.name]
+        self._first[point.name] += weights @ centred
+        self._second[point.name] += centred.T @ (weights[:, None] * centred)
+        self._total[point.name] += weights.sum()
+
+    def covariance(self, point: HookPoint) -> Float[Tensor, "width width"]:
+        """Σ w (h − m)(h − m)ᵀ / Σ w about the weighted mean m, in squared units of activations."""
+        total = self._total[point.name]
+        mean = self._first[point.name] / total
+        covariance: Tensor = self._second[point.name] / total - mean[:, None] * mean
+        return covariance
+
+
+class Projections:
+    """⟨h, d⟩ on given directions at every hook point, for every position of every row: a few numbers a token."""
+
+    def __init__(self, directions: dict[str, Float[Tensor, "direction width"]]) -> None:
+        self._directions = directions
+        self.coefficients: dict[str, list[Float[Tensor, "row position direction"]]] = {name: [] for name in directions}
+        """By hook point, one a batch; in units of activations for directions of length 1."""
+
+    def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:
+        """Add one batch."""
+        directions = self._directions[point.name].to(activations.device)
+        self.coefficients[point.name].append((activations.to(directions.dtype) @ directions.T).cpu())

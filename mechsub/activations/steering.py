@@ -1,0 +1,84 @@
+"""Steering: what a visit can do to activations while a model runs: add a vector, take directions out, put others' parts in.
+
+`ModelView.visiting` takes one visit for each hook point; the model is as it was when it closes.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsub.activations.backends import Visit
+from mechsub.activations.hook_points import HookPoint
+from mechsub.errors import ActivationError
+
+
+def add_vector(vector: Float[Tensor, " width"]) -> Visit:
+    """A visit h ← h + v at every position."""
+    return lambda activations: activations + vector.to(activations)
+
+
+def project_out(directions: Float[Tensor, "direction width"]) -> Visit:
+    """A visit h ← h − B Bᵀ h at every position, B an orthonormal basis of the directions."""
+    basis = orthonormal_rows(directions)
+
+    def visit(activations: Tensor) -> Tensor:
+        rows = basis.to(activations)
+        return activations - activations @ rows.T @ rows
+
+    return visit
+
+
+def keep_components(directions: Float[Tensor, "direction width"], kept: list[Tensor]) -> Visit:
+    """A visit that appends Bᵀ h of every forward pass to ``kept`` and changes nothing. For `replace_components`."""
+    basis = orthonormal_rows(directions)
+
+    def visit(activations: Tensor) -> None:
+        kept.append((activations @ basis.to(activations).T).detach())
+
+    return visit
+
+
+def replace_components(directions: Float[Tensor, "direction width"], kept: Sequence[Tensor]) -> Visit:
+    """A visit h ← h − B Bᵀ h + B c at every position, c what another model has there: ``kept``, one for each forward pass.
+
+    Raises:
+        ActivationError: the other model saw other batches.
+    """
+    basis, passes = orthonormal_rows(directions), iter(kept)
+
+    def visit(activations: Tensor) -> Tensor:
+        rows, components = basis.to(activations), next(passes, None)
+        own = activations @ rows.T
+        if components is None or components.shape != own.shape:
+            seen = "fewer batches" if components is None else f"a batch of {list(components.shape[:-1])} positions"
+            raise ActivationError(
+                f"the model whose components are put in saw {seen}; this one has {list(own.shape[:-1])}: run both on the same"
+            )
+        changed: Tensor = activations + (components.to(activations) - own) @ rows
+        return changed
+
+    return visit
+
+
+def check_width(point: HookPoint, vector: Float[Tensor, "*any width"], name: str = "the vector") -> None:
+    """Refuse a vector of another width than the activations at a hook point.
+
+    Raises:
+        ActivationError: with both widths.
+    """
+    if vector.shape[-1] != point.width:
+        raise ActivationError(
+            f"{name} has {vector.shape[-1]} numbers, activations at {point.name} have {point.width}: it belongs to another "
+            "model, or to another site"
+        )
+
+
+def orthonormal_rows(directions: Float[Tensor, "direction width"]) -> Float[Tensor, "kept width"]:
+    """An orthonormal basis of what the rows span; rows that lie in the span of the others, and zeros, add nothing."""
+    scale = directions.double()
+    _, sizes, rows = torch.linalg.svd(scale, full_matrices=False)
+    rank = int((sizes > sizes.max().clamp_min(1e-300) * 1e-10).sum()) if sizes.numel() else 0
+    basis: Tensor = rows[:rank].to(directions.dtype)
+    return basis

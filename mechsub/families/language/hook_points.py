@@ -1,0 +1,53 @@
+"""Where causal language models can be read and steered: their blocks, attention and MLPs, by TransformerLens's names."""
+
+from transformers import PreTrainedModel
+
+from mechsub.activations.hook_points import HookPoint
+from mechsub.errors import ActivationError
+
+_BLOCKS = {
+    "gpt2": ("transformer.h", "attn", "mlp"),
+    "gpt_neox": ("gpt_neox.layers", "attention", "mlp"),
+    "llama": ("model.layers", "self_attn", "mlp"),
+    "mistral": ("model.layers", "self_attn", "mlp"),
+    "qwen2": ("model.layers", "self_attn", "mlp"),
+    "qwen3": ("model.layers", "self_attn", "mlp"),
+}
+"""By model type: the blocks, and in a block what adds to the residual stream. Architectures that put a norm between a module
+and the stream (Gemma 2, OLMo 2) are none of these: what their modules give is not what is added."""
+
+
+def list_hook_points(model: PreTrainedModel) -> list[HookPoint]:
+    """``blocks.N.hook_resid_pre``, ``attn_out``, ``mlp_out`` and ``resid_post`` of every block, each [row, position, d_model].
+
+    ``resid_pre`` is the stream before a block: the previous block's ``resid_post``, so it is given for block 0 only.
+
+    Raises:
+        ActivationError: the architecture is not known.
+    """
+    config = model.config.get_text_config()
+    if config.model_type not in _BLOCKS:
+        raise ActivationError(
+            f"the hook core does not know the blocks of a {config.model_type} model; it knows {', '.join(_BLOCKS)}. "
+            "`--backend transformer_lens` reads no other ones through this program: say what you need in an issue"
+        )
+    path, attention, mlp = _BLOCKS[config.model_type]
+    points = []
+    for layer in range(config.num_hidden_layers):
+        block = f"{path}.{layer}"
+        places = [("attn_out", f"{block}.{attention}", "output"), ("mlp_out", f"{block}.{mlp}", "output")]
+        places = [*places, ("resid_post", block, "output")]
+        if layer == 0:
+            places.insert(0, ("resid_pre", block, "input"))
+        points += [
+            HookPoint(
+                f"blocks.{layer}.hook_{site}",
+                layer,
+                site,
+                module,
+                side,  # type: ignore[arg-type]
+                config.hidden_size,
+            )
+            for site, module, side in places
+        ]
+    return points
