@@ -1,8 +1,10 @@
 """Mean activations of a run's models on its prompts, and steering directions: how they differ from their origins'."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,6 +49,7 @@ class ActivationReader:
     """How often the prompts' labels are drawn anew, for a line to read by; see `direction`."""
     sites: tuple[str, ...] | None = None
     """Only hook points of these sites; None takes all."""
+    _prompts: dict[tuple[Any, ...], Prompts] = field(default_factory=dict, repr=False)
     _origins: dict[tuple[str, int, int], MeanActivations] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -56,11 +59,15 @@ class ActivationReader:
         model = self.run.family.load_model(reference, reference.last, 0)
         return self._choose(self.run.family.hook_points(reference, model))
 
-    def read(self, lineage: Lineage, step: int, member: int, prompts: Prompts, origin_of: int | None = None) -> MeanActivations:
+    def read(
+        self, lineage: Lineage, step: int, member: int, *, prompts_of: int | None = None, shuffled: bool = False
+    ) -> MeanActivations:
         """The means of one member of a lineage at one step.
 
-        ``origin_of``: the member whose prompts and shuffles these are, where it is another one's reference that is read.
+        ``prompts_of``: the member whose prompts it is run on, where it is not its own. ``shuffled``: also over shuffled labels.
         """
+        asked = member if prompts_of is None else prompts_of
+        prompts = self._find_prompts(lineage, asked)
         run = self.run
         model = run.family.load_model(lineage, step, member)
         points = self._choose(run.family.hook_points(lineage, model))
@@ -69,7 +76,7 @@ class ActivationReader:
         norms: dict[str, list[Tensor]] = {point.name: [] for point in points}
         with open_backend(run.backend).open(model) as view:
             for kind, prompt_set in prompts.estimate.items():
-                names, weights = self._weigh(kind, prompt_set, member if origin_of is None else origin_of)
+                names, weights = self._weigh(kind, prompt_set, asked, self.num_shuffles if shuffled else 0)
                 means = Means(weights)
                 record(view, prompt_set.batches, points, [means])
                 groups += names
@@ -87,31 +94,40 @@ class ActivationReader:
         origin, start = lineage.origin, lineage.spec.origin.members[member]
         key = (origin.name, start, member)
         if key not in self._origins:
-            prompts = self.run.family.prompts(origin, member)
-            self._origins[key] = self.read(origin, 0, start, prompts, origin_of=member)
+            self._origins[key] = self.read(origin, 0, start, prompts_of=member, shuffled=True)
         return self._origins[key]
 
-    def direction(self, lineage: Lineage, step: int, member: int) -> MeanActivations:
+    def direction(self, lineage: Lineage, step: int, member: int, *, shuffled: bool = False) -> MeanActivations:
         """Steering directions v = mean(h) − mean(h of its own origin), by group; 0 where nothing has moved.
 
         Of shuffled groups it is Σ s_i (h_i − h_i of its origin) / n: of half the prompts the labels *lineage* and *origin* are
         swapped, s_i = −1. What all prompts share cancels, and what differs from prompt to prompt is left.
         """
-        here = self.read(lineage, step, member, self.run.family.prompts(lineage, member))
-        start = self.read_origin(lineage, member)
+        here, start = self.read(lineage, step, member, shuffled=shuffled), self.read_origin(lineage, member)
+        own = [start.groups.index(name) for name in here.groups]
         return MeanActivations(
-            here.groups, {name: means - start.means[name] for name, means in here.means.items()}, start.norms
+            here.groups,
+            {name: means - start.means[name][own] for name, means in here.means.items()},
+            {name: norms[own] for name, norms in start.norms.items()},
         )
+
+    def _find_prompts(self, lineage: Lineage, member: int) -> Prompts:
+        """A member's prompts, made once for all lineages that are asked the same."""
+        said = json.dumps(dict(lineage.context(member)), sort_keys=True, default=str)
+        key = (json.dumps(lineage.spec.model.get("name")), said, member)
+        if key not in self._prompts:
+            self._prompts[key] = self.run.family.prompts(lineage, member)
+        return self._prompts[key]
 
     def _choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         return [point for point in points if self.sites is None or point.site in self.sites]
 
-    def _weigh(self, kind: str, prompt_set: PromptSet, member: int) -> tuple[list[str], list[Tensor]]:
+    def _weigh(self, kind: str, prompt_set: PromptSet, member: int, shuffles: int) -> tuple[list[str], list[Tensor]]:
         """The names of a kind's groups, and for each batch the weights of its positions in each of them."""
         columns = [prompt_set.weigh(policy) for policy in prompt_set.policies]
         names = [group_name(kind, policy) for policy in prompt_set.policies]
         rows = [batch.num_rows for batch in prompt_set.batches]
-        for number in range(self.num_shuffles if kind == TRAIT else 0):
+        for number in range(shuffles if kind == TRAIT else 0):
             signs = torch.split(self._draw_signs(prompt_set.num_prompts, member, number), rows)
             columns.append([sign[:, None] * weights for sign, weights in zip(signs, columns[0], strict=True)])
             names.append(shuffle_name(number))
