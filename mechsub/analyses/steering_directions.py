@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
 from mechsub.activations.steering import orthonormal_rows
@@ -188,7 +189,8 @@ class _Recorded:
     readouts: Mapping[tuple[str, int], Float[np.ndarray, "direction width"] | None]
     """By trait and member: an orthonormal basis of what the head of the member's reference reads it from."""
     maps: Mapping[tuple[str, int], Mapping[str, Float[np.ndarray, "width width"]]]
-    """Of lineages that start elsewhere: h ↦ h R, from their origin's basis into the reference's; none where it cannot be fit."""
+    """Of lineages that start elsewhere: h ↦ h R, from their origin's basis into the reference's; none where it cannot be fit.
+    """
 
     def stack(self, lineage: Lineage, step: int, point: HookPoint) -> Vectors:
         """The directions of all members in the teachers' basis; NaN of one that has none there."""
@@ -233,6 +235,10 @@ class _Recorder:
         """With draws of shuffled labels."""
         return ActivationReader(self.run, _SHUFFLES)
 
+    @property
+    def _shuffled(self) -> list[str]:
+        return [shuffle_name(number) for number in range(_SHUFFLES)]
+
     def record_all(self) -> _Recorded:
         """Teachers at their ends, students and controls at every checkpoint; shuffled labels of students at their ends."""
         run, reader = self.run, self.reader
@@ -244,15 +250,10 @@ class _Recorder:
             is_shuffled = lineage.spec.role == "student" and step == lineage.last
             for member in range(run.recipe.members):
                 found = reader.direction(lineage, step, member, shuffled=is_shuffled)
-                vectors[lineage.name, step, member] = {
-                    name: _pick(held, found.groups, groups) for name, held in found.means.items()
-                }
-                norms[lineage.name, member] = {name: _pick(held, found.groups, groups) for name, held in found.norms.items()}
+                vectors[lineage.name, step, member] = _pick(found.means, found.groups, groups)
+                norms[lineage.name, member] = _pick(found.norms, found.groups, groups)
                 if is_shuffled:
-                    drawn = [shuffle_name(number) for number in range(_SHUFFLES)]
-                    shuffles[lineage.name, step, member] = {
-                        name: _pick(held, found.groups, drawn) for name, held in found.means.items()
-                    }
+                    shuffles[lineage.name, step, member] = _pick(found.means, found.groups, self._shuffled)
             run.report_progress(done)
         readouts = {
             (trait, member): self._read_out(trait, member) for trait in run.traits for member in range(run.recipe.members)
@@ -261,8 +262,7 @@ class _Recorder:
 
     def _list_groups(self) -> list[str]:
         """What the references' prompts offer, without shuffled labels."""
-        drawn = {shuffle_name(number) for number in range(_SHUFFLES)}
-        return [name for name in self.reader.read_origin(self.run.reference, 0).groups if name not in drawn]
+        return [name for name in self.reader.read_origin(self.run.reference, 0).groups if name not in self._shuffled]
 
     def _list_models(self) -> Iterator[tuple[Lineage, int]]:
         run = self.run
@@ -280,11 +280,11 @@ class _Recorder:
         return None if found is None else orthonormal_rows(found.double()).cpu().numpy()
 
 
-def _pick(held: Tensor, names: Sequence[str], wanted: Sequence[str]) -> np.ndarray:
-    """Some groups of means, in this order; NaN of one that is not there."""
-    rows = held.numpy()
-    nothing = np.full_like(rows[0], np.nan)
-    return np.stack([rows[names.index(name)] if name in names else nothing for name in wanted])
+def _pick(held: Mapping[str, Tensor], names: Sequence[str], wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """By hook point some groups, in this order; NaN of one that is not there."""
+    places = [names.index(name) if name in names else len(names) for name in wanted]
+    padded = {point: functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, 1), value=np.nan) for point, rows in held.items()}
+    return {point: rows[places].numpy() for point, rows in padded.items()}
 
 
 def _measure(run: Run, recorded: _Recorded) -> xr.Dataset:
@@ -421,12 +421,12 @@ _REPORTED = {
     _BARE: (
         _BARE_NULL,
         "other traits' teachers, without their own targets' unembedding",
-        "the cosine of whole vectors is judged",
+        "whole vectors are judged",
     ),
     _ADJUSTED: (
         "",
         "none drawn: it stands beside the cosine of v_S",
-        "other traits' students move so too; the specific one tells",
+        "other traits' students move so too",
     ),
     _SPECIFIC: ("", "0: students that are exchangeable between teachers", "the cosine with other teachers as null is judged"),
     "student_shift": ("control_shift", "the control's own shift", "a size, not a direction"),
@@ -568,8 +568,8 @@ def _training_figure(run: Run, data: xr.Dataset, recorded: _Recorded) -> Figure:
         name="steering_alignment_training",
         title="When it comes: the same along the students' training",
         caption=(
-            f"cos(v_S(t), v_T), no unit, over {recorded.groups[0]}, in the residual stream or the hidden layers. Thin lines are "
-            f"{count_members(run)}, their means over traits; thick ones the mean of all. The null is other teachers' v_T. At "
+            f"cos(v_S(t), v_T), no unit, over {recorded.groups[0]}, in the residual stream or hidden layers. Thin lines "
+            f"are {count_members(run)}, their means over traits; thick ones the mean of all. The null is other teachers' v_T. At "
             "step 0 nothing has moved."
         ),
         variables=tuple(_WHO),
@@ -622,7 +622,7 @@ def _sentences(run: Run, data: xr.Dataset, recorded: _Recorded, judgements: Mapp
         if not run.is_comparable(condition):
             yield f"{condition}: incomparable, {run.why_incomparable(condition)}; its activations have other coordinates."
         elif not recorded.has_map(run.student(condition, run.traits[0])):
-            yield f"{condition}: its students start from another base, whose activations could not be mapped onto the teachers'."
+            yield f"{condition}: its students start from another base, which cannot be mapped onto the teachers'."
         elif condition in _told(run, data):
             yield _summarise(run, data, recorded, judgements, condition)
         else:
@@ -640,7 +640,7 @@ def _summarise(run: Run, data: xr.Dataset, recorded: _Recorded, judgements: Mapp
     bare = mean(_BARE)
     without = f" ({bare} without the target's unembedding, others {mean(_BARE_NULL)})" if np.isfinite(bare.estimate) else ""
     return (
-        f"{condition}: {counts or 'not judged'} hook points. At {points[-1].name}, the last, v_S has cosine {mean(_OWN)} with its "
-        f"own teacher's v_T, {mean(_NULL)} with other teachers'{without}; specific {mean(_SPECIFIC)}; "
+        f"{condition}: {counts or 'not judged'} hook points. At {points[-1].name}, the last, v_S has cosine {mean(_OWN)} with "
+        f"its own teacher's v_T, {mean(_NULL)} with other teachers'{without}; specific {mean(_SPECIFIC)}; "
         f"‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ {mean('teacher_shift')}."
     )
