@@ -56,6 +56,11 @@ class _Cell:
     shuffles: Float[np.ndarray, "member shuffle width"] | None
     """Of the student at its last step, on the prompts of the first group."""
 
+    @property
+    def adjusted(self) -> Vectors | None:
+        """v_S − v_C; None without a control."""
+        return None if self.control is None else self.student - self.control
+
 
 @dataclass(frozen=True)
 class _Quantity:
@@ -86,16 +91,20 @@ def _without(vectors: Vectors, basis: np.ndarray) -> Vectors:
 
 def _own_without_readout(cell: _Cell) -> ByGroup | int:
     basis = cell.readout[0]
-    return _NO_READOUT if basis is None else _cosine(_without(cell.student, basis), _without(cell.teacher, basis))
+    if basis is None or cell.adjusted is None:
+        return _NO_READOUT if basis is None else _NO_CONTROL
+    return _cosine(_without(cell.adjusted, basis), _without(cell.teacher, basis))
 
 
 def _others_without_readout(cell: _Cell) -> ByGroup | int:
     """Each pair without what the head reads that teacher's trait from."""
+    if cell.adjusted is None:
+        return _NO_CONTROL
     found = []
     for other, basis in zip(cell.others, cell.readout[1:], strict=True):
         if basis is None:
             return _NO_READOUT
-        found.append(_cosine(_without(cell.student, basis), _without(other, basis)))
+        found.append(_cosine(_without(cell.adjusted, basis), _without(other, basis)))
     return np.mean(found, axis=0) if found else _NO_OTHER
 
 
@@ -104,13 +113,17 @@ def _of_control(cell: _Cell) -> ByGroup | int:
 
 
 def _adjusted(cell: _Cell) -> ByGroup | int:
-    return _NO_CONTROL if cell.control is None else _cosine(cell.student - cell.control, cell.teacher)
+    return _NO_CONTROL if cell.adjusted is None else _cosine(cell.adjusted, cell.teacher)
+
+
+def _adjusted_with_others(cell: _Cell) -> ByGroup | int:
+    return _NO_CONTROL if cell.adjusted is None else _mean_cosine(cell.adjusted, cell.others)
 
 
 def _specific(cell: _Cell) -> ByGroup | int:
-    if cell.control is None or cell.neutral is None:
-        return _NO_CONTROL if cell.control is None else _NO_OTHER
-    return _cosine(cell.student - cell.control, cell.teacher - cell.neutral)
+    if cell.adjusted is None or cell.neutral is None:
+        return _NO_CONTROL if cell.adjusted is None else _NO_OTHER
+    return _cosine(cell.adjusted, cell.teacher - cell.neutral)
 
 
 def _length(vectors: Vectors, cell: _Cell) -> ByGroup:
@@ -127,25 +140,23 @@ def _shuffled_sd(cell: _Cell) -> ByGroup | int:
     return spread
 
 
-_OWN, _NULL, _BARE, _BARE_NULL = (
+_RAW, _RAW_OTHERS, _RAW_CONTROL = (
     "steering_alignment",
     "steering_alignment_with_other_teachers",
-    "steering_alignment_without_readout",
-    "steering_alignment_with_other_teachers_without_readout",
-)
-_CONTROL, _ADJUSTED, _SPECIFIC = (
     "steering_alignment_of_control",
-    "control_adjusted_steering_alignment",
-    "specific_steering_alignment",
 )
+_OWN, _NULL = "control_adjusted_steering_alignment", "control_adjusted_steering_alignment_with_other_teachers"
+_BARE, _BARE_NULL = f"{_OWN}_without_readout", f"{_NULL}_without_readout"
+_SPECIFIC = "specific_steering_alignment"
 _QUANTITIES = (
-    _Quantity(_OWN, "cos(v_S, v_T)", lambda cell: _cosine(cell.student, cell.teacher)),
-    _Quantity(_NULL, "mean over other teachers of cos(v_S, v_T′)", lambda cell: _mean_cosine(cell.student, cell.others)),
-    _Quantity(_CONTROL, "cos(v_C, v_T)", _of_control),
-    _Quantity(_ADJUSTED, "cos(v_S − v_C, v_T)", _adjusted),
-    _Quantity(_SPECIFIC, "cos(v_S − v_C, v_T − v_N)", _specific),
-    _Quantity(_BARE, "cos of v_S and v_T without their parts along the target's unembedding", _own_without_readout),
+    _Quantity(_RAW, "cos(v_S, v_T)", lambda cell: _cosine(cell.student, cell.teacher)),
+    _Quantity(_RAW_OTHERS, "mean over other teachers of cos(v_S, v_T′)", lambda cell: _mean_cosine(cell.student, cell.others)),
+    _Quantity(_RAW_CONTROL, "cos(v_C, v_T)", _of_control),
+    _Quantity(_OWN, "cos(v_S − v_C, v_T)", _adjusted),
+    _Quantity(_NULL, "mean over other teachers of cos(v_S − v_C, v_T′)", _adjusted_with_others),
+    _Quantity(_BARE, "cos of v_S − v_C and v_T without their parts along the target's unembedding", _own_without_readout),
     _Quantity(_BARE_NULL, "mean over other teachers of the same, without their targets' unembedding", _others_without_readout),
+    _Quantity(_SPECIFIC, "cos(v_S − v_C, v_T − v_N)", _specific),
     _Quantity("student_shift", "‖v_S‖ / mean ‖h‖ of its origin", lambda cell: _length(cell.student, cell), "share of ‖h‖"),
     _Quantity("teacher_shift", "‖v_T‖ / mean ‖h‖", lambda cell: _length(cell.teacher, cell), "share of ‖h‖"),
     _Quantity(
@@ -395,8 +406,9 @@ ByPoint = tuple[CaseName, str]
 
 
 def _judge(run: Run, data: xr.Dataset, recorded: _Recorded) -> dict[ByPoint, Judgement]:
-    """Verdicts on v_S with its own teacher's v_T less other teachers', at students' last steps.
+    """Verdicts on cos(v_S − v_C, v_T) less the same with other teachers, at students' last steps.
 
+    Where a student could as well be its control, this effect is as often under 0 as over it.
     Of the mean over traits Holm runs over conditions and layers, of single traits over conditions, traits and layers.
     """
     by_trait: dict[ByPoint, np.ndarray] = {}
@@ -417,18 +429,10 @@ def _pool(run: Run, condition: str) -> CaseName:
 
 
 _REPORTED = {
-    _OWN: (_NULL, "other traits' teachers from the same θ₀: cos(v_S, v_T′)", ""),
-    _BARE: (
-        _BARE_NULL,
-        "other traits' teachers, without their own targets' unembedding",
-        "whole vectors are judged",
-    ),
-    _ADJUSTED: (
-        "",
-        "none drawn: it stands beside the cosine of v_S",
-        "other traits' students move so too",
-    ),
-    _SPECIFIC: ("", "0: students that are exchangeable between teachers", "the cosine with other teachers as null is judged"),
+    _OWN: (_NULL, "other teachers from the same θ₀: cos(v_S − v_C, v_T′)", ""),
+    _BARE: (_BARE_NULL, "other teachers, without their own targets' unembedding", "whole vectors are judged"),
+    _SPECIFIC: ("", "0: a student that is exchangeable with its control", "the cosine with other teachers as null is judged"),
+    _RAW: (_RAW_OTHERS, "other teachers from the same θ₀: cos(v_S, v_T′)", "it holds the drift that any carrier causes"),
     "student_shift": ("control_shift", "the control's own shift", "a size, not a direction"),
 }
 """By quantity: the variable that is its null, the null in words, and why it has no verdict."""
@@ -453,7 +457,7 @@ def _finding(
     null, null_words, reason = _REPORTED[name]
     against = student_interval(_values(run, data, null, case, point.name), verdict.confidence) if null else None
     if against is not None and not np.isfinite(against.estimate):
-        null_words = "none: there is no control, or no other teacher"
+        null_words = "none: no control or no other teacher"
     students = [run.student(case[0], trait) for trait in _traits(run, case)]
     quantity = next(one for one in _QUANTITIES if one.name == name)
     mapped = ", mapped by a fit on neutral prompts" if run.starts_elsewhere(students[0]) else ""
@@ -471,7 +475,7 @@ def _finding(
         null_high=np.nan if against is None else against.high,
         num_references=run.recipe.num_references(case[0]),
         **judgement_fields(
-            judgement if name == _OWN else None, verdict.alignment_margin, reason or "without its null a cosine says nothing"
+            judgement if name == _OWN else None, verdict.alignment_margin, reason or "no control or no other teacher"
         ),
         formula=quantity.formula,
         source=SOURCE,
@@ -494,44 +498,45 @@ def _values(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -
     return mean
 
 
-_WHO = {_OWN: "own teacher's v_T", _NULL: "other teachers' (null)", _CONTROL: "control with own teacher's"}
+_ADJUSTED_WHO = {_OWN: "own teacher's v_T", _NULL: "other teachers' (null)"}
+_RAW_WHO = {_RAW: "own teacher's v_T", _RAW_OTHERS: "other teachers' (null)", _RAW_CONTROL: "control with that teacher's"}
 
 
 def _told(run: Run, data: xr.Dataset) -> list[str]:
     """The conditions with a value."""
-    return [name for name in run.conditions if np.isfinite(data[_OWN].sel(condition=name).values).any()]
+    return [name for name in run.conditions if np.isfinite(data[_RAW].sel(condition=name).values).any()]
 
 
 def _layer_figure(run: Run, data: xr.Dataset, recorded: _Recorded) -> Figure:
     points = [point.name for point in recorded.points]
     dots = (
-        fold_variables("cosine", _WHO)
+        fold_variables("cosine", _ADJUSTED_WHO)
         .mark_circle(size=22, opacity=0.45)
         .encode(
             x=alt.X("cosine:Q", title="cosine of steering directions"),
             y=alt.Y("point:N", sort=points, title=None),
-            yOffset=alt.YOffset("who:N", sort=list(_WHO.values())),
-            color=color_by_who(_WHO),
+            yOffset=alt.YOffset("who:N", sort=list(_ADJUSTED_WHO.values())),
+            color=color_by_who(_ADJUSTED_WHO),
             tooltip=["condition:N", "point:N", "taught:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
         .transform_filter("datum.step == datum.last_step")
     )
     facets = (
         alt.layer(zero_line().encode(x=alt.datum(0)), dots, data=DATA)
-        .properties(width=260, height=alt.Step(8))
+        .properties(width=260, height=alt.Step(9))
         .facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=2)
     )
     return Figure(
         name="steering_alignment_by_layer",
         title="Do students' activations move where their own teachers' did?",
         caption=(
-            f"cos(v_S, v_T) at students' last steps, no unit, at every hook point; v is the mean activation less that of the "
-            f"lineage's own origin over {recorded.groups[0]} ({_describe_prompts(run)}). Each dot is one of "
+            f"cos(v_S − v_C, v_T) at students' last steps, no unit, at every hook point; v is the mean activation less that of "
+            f"the lineage's own origin over {recorded.groups[0]} ({_describe_prompts(run)}). Each dot is one of "
             f"{count_members(run)}. The null is other teachers' v_T, from the same θ₀. Random directions would scatter about 0 "
             f"by {float(data.random_cosine_sd.max()):.2f} (1/√d), students of shuffled labels by {_shuffled_words(run, data)}: "
             "lines to read by, not nulls."
         ),
-        variables=(*_WHO, "last_step"),
+        variables=(*_ADJUSTED_WHO, "last_step"),
         spec=chart_spec(facets),
         select={"condition": _told(run, data), "group": [recorded.groups[0]]},
         headline=True,
@@ -549,7 +554,7 @@ def _shuffled_words(run: Run, data: xr.Dataset) -> str:
 
 def _training_figure(run: Run, data: xr.Dataset, recorded: _Recorded) -> Figure:
     points = [point.name for point in _judged_points(recorded)]
-    chart, color = fold_variables("cosine", _WHO), color_by_who(_WHO)
+    chart, color = fold_variables("cosine", _RAW_WHO), color_by_who(_RAW_WHO)
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="symlog"), axis=alt.Axis(grid=False))
     members = (
         chart.transform_aggregate(cosine="mean(cosine)", groupby=["condition", "point", "step", "member", "who"])
@@ -569,10 +574,10 @@ def _training_figure(run: Run, data: xr.Dataset, recorded: _Recorded) -> Figure:
         title="When it comes: the same along the students' training",
         caption=(
             f"cos(v_S(t), v_T), no unit, over {recorded.groups[0]}, in the residual stream or hidden layers. Thin lines "
-            f"are {count_members(run)}, their means over traits; thick ones the mean of all. The null is other teachers' v_T. At "
-            "step 0 nothing has moved."
+            f"are {count_members(run)}, their means over traits; thick ones the mean of all. The null is other teachers' v_T; "
+            "the control's line is the drift that the verdict's v_S − v_C leaves out. At step 0 nothing has moved."
         ),
-        variables=tuple(_WHO),
+        variables=tuple(_RAW_WHO),
         spec=chart_spec(facets),
         select={"condition": _told(run, data), "group": [recorded.groups[0]], "point": points},
     )
@@ -604,8 +609,8 @@ def _group_figure(run: Run, data: xr.Dataset, recorded: _Recorded) -> Figure:
         name="steering_alignment_prompts",
         title="Where it shows: on which prompts, at which positions and hook points",
         caption=(
-            f"cos(v_S, v_T) less its null, the same with other teachers' v_T; no unit, mean over {count_members(run)}, at "
-            "students' last steps. Every kind of prompts has its own directions of student and teacher."
+            f"cos(v_S − v_C, v_T) less its null, the same with other teachers' v_T; no unit, mean over {count_members(run)}, "
+            "at students' last steps. Every kind of prompts has its own directions of student and teacher."
         ),
         variables=(_OWN, _NULL, "last_step"),
         spec=chart_spec(chart.facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=2)),
@@ -637,10 +642,14 @@ def _summarise(run: Run, data: xr.Dataset, recorded: _Recorded, judgements: Mapp
     def mean(name: str) -> Interval:
         return student_interval(_values(run, data, name, case, points[-1].name), run.recipe.verdict.confidence)
 
+    if np.isnan(mean(_OWN).estimate):
+        return (
+            f"{condition}: v_S has cosine {mean(_RAW)} with its own teacher's v_T; there is no control, so nothing is judged."
+        )
     bare = mean(_BARE)
     without = f" ({bare} without the target's unembedding, others {mean(_BARE_NULL)})" if np.isfinite(bare.estimate) else ""
     return (
-        f"{condition}: {counts or 'not judged'} hook points. At {points[-1].name}, the last, v_S has cosine {mean(_OWN)} with "
-        f"its own teacher's v_T, {mean(_NULL)} with other teachers'{without}; specific {mean(_SPECIFIC)}; "
-        f"‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ {mean('teacher_shift')}."
+        f"{condition}: {counts or 'not judged'} hook points. At {points[-1].name}, the last, v_S − v_C has cosine {mean(_OWN)} "
+        f"with its own teacher's v_T, {mean(_NULL)} with other teachers'{without}; v_S alone {mean(_RAW)} and "
+        f"{mean(_RAW_OTHERS)}. ‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ {mean('teacher_shift')}."
     )
