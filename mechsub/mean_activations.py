@@ -1,7 +1,7 @@
 """Mean activations of a run's models on its prompts, and steering directions: how they differ from their origins'."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,8 +14,17 @@ from mechsub.activations.backends import open_backend
 from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.inputs import PromptSet
 from mechsub.activations.recording import Means, record
+from mechsub.activations.similarity import (
+    ModelSide,
+    PairedMoments,
+    PairedRows,
+    fit_procrustes,
+    pair_rows,
+    paired_policies,
+    procrustes_distance,
+)
 from mechsub.families.protocol import Prompts
-from mechsub.lineages import Lineage
+from mechsub.lineages import Lineage, Origin
 from mechsub.run import Run
 from mechsub.streams import random_stream
 
@@ -41,6 +50,15 @@ class MeanActivations:
 
 
 @dataclass(frozen=True)
+class BasisMap:
+    """How the activations of one model lie in the basis of another: v ↦ v R."""
+
+    rotation: Float[Tensor, "width width"]
+    distance: float
+    """‖X R − Y‖² / ‖Y‖² of starts on trait prompts that R was not fitted on; see `procrustes_distance`."""
+
+
+@dataclass(frozen=True)
 class ActivationReader:
     """Reads mean activations of a run's models, each model in one pass over all its prompts."""
 
@@ -50,7 +68,7 @@ class ActivationReader:
     sites: tuple[str, ...] | None = None
     """Only hook points of these sites; None takes all."""
     _prompts: dict[tuple[Any, ...], Prompts] = field(default_factory=dict, repr=False)
-    _origins: dict[tuple[str, int, int], MeanActivations] = field(default_factory=dict, repr=False)
+    _origins: dict[tuple[Origin, int], MeanActivations] = field(default_factory=dict, repr=False)
 
     @cached_property
     def points(self) -> list[HookPoint]:
@@ -60,14 +78,13 @@ class ActivationReader:
         return self._choose(self.run.family.hook_points(reference, model))
 
     def read(
-        self, lineage: Lineage, step: int, member: int, *, prompts_of: int | None = None, shuffled: bool = False
+        self, lineage: Lineage, step: int, member: int, *, asked: Lineage | None = None, shuffled: bool = False
     ) -> MeanActivations:
         """The means of one member of a lineage at one step.
 
-        ``prompts_of``: the member whose prompts it is run on, where it is not its own. ``shuffled``: also over shuffled labels.
+        ``asked``: the lineage whose prompts it is run on, where these are not its own. ``shuffled``: also over shuffled labels.
         """
-        asked = member if prompts_of is None else prompts_of
-        prompts = self._find_prompts(lineage, asked)
+        prompts = self._find_prompts(asked or lineage, member)
         run = self.run
         model = run.family.load_model(lineage, step, member)
         points = self._choose(run.family.hook_points(lineage, model))
@@ -76,7 +93,7 @@ class ActivationReader:
         norms: dict[str, list[Tensor]] = {point.name: [] for point in points}
         with open_backend(run.backend).open(model) as view:
             for kind, prompt_set in prompts.estimate.items():
-                names, weights = self._weigh(kind, prompt_set, asked, self.num_shuffles if shuffled else 0)
+                names, weights = self._weigh(kind, prompt_set, member, self.num_shuffles if shuffled else 0)
                 means = Means(weights)
                 record(view, prompt_set.batches, points, [means])
                 groups += names
@@ -90,11 +107,10 @@ class ActivationReader:
         )
 
     def read_origin(self, lineage: Lineage, member: int) -> MeanActivations:
-        """The means of where one member of a lineage starts, on that member's prompts; kept, since many start there."""
-        origin, start = lineage.origin, lineage.spec.origin.members[member]
-        key = (origin.name, start, member)
+        """The means of where one member of a lineage starts, without what stands in the lineage's prompts; kept for others."""
+        key = (lineage.spec.origin, member)
         if key not in self._origins:
-            self._origins[key] = self.read(origin, 0, start, prompts_of=member, shuffled=True)
+            self._origins[key] = self.read(lineage, 0, member, asked=lineage.origin, shuffled=True)
         return self._origins[key]
 
     def direction(self, lineage: Lineage, step: int, member: int, *, shuffled: bool = False) -> MeanActivations:
@@ -119,6 +135,39 @@ class ActivationReader:
             self._prompts[key] = self.run.family.prompts(lineage, member)
         return self._prompts[key]
 
+    def fit_maps(self, lineage: Lineage, member: int) -> dict[str, BasisMap] | None:
+        """By hook point, the map from where one member of a lineage starts into the teachers' basis; of points that both have.
+
+        Fitted on what the two starts do, which have no trait, at all positions of the neutral prompts and of every other trait
+        prompt, and tried on the remaining trait prompts: units that neutral prompts leave silent would be mapped anyhow. None
+        where these positions are no more than a model is wide.
+        """
+        run = self.run
+        starts = (lineage, run.reference)
+        prompts = [self._find_prompts(one.origin, member).estimate for one in starts]
+        models = [run.family.load_model(one, 0, member) for one in starts]
+        points = [self._choose(run.family.hook_points(*pair)) for pair in zip(starts, models, strict=True)]
+        backend = open_backend(run.backend)
+        fitted: dict[str, PairedMoments] = {}
+        tried: dict[str, PairedMoments] = {}
+        with backend.open(models[0]) as left, backend.open(models[1]) as right:
+            for kind in (NEUTRAL, TRAIT):
+                sides = [
+                    ModelSide(view, one[kind], held) for view, one, held in zip((left, right), prompts, points, strict=True)
+                ]
+                for rows in _pair_most_rows(*sides):
+                    is_fitted = (rows.prompts % 2 == 0) | (kind == NEUTRAL)
+                    for sums, chosen in ((fitted, is_fitted), (tried, ~is_fitted)):
+                        own = rows.left[chosen.to(rows.left.device)], rows.right[chosen.to(rows.right.device)]
+                        if len(own[0]):
+                            sums.setdefault(rows.point, PairedMoments.about(*own)).add(*own)
+        if not fitted or any(one.num_rows <= max(map(len, one.means)) for one in fitted.values()):
+            return None
+        rotations = {name: fit_procrustes(one) for name, one in fitted.items()}
+        return {
+            name: BasisMap(rotation.cpu(), procrustes_distance(tried[name], rotation)) for name, rotation in rotations.items()
+        }
+
     def _choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         return [point for point in points if self.sites is None or point.site in self.sites]
 
@@ -139,6 +188,17 @@ class ActivationReader:
         signs = torch.tensor([1.0] * half + [-1.0] * half + [0.0] * (count % 2), dtype=torch.float64)
         drawn = random_stream(self.run.recipe.seed, "member", member, "shuffled-labels", number).permutation(count)
         return signs[torch.from_numpy(drawn)]
+
+
+def _pair_most_rows(left: ModelSide, right: ModelSide) -> Iterator[PairedRows]:
+    """The rows of the position policy that takes most positions."""
+    counts = {
+        policy: sum(int(batch.positions[policy].sum()) for batch in left.prompts.batches)
+        for policy in paired_policies(left.prompts, right.prompts)
+    }
+    for rows in pair_rows(left, right):
+        if rows.policy == max(counts, key=lambda policy: counts[policy]):
+            yield rows
 
 
 def group_name(kind: str, policy: str) -> str:

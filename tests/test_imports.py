@@ -29,7 +29,7 @@ FLOORS = [
     {"families"},
     {"recipe", "recipes"},
     {"run"},
-    {"cases", "mean_activations"},
+    {"cases", "mean_activations", "steered_scores"},
     {"relations"},
     {"sweeps"},
     {"experiment", "analyses", "screening"},

@@ -21,7 +21,7 @@ from mechsub.cases import CaseName, count_members, label_last_steps, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.lineages import Lineage
-from mechsub.mean_activations import ActivationReader, shuffle_name
+from mechsub.mean_activations import ActivationReader, BasisMap, shuffle_name
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -199,9 +199,8 @@ class _Recorded:
     """Mean ‖h‖ of where a lineage's member starts."""
     readouts: Mapping[tuple[str, int], Float[np.ndarray, "direction width"] | None]
     """By trait and member: an orthonormal basis of what the head of the member's reference reads it from."""
-    maps: Mapping[tuple[str, int], Mapping[str, Float[np.ndarray, "width width"]]]
-    """Of lineages that start elsewhere: h ↦ h R, from their origin's basis into the reference's; none where it cannot be fit.
-    """
+    maps: Mapping[tuple[str, int], Mapping[str, BasisMap]]
+    """Of lineages that start elsewhere, by lineage and member: into the reference's basis; none where that cannot be fitted."""
 
     def stack(self, lineage: Lineage, step: int, point: HookPoint) -> Vectors:
         """The directions of all members in the teachers' basis; NaN of one that has none there."""
@@ -232,7 +231,7 @@ class _Recorded:
 
     def _map(self, lineage: Lineage, member: int, point: HookPoint, vectors: np.ndarray) -> np.ndarray:
         maps = self.maps.get((lineage.name, member))
-        return vectors if maps is None else vectors @ maps[point.name]
+        return vectors if maps is None else vectors @ maps[point.name].rotation.numpy()
 
 
 @dataclass(frozen=True)
@@ -269,7 +268,19 @@ class _Recorder:
         readouts = {
             (trait, member): self._read_out(trait, member) for trait in run.traits for member in range(run.recipe.members)
         }
-        return _Recorded(run, reader.points, groups, vectors, shuffles, norms, readouts, {})
+        return _Recorded(run, reader.points, groups, vectors, shuffles, norms, readouts, dict(self._fit_maps()))
+
+    def _fit_maps(self) -> Iterator[tuple[tuple[str, int], Mapping[str, BasisMap]]]:
+        """One a condition and member, for its students and its control, which start at the same place."""
+        run = self.run
+        for condition in filter(run.is_comparable, run.conditions):
+            students = [run.student(condition, trait) for trait in run.traits]
+            if run.starts_elsewhere(students[0]):
+                for member in range(run.recipe.members):
+                    found = self.reader.fit_maps(students[0], member)
+                    for lineage in (*students, *filter(None, [run.control(condition)])):
+                        if found is not None:
+                            yield (lineage.name, member), found
 
     def _list_groups(self) -> list[str]:
         """What the references' prompts offer, without shuffled labels."""
@@ -382,6 +393,7 @@ def _label(
         unit="cosine",
         formula="1/√d",
     )
+    variables |= _label_maps(run, recorded)
     coords = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -393,6 +405,24 @@ def _label(
         "group": list(recorded.groups),
     }
     return xr.Dataset(variables, coords)
+
+
+def _label_maps(run: Run, recorded: _Recorded) -> dict[str, xr.Variable]:
+    """How well students' bases were mapped onto the teachers'."""
+    distances = np.full((len(run.conditions), run.recipe.members, len(recorded.points)), np.nan)
+    for (row, condition), member in product(enumerate(run.conditions), range(run.recipe.members)):
+        found = recorded.maps.get((run.student(condition, run.traits[0]).name, member), {})
+        for depth, point in enumerate(recorded.points):
+            if point.name in found:
+                distances[row, member, depth] = found[point.name].distance
+    dims = ("condition", "member", "point")
+    described = "distance of a student's base, mapped onto the teachers', on prompts that the map was not fitted on"
+    return {
+        "map_distance": label_variable(
+            distances, dims, description=described, unit="share of ‖Y‖²", formula="‖X R − Y‖² / ‖Y‖²", source="Schönemann 1966"
+        ),
+        "map_distance_status": status_variable(np.isnan(distances), dims, ("ok", "no_map_is_needed_or_fitted"), "map_distance"),
+    }
 
 
 def _judged_points(recorded: _Recorded) -> list[HookPoint]:
@@ -460,7 +490,7 @@ def _finding(
         null_words = "none: no control or no other teacher"
     students = [run.student(case[0], trait) for trait in _traits(run, case)]
     quantity = next(one for one in _QUANTITIES if one.name == name)
-    mapped = ", mapped by a fit on neutral prompts" if run.starts_elsewhere(students[0]) else ""
+    mapped = ", mapped by a fit of both starts" if run.starts_elsewhere(students[0]) else ""
     return Finding(
         analysis="steering_directions",
         quantity=name,
@@ -646,10 +676,21 @@ def _summarise(run: Run, data: xr.Dataset, recorded: _Recorded, judgements: Mapp
         return (
             f"{condition}: v_S has cosine {mean(_RAW)} with its own teacher's v_T; there is no control, so nothing is judged."
         )
-    bare = mean(_BARE)
+    bare, elsewhere = mean(_BARE), _map_words(run, data, condition, points[-1])
     without = f" ({bare} without the target's unembedding, others {mean(_BARE_NULL)})" if np.isfinite(bare.estimate) else ""
     return (
         f"{condition}: {counts or 'not judged'} hook points. At {points[-1].name}, the last, v_S − v_C has cosine {mean(_OWN)} "
         f"with its own teacher's v_T, {mean(_NULL)} with other teachers'{without}; v_S alone {mean(_RAW)} and "
-        f"{mean(_RAW_OTHERS)}. ‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ {mean('teacher_shift')}."
+        f"{mean(_RAW_OTHERS)}{elsewhere}. ‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ {mean('teacher_shift')}."
+    )
+
+
+def _map_words(run: Run, data: xr.Dataset, condition: str, point: HookPoint) -> str:
+    distances = data.map_distance.sel(condition=condition, point=point.name).values
+    if not np.isfinite(distances).any():
+        return ""
+    far = student_interval(distances, run.recipe.verdict.confidence)
+    return (
+        "; the students start from another base, mapped onto the teachers' by a rotation fitted to what both starts do, "
+        f"which leaves {far} of ‖h‖² unexplained on other prompts"
     )
