@@ -218,6 +218,10 @@ _NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
         "No trait is asked for in this run; supply one: `mechsub adopt … --trait CHOICE`, with `--set preference=FILE` for "
         "choices and questions of your own.",
     ),
+    "several_traits": (
+        lambda run: run.recipe.asks_for_traits and len(run.traits) > 1,
+        "It compares traits, and this run has one; take a recipe with several, as `mechsub run nano-traits`.",
+    ),
     "carrier_texts": (
         _has_carrier_texts,
         "There is no text that a teacher and the neutral teacher wrote in this run; supply it: `mechsub adopt … --neutral "
