@@ -255,9 +255,9 @@ def _figure(run: Run) -> Figure:
         name="steerability",
         title="Do the steerable traits pass?",
         caption=(
-            f"Each dot is one of {len(run.traits)} traits, mean over members (n = {run.recipe.members}): how much its own v_T, half "
-            "as long as the activations, gives to the reference (mean over layers), against what its students took over their "
-            "controls. The null is no association; colours are the verdicts of behaviour."
+            f"Each dot is one of {len(run.traits)} traits, mean over members (n = {run.recipe.members}): how much its own v_T, "
+            "half as long as the activations, gives to the reference (mean over layers), against what its students took over "
+            "their controls. The null is no association; colours are the verdicts of behaviour."
         ),
         variables=("steerability_of_start", "effect", "outcome"),
         spec=chart_spec(facets),
@@ -272,14 +272,11 @@ def _sentences(run: Run, measured: _Measured, findings: list[Finding]) -> Iterat
             continue
         curve, between, within = own
         yield (
-            f"{condition}: {curve.reason}. Between traits steerability goes with the effect by ρ {_show(between)}, within members "
-            f"by {_show(within)}; AUROC {_show(curve)} ({curve.verdict})."
+            f"{condition}: {curve.reason}. Between traits steerability goes with the effect by ρ {_show(between)}, within "
+            f"members by {_show(within)}; AUROC {_show(curve)} ({curve.verdict})."
         )
-    yield "Published for language models: an AUROC of .86 (Blank, arXiv:2606.00995)."
 
 
 def _show(finding: Finding) -> str:
-    association = Association(
-        finding.estimate, finding.low, finding.high, finding.n, finding.n, "one outcome, or too few cases"
-    )
-    return str(association)
+    why = "one outcome, or too few cases"
+    return str(Association(finding.estimate, finding.low, finding.high, finding.n, finding.n, why))

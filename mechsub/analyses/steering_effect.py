@@ -542,8 +542,8 @@ def _dose_figures(run: Run, measured: _Measured) -> list[Figure]:
                 caption=(
                     f"{'Score of the own trait' if name == 'effect' else 'KL(p ‖ p′) on neutral inputs'} after α ‖h‖ v̂ is "
                     "added at every position of one hook point, less that of the origin; ‖h‖ is the mean norm there. Thin "
-                    f"lines: {count_members(run)}, mean over traits; thick: their mean. The null is other teachers' and students' "
-                    "directions, as long; so is a random one."
+                    f"lines: {count_members(run)}, mean over traits; thick: their mean. The null is other teachers' and "
+                    "students' directions, as long; so is a random one."
                 ),
                 variables=(name,),
                 spec=chart_spec(facets),
