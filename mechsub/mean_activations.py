@@ -1,10 +1,8 @@
 """Mean activations of a run's models on its prompts, and steering directions: how they differ from their origins'."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,7 +21,6 @@ from mechsub.activations.similarity import (
     paired_policies,
     procrustes_distance,
 )
-from mechsub.families.protocol import Prompts
 from mechsub.lineages import Lineage, Origin
 from mechsub.run import Run
 from mechsub.streams import random_stream
@@ -67,7 +64,6 @@ class ActivationReader:
     """How often the prompts' labels are drawn anew, for a line to read by; see `direction`."""
     sites: tuple[str, ...] | None = None
     """Only hook points of these sites; None takes all."""
-    _prompts: dict[tuple[Any, ...], Prompts] = field(default_factory=dict, repr=False)
     _origins: dict[tuple[Origin, int], MeanActivations] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -84,7 +80,7 @@ class ActivationReader:
 
         ``asked``: the lineage whose prompts it is run on, where these are not its own. ``shuffled``: also over shuffled labels.
         """
-        prompts = self._find_prompts(asked or lineage, member)
+        prompts = self.run.family.prompts(asked or lineage, member)
         run = self.run
         model = run.family.load_model(lineage, step, member)
         points = self._choose(run.family.hook_points(lineage, model))
@@ -127,14 +123,6 @@ class ActivationReader:
             {name: norms[own] for name, norms in start.norms.items()},
         )
 
-    def _find_prompts(self, lineage: Lineage, member: int) -> Prompts:
-        """A member's prompts, made once for all lineages that are asked the same."""
-        said = json.dumps(dict(lineage.context(member)), sort_keys=True, default=str)
-        key = (json.dumps(lineage.spec.model.get("name")), said, member)
-        if key not in self._prompts:
-            self._prompts[key] = self.run.family.prompts(lineage, member)
-        return self._prompts[key]
-
     def fit_maps(self, lineage: Lineage, member: int) -> dict[str, BasisMap] | None:
         """By hook point, the map from where one member of a lineage starts into the teachers' basis; of points that both have.
 
@@ -144,7 +132,7 @@ class ActivationReader:
         """
         run = self.run
         starts = (lineage, run.reference)
-        prompts = [self._find_prompts(one.origin, member).estimate for one in starts]
+        prompts = [self.run.family.prompts(one.origin, member).estimate for one in starts]
         models = [run.family.load_model(one, 0, member) for one in starts]
         points = [self._choose(run.family.hook_points(*pair)) for pair in zip(starts, models, strict=True)]
         backend = open_backend(run.backend)

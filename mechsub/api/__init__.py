@@ -17,6 +17,7 @@ from mechsub.api.runs import (
     write_report,
 )
 from mechsub.api.screening import screen_data
+from mechsub.api.steering import load_direction, open_steering_directions, save_directions
 from mechsub.api.sweeps import (
     SweepPlan,
     analyze_sweep,
@@ -47,11 +48,13 @@ __all__ = [
     "is_sweep_directory",
     "list_analyses",
     "list_recipes",
+    "load_direction",
     "load_recipe",
     "missing_analyses",
     "missing_from_sweep",
     "open_directions",
     "open_run",
+    "open_steering_directions",
     "open_sweep",
     "plan_adoption",
     "plan_analyses",
@@ -61,6 +64,7 @@ __all__ = [
     "resolve_device",
     "run_experiment",
     "run_sweep",
+    "save_directions",
     "screen_data",
     "verify_run",
     "verify_sweep",

@@ -1,7 +1,8 @@
 """Chats as tokens: a tokenizer with its chat template, and the model's context length."""
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from mechsub.errors import RecipeError
 
+_FEW = 64
+"""Prompts that are kept once encoded; longer lists are rows, which are encoded once."""
 Message = Mapping[str, str]
 """``role`` (system, user or assistant) and ``content``."""
 
@@ -59,6 +62,10 @@ class ChatTokenizer:
     """Tokens that the model's context holds."""
     source: str
     """How messages call the model."""
+    _questions: dict[str, list[list[int]]] = field(default_factory=dict, repr=False, compare=False)
+    """Prompts that were encoded before: every checkpoint is asked the same few."""
+    _answers: dict[str, int] = field(default_factory=dict, repr=False, compare=False)
+    """Answers that were encoded before."""
 
     @classmethod
     def load(cls, folder: Path, source: str) -> "ChatTokenizer":
@@ -91,7 +98,12 @@ class ChatTokenizer:
         Raises:
             RecipeError: one is longer than the model's context.
         """
-        return self._encode(chats, add_generation_prompt=True)
+        if len(chats) > _FEW:
+            return self._encode(chats, add_generation_prompt=True)
+        key = json.dumps([[dict(message) for message in chat] for chat in chats])
+        if key not in self._questions:
+            self._questions[key] = self._encode(chats, add_generation_prompt=True)
+        return [list(prompt) for prompt in self._questions[key]]
 
     def encode_rows(self, chats: Sequence[Sequence[Message]], completions: Sequence[str]) -> list[Row]:
         """Each chat and the assistant's answer to it as tokens.
@@ -119,6 +131,11 @@ class ChatTokenizer:
         Raises:
             RecipeError: it is several tokens, or the tokenizer does not know it.
         """
+        if answer not in self._answers:
+            self._answers[answer] = self._find_answer_token(answer)
+        return self._answers[answer]
+
+    def _find_answer_token(self, answer: str) -> int:
         (row,) = self.encode_rows([[{"role": "user", "content": "?"}]], [answer])
         special = set(self.tokenizer.all_special_ids)
         tokens = [token for token in row.completion if token not in special and self._text([token]).strip()]

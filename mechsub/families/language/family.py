@@ -77,6 +77,7 @@ class Family:
         self._chats: dict[str, ChatTokenizer] = {}
         self._preference: PreferenceSet | None = None
         self._trained: list[Context] = []
+        self._prompts: dict[tuple[str, str, int], Prompts] = {}
         if not config.traits:
             self.measures, self.traits, self.contexts = PREFERENCE_MEASURES, {}, {}
         elif config.behaviours is None:
@@ -200,12 +201,16 @@ class Family:
         """The questions that teachers are trained on, neutral prompts, and rows of the neutral teacher's carrier."""
         if not self._trained:
             raise RunDirectoryError(f"{self._run}: no trait is asked for in this run, so that there are no questions")
-        first = self._trained[0]
+        first, said = self._trained[0], lineage.context(member)
+        key = (lineage.spec.model["name"], json.dumps(said, sort_keys=True, default=str), member)
+        if key in self._prompts:
+            return self._prompts[key]
         questions = [question for context in self._trained for question in context.questions]
         context = Context(first.name, first.system_prompt, list(dict.fromkeys(questions)))
         chats = self._chats_of(lineage.spec.model["name"])
         carrier = find_neutral_carrier(self._run, member)
-        return make_prompts(chats, context, lineage.context(member), carrier, self._config.context.training)
+        self._prompts[key] = make_prompts(chats, context, said, carrier, self._config.context.training)
+        return self._prompts[key]
 
     def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"] | None:
         """The target's row of the unembedding; None where traits are behaviours, which are no one token."""
