@@ -35,9 +35,9 @@ class MeanActivations:
 
     groups: tuple[str, ...]
     """Which prompts and positions a mean is over, ``<kind>: <position policy>``; then the shuffled ones."""
-    means: Mapping[str, Float[Tensor, "group width"]]
+    means: Mapping[str, Float[Tensor, "_group _width"]]
     """By hook point."""
-    norms: Mapping[str, Float[Tensor, " group"]]
+    norms: Mapping[str, Float[Tensor, " _group"]]
     """Means of ‖h‖, by hook point."""
 
     def group(self, name: str) -> dict[str, Float[Tensor, " width"]]:
@@ -64,7 +64,7 @@ class ActivationReader:
     """How often the prompts' labels are drawn anew, for a line to read by; see `direction`."""
     sites: tuple[str, ...] | None = None
     """Only hook points of these sites; None takes all."""
-    _origins: dict[tuple[Origin, int], MeanActivations] = field(default_factory=dict, repr=False)
+    _origins: dict[tuple[Origin, int, bool], MeanActivations] = field(default_factory=dict, repr=False)
 
     @cached_property
     def points(self) -> list[HookPoint]:
@@ -102,25 +102,28 @@ class ActivationReader:
             {name: torch.cat(found) for name, found in norms.items()},
         )
 
-    def read_origin(self, lineage: Lineage, member: int) -> MeanActivations:
-        """The means of where one member of a lineage starts, without what stands in the lineage's prompts; kept for others."""
-        key = (lineage.spec.origin, member)
+    def read_origin(self, lineage: Lineage, member: int, *, shuffled: bool = False) -> MeanActivations:
+        """The means of where one member of a lineage starts, without what stands in the lineage's prompts; kept for others.
+
+        With as many groups as of the lineage itself: sums of other shapes are rounded otherwise, and what has not moved would
+        not be 0.
+        """
+        key = (lineage.spec.origin, member, shuffled)
         if key not in self._origins:
-            self._origins[key] = self.read(lineage, 0, member, asked=lineage.origin, shuffled=True)
+            self._origins[key] = self.read(lineage, 0, member, asked=lineage.origin, shuffled=shuffled)
         return self._origins[key]
 
     def direction(self, lineage: Lineage, step: int, member: int, *, shuffled: bool = False) -> MeanActivations:
-        """Steering directions v = mean(h) − mean(h of its own origin), by group; 0 where nothing has moved.
+        """Steering directions v = mean(h) − mean(h of its own origin), by group, beside the mean ‖h‖ of the origin.
 
-        Of shuffled groups it is Σ s_i (h_i − h_i of its origin) / n: of half the prompts the labels *lineage* and *origin* are
-        swapped, s_i = −1. What all prompts share cancels, and what differs from prompt to prompt is left.
+        0 where nothing has moved. Of shuffled groups it is Σ s_i (h_i − h_i of its origin) / n: of half the prompts the labels
+        *lineage* and *origin* are swapped, s_i = −1. What all prompts share cancels, and what differs from prompt to prompt is
+        left.
         """
-        here, start = self.read(lineage, step, member, shuffled=shuffled), self.read_origin(lineage, member)
-        own = [start.groups.index(name) for name in here.groups]
+        start = self.read_origin(lineage, member, shuffled=shuffled)
+        here = start if step == 0 and not lineage.context(member) else self.read(lineage, step, member, shuffled=shuffled)
         return MeanActivations(
-            here.groups,
-            {name: means - start.means[name][own] for name, means in here.means.items()},
-            {name: norms[own] for name, norms in start.norms.items()},
+            here.groups, {name: means - start.means[name] for name, means in here.means.items()}, start.norms
         )
 
     def fit_maps(self, lineage: Lineage, member: int) -> dict[str, BasisMap] | None:

@@ -193,11 +193,11 @@ class _Recorded:
     run: Run
     points: Sequence[HookPoint]
     groups: Sequence[str]
-    vectors: Mapping[Key, Mapping[str, Float[np.ndarray, "group width"]]]
-    shuffles: Mapping[Key, Mapping[str, Float[np.ndarray, "shuffle width"]]]
-    norms: Mapping[tuple[str, int], Mapping[str, Float[np.ndarray, " group"]]]
+    vectors: Mapping[Key, Mapping[str, Float[np.ndarray, "_group _width"]]]
+    shuffles: Mapping[Key, Mapping[str, Float[np.ndarray, "_shuffle _width"]]]
+    norms: Mapping[tuple[str, int], Mapping[str, Float[np.ndarray, " _group"]]]
     """Mean ‖h‖ of where a lineage's member starts."""
-    readouts: Mapping[tuple[str, int], Float[np.ndarray, "direction width"] | None]
+    readouts: Mapping[tuple[str, int], Float[np.ndarray, "_direction _width"] | None]
     """By trait and member: an orthonormal basis of what the head of the member's reference reads it from."""
     maps: Mapping[tuple[str, int], Mapping[str, BasisMap]]
     """Of lineages that start elsewhere, by lineage and member: into the reference's basis; none where that cannot be fitted."""

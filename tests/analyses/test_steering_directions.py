@@ -153,7 +153,7 @@ def test_any_stored_direction_is_a_vector_to_add(tiny_run, tmp_path):
         ({"lineage": "student.same-int"}, "did you mean `student.same-init`"),
         ({"hook_point": "blocks.1.hook_resid_post"}, "did you mean `blocks.1.mlp.hook_post`"),
         ({"member": 7}, "members 0 to 2"),
-        ({"step": 2}, "it has steps"),
+        ({"step": 999}, "it has steps"),
         ({"group": "trait: last"}, "known: trait: image; neutral: image; carrier: image"),
     ],
 )
