@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+
+from mechsub.analyses.steering_effect import (
+    ADD,
+    OTHER_STUDENTS,
+    OTHER_TEACHERS,
+    OUT,
+    OWN_STUDENT,
+    OWN_TEACHER,
+    RANDOM,
+    REPLACE,
+    _list_edits,
+    steering_effect,
+)
+
+LAST = "blocks.1.mlp.hook_post"
+
+
+@pytest.fixture(scope="module")
+def result(tiny_run):
+    return steering_effect(tiny_run)
+
+
+def forward(model, images, change=lambda features: features):
+    """Class logits, with the last hidden layer changed on the way; the images that the trait is scored on."""
+    features = images
+    for layer in model.layers:
+        features = torch.relu(layer(features))
+    return model.class_head(change(features))
+
+
+def accuracy(run, model, change=lambda features: features):
+    images, labels = run.family._images, run.family._labels["digits"]
+    with torch.no_grad():
+        return float((forward(model, images, change).argmax(-1) == labels).double().mean())
+
+
+def hidden_mean(run, lineage, step, member):
+    (batch,) = run.family.prompts(run.reference, member).estimate["trait"].batches
+    model = run.family.load_model(lineage, step, member)
+    features = batch.arguments["images"]
+    with torch.no_grad():
+        for layer in model.layers:
+            features = torch.relu(layer(features))
+    return features.mean(0), features.norm(dim=-1).mean()
+
+
+def direction(run, lineage, member):
+    moved, _ = hidden_mean(run, lineage, lineage.last, member)
+    start, norm = hidden_mean(run, lineage, 0, member)
+    return moved - start, norm
+
+
+def edit_of(result, kind, vector, dose=""):
+    data = result.data
+    chosen = (data.kind == kind) & (data.vector == vector) & (data.window == LAST) & (data.dose == dose)
+    return data.isel(edit=int(np.flatnonzero(chosen.values)[0]))
+
+
+@pytest.mark.parametrize("dose", [-1.0, 0.5, 2.0])
+def test_a_vector_is_added_at_a_multiple_of_the_mean_length_there(tiny_run, result, dose):
+    teacher = tiny_run.teacher("digits")
+    for member in range(3):
+        vector, norm = direction(tiny_run, teacher, member)
+        model = tiny_run.family.load_model(tiny_run.reference, 0, member)
+        expected = accuracy(tiny_run, model, lambda h, v=vector / vector.norm() * dose * norm: h + v) - accuracy(tiny_run, model)
+        found = edit_of(result, ADD, OWN_TEACHER, str(dose)).sel(condition="same-init", taught="digits", member=member)
+        assert float(found.effect) == pytest.approx(expected, abs=0.006)  # rounding can turn one image of 360, or two
+
+
+def test_a_direction_is_taken_out_of_the_student_or_replaced_by_what_its_origin_has(tiny_run, result):
+    student = tiny_run.student("all-logits", "digits")
+    for member in range(3):
+        vector, _ = direction(tiny_run, student, member)
+        unit = vector / vector.norm()
+        model, origin = (tiny_run.family.load_model(student, step, member) for step in (student.last, 0))
+        kept = []
+
+        def keep(h, kept=kept, unit=unit):
+            kept.append(h @ unit)
+            return h
+
+        accuracy(tiny_run, origin, keep)
+        base = accuracy(tiny_run, model)
+        out = accuracy(tiny_run, model, lambda h, unit=unit: h - (h @ unit)[:, None] * unit) - base
+        put_in = accuracy(tiny_run, model, lambda h, u=unit, k=kept: h + (k[0] - h @ u)[:, None] * u) - base
+        where = {"condition": "all-logits", "taught": "digits", "member": member}
+        assert float(edit_of(result, OUT, OWN_STUDENT).sel(**where).effect) == pytest.approx(out, abs=0.006)
+        assert float(edit_of(result, REPLACE, OWN_STUDENT).sel(**where).effect) == pytest.approx(put_in, abs=0.006)
+
+
+def test_damage_is_a_divergence_on_neutral_inputs(tiny_run, result):
+    vector, norm = direction(tiny_run, tiny_run.teacher("digits"), 0)
+    model = tiny_run.family.load_model(tiny_run.reference, 0, 0).double()
+    (batch,) = tiny_run.family.prompts(tiny_run.reference, 0).damage.batches
+    features = batch.arguments["images"].double()
+    with torch.no_grad():
+        for layer in model.layers:
+            features = torch.relu(layer(features))
+
+        def outputs(h):
+            return torch.cat([model.class_head(h), model.auxiliary_head(h)], -1).log_softmax(-1)
+
+        before, after = outputs(features), outputs(features + (vector / vector.norm() * 0.5 * norm).double())
+    expected = float((before.exp() * (before - after)).sum(-1).mean())
+    found = edit_of(result, ADD, OWN_TEACHER, "0.5").sel(condition="same-init", taught="digits", member=0)
+    assert float(found.damage) == pytest.approx(expected, rel=1e-3)
+
+
+def test_teachers_directions_mean_nothing_in_another_base_and_the_status_says_so(result):
+    meanings = result.data.effect_status.attrs["flag_meanings"].split()
+    cell = edit_of(result, ADD, OWN_TEACHER, "0.5").sel(condition="different-init", taught="digits")
+    assert np.isnan(cell.effect).all() and {meanings[code] for code in cell.effect_status.values} == {"other_basis"}
+    own = edit_of(result, ADD, OWN_STUDENT, "0.5").sel(condition="different-init", taught="digits")
+    assert np.isfinite(own.effect).all()
+
+
+def test_permuted_students_answer_to_their_own_directions_as_the_plain_ones_do(result):
+    """The same function and training in other coordinates."""
+    for kind, dose in ((ADD, "0.5"), (OUT, ""), (REPLACE, "")):
+        both = edit_of(result, kind, OWN_STUDENT, dose).effect
+        np.testing.assert_allclose(both.sel(condition="permuted-init"), both.sel(condition="same-init"), atol=0.006)
+
+
+def test_every_finding_has_a_null_of_others_directions(result):
+    assert {one.quantity.split("_of_")[0] for one in result.findings} == {"sufficiency", "necessity"}
+    for one in result.findings:
+        assert one.verdict and np.isfinite([one.null_low, one.null_high]).all() and one.n == 3
+    assert [figure.headline for figure in result.figures] == [True, False, False]
+    assert all("null" in figure.caption and "n = 3" in figure.caption for figure in result.figures)
+
+
+def test_deep_models_are_edited_in_single_layers_in_halves_and_in_all_of_them():
+    points = [f"blocks.{layer}.hook_resid_post" for layer in range(6)]
+    edits = _list_edits(points)
+    windows = {edit.window: edit.points for edit in edits if edit.kind == OUT}
+    assert windows["earlier half"] + windows["later half"] == windows["all layers"] == tuple(points)
+    assert {edit.window for edit in edits if edit.kind == ADD} == set(points)
+    assert len({edit.name for edit in edits}) == len(edits)
+    assert {edit.vector for edit in edits} >= {OWN_TEACHER, OTHER_TEACHERS, OWN_STUDENT, OTHER_STUDENTS, RANDOM}
