@@ -66,7 +66,7 @@ class Means:
     labels were drawn.
     """
 
-    def __init__(self, weights: Sequence[Float[Tensor, "row position group"]]) -> None:
+    def __init__(self, weights: Sequence[Float[Tensor, "_row _position group"]]) -> None:
         self._weights = weights
         self.sums: dict[str, Float[Tensor, "group width"]] = {}
         """Σ w h by hook point, in float64."""
@@ -93,7 +93,7 @@ class Covariances:
     In float64 about a fixed shift, the first batch's mean, so that nothing cancels where activations lie far from 0.
     """
 
-    def __init__(self, weights: Sequence[Float[Tensor, "row position"]]) -> None:
+    def __init__(self, weights: Sequence[Float[Tensor, "_row _position"]]) -> None:
         self._weights = weights
         self._shifts: dict[str, Float[Tensor, " width"]] = {}
         self._first: dict[str, Float[Tensor, " width"]] = {}
@@ -126,7 +126,7 @@ class Projections:
 
     def __init__(self, directions: dict[str, Float[Tensor, "direction width"]]) -> None:
         self._directions = directions
-        self.coefficients: dict[str, list[Float[Tensor, "row position direction"]]] = {name: [] for name in directions}
+        self.coefficients: dict[str, list[Float[Tensor, "_row _position direction"]]] = {name: [] for name in directions}
         """By hook point, one a batch; in units of activations for directions of length 1."""
 
     def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:
