@@ -72,19 +72,29 @@ class Means:
         """Σ w h by hook point, in float64."""
         self.norms: dict[str, Float[Tensor, " group"]] = {}
         """Σ w ‖h‖ by hook point, in float64."""
+        self._placed: tuple[int, Tensor] | None = None
 
     def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:
         """Add one batch: products in float32 at least, sums over batches in float64."""
         wide = activations if activations.dtype in (torch.float32, torch.float64) else activations.float()
-        weights = self._weights[batch].to(wide).flatten(0, 1)
-        flat = wide.flatten(0, 1)
-        found = (weights.T @ flat).double()
-        norms = (weights.T @ flat.norm(dim=-1)).double()
+        weights, flat = self._place(batch, wide), wide.flatten(0, 1)
+        found = (weights @ flat).double()
+        norms = (weights @ flat.norm(dim=-1)).double()
         if point.name in self.sums:
             self.sums[point.name] += found
             self.norms[point.name] += norms
         else:
             self.sums[point.name], self.norms[point.name] = found, norms
+
+    def _place(self, batch: int, like: Tensor) -> Float[Tensor, "group place"]:
+        """A batch's weights beside its activations, moved once for all hook points: a GPU would wait for every copy."""
+        if self._placed is not None:
+            number, weights = self._placed
+            if number == batch and weights.dtype == like.dtype and weights.device == like.device:
+                return weights
+        moved = self._weights[batch].flatten(0, 1).T.contiguous().to(like)
+        self._placed = batch, moved
+        return moved
 
 
 class Covariances:
