@@ -23,10 +23,9 @@ from mechsub.activations.inputs import ModelInputs, PromptSet
 from mechsub.activations.recording import Means, record
 from mechsub.families.language.hook_points import list_hook_points
 
-TOKENS, AT_ONCE, WORDS = 64, 32, 8192
+TOKENS, AT_ONCE, WORDS = 64, 16, 8192
 SIZES = {"n_embd": 512, "n_layer": 8, "n_head": 8}
 QUICK = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-_BODY, _MODEL = "plain forward of the body", "plain forward with the head"
 
 
 def measure_activations(folder: Path, quick: bool) -> dict[str, Any]:
@@ -37,7 +36,7 @@ def measure_activations(folder: Path, quick: bool) -> dict[str, Any]:
     sizes = QUICK if quick else SIZES
     config = GPT2Config(vocab_size=WORDS, n_positions=TOKENS, **sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model = GPT2LMHeadModel(config).eval().to("cuda" if on_gpu else "cpu")
-    turns = 1 if quick else 9
+    turns = 1 if quick else 25
     counts = (8, 16) if quick else (100, 1000)
     found = _compare_times(model, _draw_prompts(AT_ONCE), turns)
     found["seconds_to_open"] = {backend: _time_opening(model, backend, turns) for backend in BACKENDS}
@@ -48,47 +47,71 @@ def measure_activations(folder: Path, quick: bool) -> dict[str, Any]:
 
 
 def _compare_times(model: GPT2LMHeadModel, prompts: PromptSet, turns: int) -> dict[str, Any]:
+    """The hooks first and by themselves, so that what is divided was measured close together."""
     points = list_hook_points(model)
     streams = select_hook_points(points, sites=RESIDUAL_SITES)
     (batch,) = prompts.batches
     arguments = batch.arguments_on(model.device)
-    ways: dict[str, Callable[[], Any]] = {
-        _BODY: lambda: model.transformer(**arguments),
-        _MODEL: lambda: model(**arguments, logits_to_keep=1),
-        "hooks, all layers' residual stream": lambda: _record(model, prompts, streams, "hooks"),
-        "hooks, attn_out and mlp_out too": lambda: _record(model, prompts, points, "hooks"),
+    hooks: dict[str, Callable[[], Any]] = {
+        "hooks, all layers' residual stream": lambda: _record(model, prompts, streams),
+        "hooks, attn_out and mlp_out too": lambda: _record(model, prompts, points),
+        "plain forward with the head": lambda: model(**arguments, logits_to_keep=1),
     }
+    others: dict[str, Callable[[], Any]] = {}
     with ExitStack() as views:
         for name in BACKENDS:
             if name != "hooks":
                 view = views.enter_context(open_backend(name).open(model))
-                ways[f"{name}, all of them"] = lambda view=view: record(view, prompts.batches, points, [_means(prompts)])
-                ways[f"{name}, plain forward"] = lambda view=view: view.model(**arguments, logits_to_keep=1)
-        seconds = _take_turns(ways, turns)
-    pairs = {
-        name: [value / body for value, body in zip(values, seconds[_BODY], strict=True)] for name, values in seconds.items()
-    }
+                others[f"{name}, all of them"] = lambda view=view: record(view, prompts.batches, points, [_means(prompts)])
+                others[f"{name}, plain forward"] = lambda view=view: view.model(**arguments, logits_to_keep=1)
+        groups = [
+            _take_turns(lambda: model.transformer(**arguments), hooks, turns),
+            _take_turns(lambda: model.transformer(**arguments), others, max(1, turns // 3)),
+        ]
+    seconds, processor, limits, processor_limits = (one | more for one, more in zip(*groups, strict=True))
     return {
-        "times_the_forward_of_the_body": {name: statistics.median(values) for name, values in pairs.items()},
+        "times_the_forward_of_the_body": _divide_pairs(seconds, limits),
+        "times_its_processor_time": _divide_pairs(processor, processor_limits),
         "seconds": {name: statistics.median(values) for name, values in seconds.items()},
-        "all_seconds": seconds,
+        "all_seconds": {"taken": seconds, "body": limits},
+        "processor_all_seconds": {"taken": processor, "body": processor_limits},
     }
 
 
-def _take_turns(ways: dict[str, Callable[[], Any]], turns: int) -> dict[str, list[float]]:
-    """Each way once a turn, after a first call of each that does not count; in every other turn in reverse order."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def _divide_pairs(seconds: dict[str, list[float]], limits: dict[str, list[float]]) -> dict[str, float]:
+    """The median over turns of each way's time over the limit's, which was taken just before and just after it."""
+    return {
+        name: statistics.median(value / limit for value, limit in zip(values, limits[name], strict=True))
+        for name, values in seconds.items()
+    }
+
+
+def _take_turns(limit: Callable[[], Any], ways: dict[str, Callable[[], Any]], turns: int) -> list[dict[str, list[float]]]:
+    """Of each way and of the limit around it: seconds, and seconds of the processor, which other programs disturb less.
+
+    Each way once a turn, between two calls of the limit, so that what other programs do evens out; after a first call of each.
+    """
+    found: list[dict[str, list[float]]] = [{name: [] for name in ways} for _ in range(4)]
     with torch.no_grad():
         for way in ways.values():
             way()
-        for turn in range(turns):
-            for name, way in list(ways.items())[:: 1 - 2 * (turn % 2)]:
-                _wait()
-                began = time.perf_counter()
-                way()
-                _wait()
-                seconds[name].append(time.perf_counter() - began)
-    return seconds
+        before = _time(limit)
+        for _ in range(turns):
+            for name, way in ways.items():
+                taken, after = _time(way), _time(limit)
+                for place in (0, 1):
+                    found[place][name].append(taken[place])
+                    found[place + 2][name].append((before[place] + after[place]) / 2)
+                before = after
+    return found
+
+
+def _time(way: Callable[[], Any]) -> tuple[float, float]:
+    _wait()
+    began, worked = time.perf_counter(), time.process_time()
+    way()
+    _wait()
+    return time.perf_counter() - began, time.process_time() - worked
 
 
 def _time_opening(model: GPT2LMHeadModel, backend: str, turns: int) -> float:
@@ -98,7 +121,7 @@ def _time_opening(model: GPT2LMHeadModel, backend: str, turns: int) -> float:
         with open_backend(backend).open(model):
             pass
 
-    return statistics.median(_take_turns({backend: way}, turns)[backend])
+    return statistics.median(_time(way)[0] for _ in range(turns))
 
 
 def _find_peak(model: GPT2LMHeadModel, count: int) -> int:
@@ -107,17 +130,17 @@ def _find_peak(model: GPT2LMHeadModel, count: int) -> int:
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _record(model, prompts, list_hook_points(model), "hooks")
+        _record(model, prompts, list_hook_points(model))
         return torch.cuda.max_memory_allocated() - before
     ctypes.CDLL(None).malloc_trim(0)  # else what was freed before is used again and does not show
     with PeakAnonymous() as memory:
-        _record(model, prompts, list_hook_points(model), "hooks")
+        _record(model, prompts, list_hook_points(model))
     return memory.grown
 
 
-def _record(model: GPT2LMHeadModel, prompts: PromptSet, points: list[HookPoint], backend: str) -> Means:
+def _record(model: GPT2LMHeadModel, prompts: PromptSet, points: list[HookPoint]) -> Means:
     means = _means(prompts)
-    with open_backend(backend).open(model) as view:
+    with open_backend("hooks").open(model) as view:
         record(view, prompts.batches, points, [means])
     return means
 
