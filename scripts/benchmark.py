@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from benchmark_activations import measure_activations
 from benchmark_examples import measure_examples
 from benchmark_gram import anonymous_bytes, measure_gram_of_adapters, measure_gram_of_run, measure_gram_of_shards
 from loky import get_reusable_executor
@@ -326,6 +327,7 @@ PARTS_OF_THE_BENCHMARK: dict[str, Callable[[Path, bool], dict[str, Any]]] = {
     "gram-shards": measure_gram_of_shards,
     "gram-adapters": measure_gram_of_adapters,
     "examples": measure_examples,
+    "activations": measure_activations,
     "startup": measure_startup,
     "demo": measure_demo,
 }

@@ -1,6 +1,7 @@
 """Backends: how activations are reached. Plain forward hooks are the default; TransformerLens and nnsight stand beside them."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol, runtime_checkable
@@ -57,7 +58,9 @@ BACKENDS = {
     "transformer_lens": "mechsub.activations.transformer_lens_adapter:TransformerLensBackend",
     "nnsight": "mechsub.activations.nnsight_adapter:NnsightBackend",
 }
-"""Each imports its library when it is asked for: they take seconds, and nnsight patches `Tensor.backward`."""
+"""Where each is. A library is imported when a model is first opened with it: it takes seconds, and nnsight patches torch."""
+LIBRARIES = ("transformer_lens", "nnsight")
+"""The backends that need a library of their own, of their name."""
 
 
 def open_backend(name: str) -> Backend:
@@ -68,6 +71,11 @@ def open_backend(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ActivationError(f"there is no backend {name!r}; {nearest_name(name, list(BACKENDS))}")
+    if name in LIBRARIES and importlib.util.find_spec(name) is None:
+        raise ActivationError(
+            f"the backend {name} needs a library that is not installed here; `pip install 'mechsub[backends]'`, or take "
+            "`--backend hooks`, which needs none"
+        )
     module, _, attribute = BACKENDS[name].partition(":")
     backend: Backend = getattr(importlib.import_module(module), attribute)()
     return backend

@@ -21,8 +21,8 @@ class HookPoint:
     """Of the block, from 0."""
     site: str
     """``resid_pre``, ``attn_out``, ``mlp_out`` or ``resid_post`` of a transformer; ``post`` of hidden units."""
-    module: str
-    """The module that it is read at, by its path in the plain model."""
+    module: str | None
+    """The module that it is read at, by its path in the plain model; None where only TransformerLens knows it."""
     side: Literal["input", "output"]
     """Whether it is the module's first input or its (first) output."""
     width: int

@@ -23,21 +23,13 @@ class HookedView:
         """Hooks on the modules of some hook points; removed also when the body raises."""
         with ExitStack() as handles:
             for point, visit in visits.items():
-                module = self._find(point)
+                module = find_module(self.model, point, HookBackend.name)
                 if point.side == "output":
                     handle = module.register_forward_hook(_after(visit))
                 else:
                     handle = module.register_forward_pre_hook(_before(visit), with_kwargs=True)
                 handles.callback(handle.remove)
             yield
-
-    def _find(self, point: HookPoint) -> nn.Module:
-        try:
-            return self.model.get_submodule(point.module)
-        except AttributeError:
-            raise ActivationError(
-                f"the model has no module {point.module!r}, where {point.name} is read: it is of another architecture"
-            ) from None
 
 
 class HookBackend:
@@ -49,6 +41,25 @@ class HookBackend:
     def open(self, model: nn.Module) -> Iterator[HookedView]:
         """The model itself; nothing is done to it before hook points are visited."""
         yield HookedView(model)
+
+
+def find_module(model: nn.Module, point: HookPoint, backend: str) -> nn.Module:
+    """The module that a hook point is read at, for a backend that reads plain modules.
+
+    Raises:
+        ActivationError: it is not known where that is, or the model has no such module.
+    """
+    if point.module is None:
+        raise ActivationError(
+            f"the backend {backend} does not know which module of a {type(model).__name__} is {point.name}; "
+            "`--backend transformer_lens` knows the most architectures"
+        )
+    try:
+        return model.get_submodule(point.module)
+    except AttributeError:
+        raise ActivationError(
+            f"the model has no module {point.module!r}, where {point.name} is read: it is of another architecture"
+        ) from None
 
 
 def _after(visit: Visit) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ class PromptSet:
         """The position policies that it offers; the first is the one that its kind is mostly read at."""
         return tuple(self.batches[0].positions)
 
-    def weigh(self, policy: str) -> list[Float[Tensor, "row position"]]:
+    def weigh(self, policy: str) -> list[Float[Tensor, "_row _position"]]:
         """For each batch, what each position counts for, so that Σ w h is the mean over prompts of each prompt's mean.
 
         Raises:

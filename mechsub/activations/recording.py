@@ -66,25 +66,35 @@ class Means:
     labels were drawn.
     """
 
-    def __init__(self, weights: Sequence[Float[Tensor, "row position group"]]) -> None:
+    def __init__(self, weights: Sequence[Float[Tensor, "_row _position group"]]) -> None:
         self._weights = weights
         self.sums: dict[str, Float[Tensor, "group width"]] = {}
         """Σ w h by hook point, in float64."""
         self.norms: dict[str, Float[Tensor, " group"]] = {}
         """Σ w ‖h‖ by hook point, in float64."""
+        self._placed: tuple[int, Tensor] | None = None
 
     def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:
         """Add one batch: products in float32 at least, sums over batches in float64."""
         wide = activations if activations.dtype in (torch.float32, torch.float64) else activations.float()
-        weights = self._weights[batch].to(wide).flatten(0, 1)
-        flat = wide.flatten(0, 1)
-        found = (weights.T @ flat).double()
-        norms = (weights.T @ flat.norm(dim=-1)).double()
+        weights, flat = self._place(batch, wide), wide.flatten(0, 1)
+        found = (weights @ flat).double()
+        norms = (weights @ flat.norm(dim=-1)).double()
         if point.name in self.sums:
             self.sums[point.name] += found
             self.norms[point.name] += norms
         else:
             self.sums[point.name], self.norms[point.name] = found, norms
+
+    def _place(self, batch: int, like: Tensor) -> Float[Tensor, "group place"]:
+        """A batch's weights beside its activations, moved once for all hook points: a GPU would wait for every copy."""
+        if self._placed is not None:
+            number, weights = self._placed
+            if number == batch and weights.dtype == like.dtype and weights.device == like.device:
+                return weights
+        moved = self._weights[batch].flatten(0, 1).T.contiguous().to(like)
+        self._placed = batch, moved
+        return moved
 
 
 class Covariances:
@@ -93,7 +103,7 @@ class Covariances:
     In float64 about a fixed shift, the first batch's mean, so that nothing cancels where activations lie far from 0.
     """
 
-    def __init__(self, weights: Sequence[Float[Tensor, "row position"]]) -> None:
+    def __init__(self, weights: Sequence[Float[Tensor, "_row _position"]]) -> None:
         self._weights = weights
         self._shifts: dict[str, Float[Tensor, " width"]] = {}
         self._first: dict[str, Float[Tensor, " width"]] = {}
@@ -126,7 +136,7 @@ class Projections:
 
     def __init__(self, directions: dict[str, Float[Tensor, "direction width"]]) -> None:
         self._directions = directions
-        self.coefficients: dict[str, list[Float[Tensor, "row position direction"]]] = {name: [] for name in directions}
+        self.coefficients: dict[str, list[Float[Tensor, "_row _position direction"]]] = {name: [] for name in directions}
         """By hook point, one a batch; in units of activations for directions of length 1."""
 
     def add(self, point: HookPoint, activations: Float[Tensor, "row position width"], batch: int) -> None:

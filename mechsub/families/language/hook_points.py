@@ -3,7 +3,6 @@
 from transformers import PreTrainedModel
 
 from mechsub.activations.hook_points import HookPoint
-from mechsub.errors import ActivationError
 
 _BLOCKS = {
     "gpt2": ("transformer.h", "attn", "mlp"),
@@ -20,18 +19,11 @@ and the stream (Gemma 2, OLMo 2) are none of these: what their modules give is n
 def list_hook_points(model: PreTrainedModel) -> list[HookPoint]:
     """``blocks.N.hook_resid_pre``, ``attn_out``, ``mlp_out`` and ``resid_post`` of every block, each [row, position, d_model].
 
-    ``resid_pre`` is the stream before a block: the previous block's ``resid_post``, so it is given for block 0 only.
-
-    Raises:
-        ActivationError: the architecture is not known.
+    ``resid_pre`` is the stream before a block: the previous block's ``resid_post``, so it is given for block 0 only. Of an
+    architecture that is not known here they have no module: TransformerLens may know them by their names.
     """
     config = model.config.get_text_config()
-    if config.model_type not in _BLOCKS:
-        raise ActivationError(
-            f"the hook core does not know the blocks of a {config.model_type} model; it knows {', '.join(_BLOCKS)}. "
-            "`--backend transformer_lens` reads no other ones through this program: say what you need in an issue"
-        )
-    path, attention, mlp = _BLOCKS[config.model_type]
+    path, attention, mlp = _BLOCKS.get(config.model_type, (None, None, None))
     points = []
     for layer in range(config.num_hidden_layers):
         block = f"{path}.{layer}"
@@ -44,7 +36,7 @@ def list_hook_points(model: PreTrainedModel) -> list[HookPoint]:
                 f"blocks.{layer}.hook_{site}",
                 layer,
                 site,
-                module,
+                module if path else None,
                 side,  # type: ignore[arg-type]
                 config.hidden_size,
             )
