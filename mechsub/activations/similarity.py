@@ -3,7 +3,8 @@
 Nothing of size rows × rows is formed: what is kept is of size (width + width)², however many rows there are.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -209,6 +210,36 @@ class PairedMoments:
         return slice(0, width), slice(width, None)
 
 
+@dataclass(frozen=True)
+class HalvedMoments:
+    """Paired moments of even and of odd prompts apart: what is fitted on one half is tried on the other."""
+
+    even: PairedMoments
+    odd: PairedMoments
+
+    @classmethod
+    def about(cls, rows: PairedRows) -> "HalvedMoments":
+        """No sums yet, about the means of a first batch."""
+        even = PairedMoments.about(rows.left, rows.right)
+        return cls(even, even.empty_copy())
+
+    def add(self, rows: PairedRows) -> None:
+        """Add one batch, each row to the half of its prompt."""
+        is_odd = (rows.prompts % 2 == 1).to(rows.left.device)
+        self.even.add(rows.left[~is_odd], rows.right[~is_odd])
+        self.odd.add(rows.left[is_odd], rows.right[is_odd])
+
+    @property
+    def whole(self) -> PairedMoments:
+        """Of all prompts."""
+        return self.even + self.odd
+
+    @property
+    def splits(self) -> tuple[tuple[PairedMoments, PairedMoments], ...]:
+        """What to fit on and what to try it on, both ways round."""
+        return (self.even, self.odd), (self.odd, self.even)
+
+
 def debiased_cka(moments: PairedMoments) -> float:
     """HSIC(X, Y) / √(HSIC(X, X) HSIC(Y, Y)), debiased, with linear kernels: 1 for the same rows in any rotation and scale.
 
@@ -223,7 +254,7 @@ def debiased_cka(moments: PairedMoments) -> float:
     scale = moments.hsic(0, 0) * moments.hsic(1, 1)
     # Rows that differ in one row only have no debiased HSIC of their own: what is left is rounding.
     floor = (_NO_SPREAD * moments.scatters[0] * moments.scatters[1] / moments.num_rows**2) ** 2
-    return moments.hsic(0, 1) / scale**0.5 if scale > floor else float("nan")
+    return moments.hsic(0, 1) / math.sqrt(scale) if scale > floor else float("nan")
 
 
 def fit_procrustes(moments: PairedMoments) -> Float[Tensor, "left_width right_width"]:
@@ -259,6 +290,34 @@ def procrustes_distance(moments: PairedMoments, rotation: Float[Tensor, "left_wi
         return float("nan")
     agreement = float((rotation * moments.products).sum())
     return max(0.0, (left + right - 2 * agreement) / right)  # rounding can take it a little under 0
+
+
+def procrustes_correlation(moments: PairedMoments, rotation: Float[Tensor, "left_width right_width"]) -> float:
+    """⟨X R, Y⟩ / (‖X‖ ‖Y‖) of centred rows, of others than R was fitted on.
+
+    Range [−1, 1], no unit; 1 where the two differ by that rotation and a scale, 0 on average for a rotation that has nothing to
+    do with the rows. Its square is the share of ‖Y‖² that X R explains at the best scale. NaN where the rows of one model do
+    not differ.
+    """
+    left, right = moments.scatters
+    if 0.0 in (left, right) or moments.num_rows < 2:
+        return float("nan")
+    return float((rotation * moments.products).sum()) / math.sqrt(left * right)
+
+
+def try_procrustes(
+    halves: HalvedMoments,
+    measure: Callable[[PairedMoments, Float[Tensor, "left_width right_width"]], float] = procrustes_distance,
+) -> float:
+    """A measure of rotations that are fitted on one half of the prompts and tried on the other; mean of both ways.
+
+    NaN where a half has no more rows than a model is wide, or the rows of one model do not differ.
+    """
+    widths = (len(halves.even.left_shift), len(halves.even.right_shift))
+    if min(halves.even.num_rows, halves.odd.num_rows) <= max(widths):
+        return float("nan")
+    found = [measure(test, fit_procrustes(fit)) for fit, test in halves.splits]
+    return sum(found) / len(found)
 
 
 class _Kept:
