@@ -93,7 +93,7 @@ class PairReader:
         """Rotations from where one member of a lineage starts to its member's reference, by hook point.
 
         Fitted on neutral prompts, at the position policy that gives most rows, with orthogonal Procrustes. A hook point is
-        left out where one of the two has none of that name, and where half of the prompts give no more rows than it is wide.
+        left out where one of the two has none of that name, and where the even prompts give no more rows than it is wide.
         """
         reference = self.run.reference
         with self.open_start(lineage, member) as start, self.open(reference, reference.last, member) as own:

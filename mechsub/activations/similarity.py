@@ -159,22 +159,21 @@ class PairedMoments:
     @property
     def covariances(self) -> tuple[Float[Tensor, "left_width left_width"], Float[Tensor, "right_width right_width"]]:
         """Covariances of the rows of the two models, Σ (h − m)(h − m)ᵀ / n."""
-        centred = self._centred / self.num_rows
         left, right = self._sides
-        return centred[left, left], centred[right, right]
+        return self._centre(left, left) / self.num_rows, self._centre(right, right) / self.num_rows
 
     @property
     def products(self) -> Float[Tensor, "left_width right_width"]:
         """Σ (x − x̄)(y − ȳ)ᵀ."""
-        left, right = self._sides
-        return self._centred[left, right]
+        return self._centre(*self._sides)
 
     @property
     def scatters(self) -> tuple[float, float]:
         """Σ ‖x − x̄‖² and Σ ‖y − ȳ‖²; 0 where it is no more than rounding leaves of equal rows."""
+        squares = self._second.diagonal() - self._first.square() / max(self.num_rows, 1)
         found = []
         for side, mean in zip(self._sides, self.means, strict=True):
-            scatter = float(self._centred.diagonal()[side].sum())
+            scatter = float(squares[side].sum())
             found.append(scatter if scatter > _NO_SPREAD * self.num_rows * float(mean.square().sum()) else 0.0)
         return found[0], found[1]
 
@@ -199,9 +198,9 @@ class PairedMoments:
         trace = block.square().sum() - fourth
         return float((trace + total * other_total / ((n - 1) * (n - 2)) - 2 * across / (n - 2)) / (n * (n - 3)))
 
-    @property
-    def _centred(self) -> Float[Tensor, "both both"]:
-        centred: Tensor = self._second - self._first[:, None] * self._first / max(self.num_rows, 1)
+    def _centre(self, one: slice, other: slice) -> Tensor:
+        """A block of Σ z zᵀ about the means."""
+        centred: Tensor = self._second[one, other] - self._first[one, None] * self._first[other] / max(self.num_rows, 1)
         return centred
 
     @property
@@ -233,11 +232,6 @@ class HalvedMoments:
     def whole(self) -> PairedMoments:
         """Of all prompts."""
         return self.even + self.odd
-
-    @property
-    def splits(self) -> tuple[tuple[PairedMoments, PairedMoments], ...]:
-        """What to fit on and what to try it on, both ways round."""
-        return (self.even, self.odd), (self.odd, self.even)
 
 
 def debiased_cka(moments: PairedMoments) -> float:
@@ -309,15 +303,13 @@ def try_procrustes(
     halves: HalvedMoments,
     measure: Callable[[PairedMoments, Float[Tensor, "left_width right_width"]], float] = procrustes_distance,
 ) -> float:
-    """A measure of rotations that are fitted on one half of the prompts and tried on the other; mean of both ways.
+    """A measure of the rotation that is fitted on even prompts, tried on odd ones.
 
-    NaN where a half has no more rows than a model is wide, or the rows of one model do not differ.
+    NaN where the even ones give no more rows than a model is wide, or the rows of one model do not differ.
     """
-    widths = (len(halves.even.left_shift), len(halves.even.right_shift))
-    if min(halves.even.num_rows, halves.odd.num_rows) <= max(widths):
+    if halves.even.num_rows <= max(len(halves.even.left_shift), len(halves.even.right_shift)):
         return float("nan")
-    found = [measure(test, fit_procrustes(fit)) for fit, test in halves.splits]
-    return sum(found) / len(found)
+    return measure(halves.odd, fit_procrustes(halves.even))
 
 
 class _Kept:
