@@ -3,7 +3,8 @@
 Nothing of size rows × rows is formed: what is kept is of size (width + width)², however many rows there are.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -158,22 +159,21 @@ class PairedMoments:
     @property
     def covariances(self) -> tuple[Float[Tensor, "left_width left_width"], Float[Tensor, "right_width right_width"]]:
         """Covariances of the rows of the two models, Σ (h − m)(h − m)ᵀ / n."""
-        centred = self._centred / self.num_rows
         left, right = self._sides
-        return centred[left, left], centred[right, right]
+        return self._centre(left, left) / self.num_rows, self._centre(right, right) / self.num_rows
 
     @property
     def products(self) -> Float[Tensor, "left_width right_width"]:
         """Σ (x − x̄)(y − ȳ)ᵀ."""
-        left, right = self._sides
-        return self._centred[left, right]
+        return self._centre(*self._sides)
 
     @property
     def scatters(self) -> tuple[float, float]:
         """Σ ‖x − x̄‖² and Σ ‖y − ȳ‖²; 0 where it is no more than rounding leaves of equal rows."""
+        squares = self._second.diagonal() - self._first.square() / max(self.num_rows, 1)
         found = []
         for side, mean in zip(self._sides, self.means, strict=True):
-            scatter = float(self._centred.diagonal()[side].sum())
+            scatter = float(squares[side].sum())
             found.append(scatter if scatter > _NO_SPREAD * self.num_rows * float(mean.square().sum()) else 0.0)
         return found[0], found[1]
 
@@ -198,15 +198,40 @@ class PairedMoments:
         trace = block.square().sum() - fourth
         return float((trace + total * other_total / ((n - 1) * (n - 2)) - 2 * across / (n - 2)) / (n * (n - 3)))
 
-    @property
-    def _centred(self) -> Float[Tensor, "both both"]:
-        centred: Tensor = self._second - self._first[:, None] * self._first / max(self.num_rows, 1)
+    def _centre(self, one: slice, other: slice) -> Tensor:
+        """A block of Σ z zᵀ about the means."""
+        centred: Tensor = self._second[one, other] - self._first[one, None] * self._first[other] / max(self.num_rows, 1)
         return centred
 
     @property
     def _sides(self) -> tuple[slice, slice]:
         width = len(self.left_shift)
         return slice(0, width), slice(width, None)
+
+
+@dataclass(frozen=True)
+class HalvedMoments:
+    """Paired moments of even and of odd prompts apart: what is fitted on one half is tried on the other."""
+
+    even: PairedMoments
+    odd: PairedMoments
+
+    @classmethod
+    def about(cls, rows: PairedRows) -> "HalvedMoments":
+        """No sums yet, about the means of a first batch."""
+        even = PairedMoments.about(rows.left, rows.right)
+        return cls(even, even.empty_copy())
+
+    def add(self, rows: PairedRows) -> None:
+        """Add one batch, each row to the half of its prompt."""
+        is_odd = (rows.prompts % 2 == 1).to(rows.left.device)
+        self.even.add(rows.left[~is_odd], rows.right[~is_odd])
+        self.odd.add(rows.left[is_odd], rows.right[is_odd])
+
+    @property
+    def whole(self) -> PairedMoments:
+        """Of all prompts."""
+        return self.even + self.odd
 
 
 def debiased_cka(moments: PairedMoments) -> float:
@@ -223,7 +248,7 @@ def debiased_cka(moments: PairedMoments) -> float:
     scale = moments.hsic(0, 0) * moments.hsic(1, 1)
     # Rows that differ in one row only have no debiased HSIC of their own: what is left is rounding.
     floor = (_NO_SPREAD * moments.scatters[0] * moments.scatters[1] / moments.num_rows**2) ** 2
-    return moments.hsic(0, 1) / scale**0.5 if scale > floor else float("nan")
+    return moments.hsic(0, 1) / math.sqrt(scale) if scale > floor else float("nan")
 
 
 def fit_procrustes(moments: PairedMoments) -> Float[Tensor, "left_width right_width"]:
@@ -259,6 +284,32 @@ def procrustes_distance(moments: PairedMoments, rotation: Float[Tensor, "left_wi
         return float("nan")
     agreement = float((rotation * moments.products).sum())
     return max(0.0, (left + right - 2 * agreement) / right)  # rounding can take it a little under 0
+
+
+def procrustes_correlation(moments: PairedMoments, rotation: Float[Tensor, "left_width right_width"]) -> float:
+    """⟨X R, Y⟩ / (‖X‖ ‖Y‖) of centred rows, of others than R was fitted on.
+
+    Range [−1, 1], no unit; 1 where the two differ by that rotation and a scale, 0 on average for a rotation that has nothing to
+    do with the rows. Its square is the share of ‖Y‖² that X R explains at the best scale. NaN where the rows of one model do
+    not differ.
+    """
+    left, right = moments.scatters
+    if 0.0 in (left, right) or moments.num_rows < 2:
+        return float("nan")
+    return float((rotation * moments.products).sum()) / math.sqrt(left * right)
+
+
+def try_procrustes(
+    halves: HalvedMoments,
+    measure: Callable[[PairedMoments, Float[Tensor, "left_width right_width"]], float] = procrustes_distance,
+) -> float:
+    """A measure of the rotation that is fitted on even prompts, tried on odd ones.
+
+    NaN where the even ones give no more rows than a model is wide, or the rows of one model do not differ.
+    """
+    if halves.even.num_rows <= max(len(halves.even.left_shift), len(halves.even.right_shift)):
+        return float("nan")
+    return measure(halves.odd, fit_procrustes(halves.even))
 
 
 class _Kept:

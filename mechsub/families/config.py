@@ -30,9 +30,12 @@ class VerdictConfig(Settings):
     gradient_margin: float = Field(
         0.005, gt=0, description="the same for cosines of gradients and of single updates, which are small"
     )
-    share_margin: float = Field(0.05, gt=0, description="the same for differences of shares of examples")
+    share_margin: float = Field(
+        0.05, gt=0, description="the same for differences of shares, of examples or of the way to the teacher"
+    )
     accuracy_margin: float = Field(0.05, gt=0, description="the same for a text classifier's accuracy over its null")
     subspace_margin: float = Field(0.05, gt=0, description="the same for differences of subspace overlaps")
+    similarity_margin: float = Field(0.02, gt=0, description="the same for differences of CKA, which starts out high")
     subspace_rank: int = Field(4, ge=1, le=64, description="of the singular subspaces whose overlap has the verdict")
     minimum_members: int = Field(5, ge=2, description="with fewer there is no verdict")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of the two-sided intervals over members")

@@ -7,13 +7,17 @@ from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.hooks import HookBackend
 from mechsub.activations.inputs import ModelInputs, PromptSet
 from mechsub.activations.similarity import (
+    HalvedMoments,
     ModelSide,
     PairedMoments,
+    PairedRows,
     debiased_cka,
     fit_procrustes,
     pair_rows,
     paired_policies,
+    procrustes_correlation,
     procrustes_distance,
+    try_procrustes,
 )
 from mechsub.errors import ActivationError
 
@@ -225,3 +229,29 @@ def test_models_with_other_tokens_are_paired_at_the_end_of_their_prompts():
     with HookBackend().open(Tokens(0, 4)) as view:
         sides = [ModelSide(view, prompts, points_of(4, "first")) for prompts in (same, prompt_set([3, 1]))]
         assert list(pair_rows(*sides)) == []
+
+
+def test_what_is_fitted_on_even_prompts_is_tried_on_odd_ones():
+    left, right = related(0, 60, (6, 6))
+    prompts = torch.arange(60) // 2
+    rows = PairedRows("point", "policy", left, right, prompts)
+    halves = HalvedMoments.about(rows)
+    for part in (slice(0, 25), slice(25, 60)):
+        halves.add(PairedRows("point", "policy", left[part], right[part], prompts[part]))
+    even, odd = (moments_of(left[prompts % 2 == half], right[prompts % 2 == half]) for half in (0, 1))
+    assert try_procrustes(halves) == pytest.approx(procrustes_distance(odd, fit_procrustes(even)), rel=1e-9)
+    assert debiased_cka(halves.whole) == pytest.approx(cka(left, right), rel=1e-9)
+    few = HalvedMoments.about(rows)
+    few.add(PairedRows("point", "policy", left[:12], right[:12], prompts[:12]))
+    assert np.isnan(try_procrustes(few))
+
+
+def test_the_correlation_of_mapped_rows_leaves_the_scale_out():
+    left, right = related(0, 60, (6, 6))
+    x, y = (rows[30:] - rows[30:].mean(0) for rows in (left, right))
+    rotation = fit_procrustes(moments_of(left[:30], right[:30]))
+    expected = float((x @ rotation * y).sum() / (x.norm() * y.norm()))
+    for scale in (1.0, 20.0):
+        test = moments_of(scale * left[30:], right[30:])
+        assert procrustes_correlation(test, rotation) == pytest.approx(expected, rel=1e-10)
+    assert np.isnan(procrustes_correlation(moments_of(left, torch.zeros_like(right)), rotation))

@@ -1,0 +1,334 @@
+"""A run's models held against their teachers: similarity of activations, and what frozen and refitted probes see of them."""
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from functools import cached_property
+from itertools import product
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
+from mechsub.activations.probes import Halves, fit_probe, left_halves, mean_of, right_halves, share_of_the_way, try_separation
+from mechsub.activations.similarity import (
+    LEAST_ROWS,
+    HalvedMoments,
+    PairedRows,
+    debiased_cka,
+    pair_rows,
+    try_procrustes,
+)
+from mechsub.activations.steering import orthonormal_rows
+from mechsub.cases import list_cases
+from mechsub.lineages import Lineage
+from mechsub.mean_activations import NEUTRAL, TRAIT, group_name
+from mechsub.paired_activations import BasisMap, OpenModel, PairReader, pair_groups
+from mechsub.run import Run
+
+CKA, INSIDE, DISTANCE, INSIDE_DISTANCE = SIMILARITIES = (
+    "cka",
+    "trait_subspace_cka",
+    "procrustes_distance",
+    "trait_subspace_procrustes_distance",
+)
+"""Of two models, by hook point and group of prompts. Inside: of what lies in the span of all teachers' steering directions."""
+PROBE, READOUT, FROZEN, REFITTED = PROBES = (
+    "frozen_probe_share",
+    "readout_share",
+    "frozen_probe_separation",
+    "refitted_probe_separation",
+)
+"""Of a model and its start, by hook point, on the trait's own prompts."""
+_KINDS = (TRAIT, NEUTRAL)
+_TOLD_APART = 2.0
+"""The least d′ between teacher and reference for shares of the way between them, an AUROC of .92: under it they blow up."""
+
+
+class Unknown(IntEnum):
+    """Why there is no value; 0 where there is one."""
+
+    OK = 0
+    NOT_RUN = 1
+    NO_CONTROL = 2
+    INCOMPARABLE = 3
+    """The two have other bases, and no rotation that is sound leads from one to the other."""
+    NO_SUCH_HOOK_POINT = 4
+    """Another architecture."""
+    ROWS_OF_OTHER_POSITIONS = 5
+    """The two take other tokens, so that no row of one belongs to a row of the other."""
+    TOO_FEW_ROWS = 6
+    """For the debiased HSIC, or to fix a rotation."""
+    NO_SPREAD = 7
+    """All rows of one model are equal."""
+    TEACHER_NOT_TOLD_APART = 8
+    """The probe does not tell the teacher from the reference on prompts that it was not fitted on."""
+    NO_READOUT = 9
+    """It is not known what the head reads the trait from, or it does not read there."""
+    TEACHER_NOT_MOVED_ALONG_READOUT = 10
+    """The teacher's shift does not lie along what the student's head reads the trait from, so that there is no way to go."""
+
+
+STATUS = tuple(reason.name.lower() for reason in Unknown)
+Key = TypeVar("Key", bound=Hashable)
+Value = float | Unknown
+"""A number, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One model beside a teacher, on one member's prompts."""
+
+    similarities: Mapping[str, Mapping[tuple[str, str], Value]]
+    """By measure, then by hook point and group."""
+    clouds: Mapping[str, Halves]
+    """Its activations on the trait's prompts, by hook point, in its own basis."""
+    readout: Float[Tensor, "direction width"] | None
+    """What its own head reads the trait from."""
+    num_rows: Mapping[str, int]
+    """By group."""
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What one member's teacher of one trait moved, on the trait's prompts, by hook point."""
+
+    teacher: Mapping[str, Halves]
+    reference: Mapping[str, Halves]
+    probes: Mapping[str, Sequence[Float[Tensor, " width"]]]
+    """Of teacher against reference, fitted on even and on odd prompts."""
+
+    def separation(self, point: str) -> Value:
+        """Of teacher and reference, on held-out prompts."""
+        if point not in self.probes:
+            return Unknown.ROWS_OF_OTHER_POSITIONS
+        return _or_else(try_separation(self.probes[point], self.teacher[point], self.reference[point]), Unknown.NO_SPREAD)
+
+    def shift(self, point: str) -> Float[Tensor, " width"]:
+        """The teacher's steering direction, v_T = m_T − m_ref."""
+        return mean_of(self.teacher[point]) - mean_of(self.reference[point])
+
+
+@dataclass(frozen=True)
+class Comparer:
+    """Goes through last checkpoints: a teacher stays open while each model that is held against it is run beside it."""
+
+    run: Run
+    compared: dict[tuple[str, str, int], Compared] = field(default_factory=dict)
+    """By trait, lineage (or start) and member."""
+    taught: dict[tuple[str, int], Taught] = field(default_factory=dict)
+    """By trait and member."""
+    maps: dict[tuple[str, int], Mapping[str, BasisMap]] = field(default_factory=dict)
+    """By start and member, of starts elsewhere."""
+
+    @cached_property
+    def reader(self) -> PairReader:
+        """Of the residual stream, or of hidden layers."""
+        reference = self.run.reference
+        model = self.run.family.load_model(reference, reference.last, 0)
+        sites = {point.site for point in self.run.family.hook_points(reference, model)}
+        return PairReader(self.run, RESIDUAL_SITES if sites & set(RESIDUAL_SITES) else None)
+
+    @cached_property
+    def points(self) -> list[HookPoint]:
+        """The references' hook points."""
+        with self._open_reference(0) as reference:
+            return reference.points
+
+    @cached_property
+    def groups(self) -> list[str]:
+        """Which prompts and positions are looked at; the trait's own first."""
+        prompts = self.run.family.prompts(self.run.reference, 0).estimate
+        return [group_name(kind, policy) for kind in _KINDS for policy in prompts[kind].policies]
+
+    def compare_all(self) -> None:
+        """Every student, control and start against its member's teacher of every trait."""
+        run = self.run
+        starts = {self.start_name(student): student for student in (run.student(*case) for case in list_cases(run))}
+        for member in range(run.recipe.members):
+            self._record_teachers(member)
+            for name, student in starts.items():
+                if run.starts_elsewhere(student):
+                    self.maps[name, member] = self.reader.fit_basis_maps(student, member)
+            taught = [self.taught[trait, member] for trait in run.traits]
+            known = set.intersection(*(set(one.probes) for one in taught))
+            spans = {point: orthonormal_rows(torch.stack([one.shift(point) for one in taught])) for point in known}
+            for trait in run.traits:
+                self._compare_with(trait, member, spans)
+            run.report_progress(run.num_checkpoints * (member + 1) // run.recipe.members)
+
+    def start_name(self, lineage: Lineage) -> str:
+        """Where a lineage starts; lineages of one start share a name."""
+        if not self.run.starts_elsewhere(lineage):
+            return self.run.reference.name
+        return f"start of {lineage.spec.origin} at {lineage.spec.model}"
+
+    def find_map(self, lineage: Lineage, member: int, point: str) -> BasisMap | None:
+        """From the basis of a lineage that starts elsewhere into its teachers'; None where it could not be fitted."""
+        return self.maps.get((self.start_name(lineage), member), {}).get(point)
+
+    def probe(self, lineage: Lineage, trait: str, member: int, point: str) -> "Probed":
+        """What probes see of a lineage at its last step."""
+        own, start = (self.compared[trait, name, member] for name in (lineage.name, self.start_name(lineage)))
+        rotation = self._find_rotation(lineage, member, point)
+        is_comparable = rotation is not None or not self.run.starts_elsewhere(lineage)
+        is_read_out = next(one.is_read_out for one in self.points if one.name == point)
+        readout = own.readout if is_read_out else None
+        taught = self.taught[trait, member]
+        return Probed(point, own.clouds.get(point), start.clouds.get(point), taught, readout, is_comparable, rotation)
+
+    def _find_rotation(self, lineage: Lineage, member: int, point: str) -> Tensor | None:
+        found = self.find_map(lineage, member, point)
+        return found.rotation if found is not None and found.is_sound else None
+
+    def _open_reference(self, member: int) -> AbstractContextManager[OpenModel]:
+        reference = self.run.reference
+        return self.reader.open(reference, reference.last, member)
+
+    def _record_teachers(self, member: int) -> None:
+        """What each teacher moved, and probes that tell it from its reference."""
+        run = self.run
+        with self._open_reference(member) as reference:
+            for trait in run.traits:
+                teacher = run.teacher(trait)
+                halves: dict[str, HalvedMoments] = {}
+                with self.reader.open(teacher, teacher.last, member) as model:
+                    for rows in pair_rows(model.on(TRAIT), reference.on(TRAIT)):
+                        if group_name(TRAIT, rows.policy) == self.groups[0]:
+                            _add(halves, rows.point, rows)
+                there = {point: left_halves(found) for point, found in halves.items()}
+                here = {point: right_halves(found) for point, found in halves.items()}
+                probes = {point: [fit_probe(*pair) for pair in zip(there[point], here[point], strict=True)] for point in there}
+                self.taught[trait, member] = Taught(there, here, probes)
+
+    def _compare_with(self, trait: str, member: int, spans: Mapping[str, Tensor]) -> None:
+        """One teacher's models: starts, students and controls, one after the other beside it."""
+        teacher = self.run.teacher(trait)
+        with self.reader.open(teacher, teacher.last, member) as model:
+            for name, lineage, opened in self._list_models(trait, member):
+                rotations = {point: self._find_rotation(lineage, member, point) for point in spans}
+                if not self.run.starts_elsewhere(lineage):
+                    bases = {point: (span, span) for point, span in spans.items()}
+                else:
+                    mapped = {point: rotation for point, rotation in rotations.items() if rotation is not None}
+                    bases = {point: (spans[point] @ rotation.T, spans[point]) for point, rotation in mapped.items()}
+                with opened as left:
+                    self.compared[trait, name, member] = self._compare(left, model, trait, bases)
+
+    def _list_models(self, trait: str, member: int) -> Iterator[tuple[str, Lineage, AbstractContextManager[OpenModel]]]:
+        """What a teacher is held against: name, a lineage that has its basis, and the model to be opened."""
+        run = self.run
+        named: set[str] = set()
+        for condition in run.conditions:
+            student, control = run.student(condition, trait), run.control(condition)
+            start = self.start_name(student)
+            if start not in named:
+                is_own = start == run.reference.name
+                yield start, student, self._open_reference(member) if is_own else self.reader.open_start(student, member)
+            named.add(start)
+            for lineage in filter(None, (student, control)):
+                yield lineage.name, lineage, self.reader.open(lineage, lineage.last, member)
+
+    def _compare(self, left: OpenModel, teacher: OpenModel, trait: str, bases: Mapping[str, tuple[Tensor, Tensor]]) -> Compared:
+        """``bases``: by hook point, the span of the teachers' directions in the left model's basis and in the teacher's."""
+        whole: dict[tuple[str, str], HalvedMoments] = {}
+        inside: dict[tuple[str, str], HalvedMoments] = {}
+        for group, rows in pair_groups(left, teacher, _KINDS):
+            _add(whole, (rows.point, group), rows)
+            if rows.point in bases:
+                own, other = (basis.to(rows.left) for basis in bases[rows.point])
+                _add(inside, (rows.point, group), replace(rows, left=rows.left @ own.T, right=rows.right @ other.T))
+        known = {point.name for point in left.points}
+        similarities: dict[str, dict[tuple[str, str], Value]] = {name: {} for name in SIMILARITIES}
+        for key in product((point.name for point in self.points), self.groups):
+            missing = Unknown.ROWS_OF_OTHER_POSITIONS if key[0] in known else Unknown.NO_SUCH_HOOK_POINT
+            cka, distance = _evaluate(whole.get(key), missing)
+            part = _evaluate(inside.get(key), Unknown.INCOMPARABLE if key in whole else missing)
+            for name, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
+                similarities[name][key] = value
+        clouds = {point: left_halves(halves) for (point, group), halves in whole.items() if group == self.groups[0]}
+        readout = self.run.family.readout(left.lineage, left.model, trait)
+        num_rows = {group: halves.whole.num_rows for (_, group), halves in whole.items()}
+        return Compared(similarities, clouds, None if readout is None else readout.double().cpu(), num_rows)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What frozen and refitted probes see of one model at one hook point, beside its start."""
+
+    point: str
+    own: Halves | None
+    start: Halves | None
+    taught: Taught
+    readout: Float[Tensor, "direction width"] | None
+    is_comparable: bool
+    """Whether its activations can be put in its teacher's basis."""
+    rotation: Float[Tensor, "width other_width"] | None
+    """How, where they are in another one."""
+
+    def measure(self, name: str) -> Value:
+        """One of `PROBES`."""
+        if self.own is None or self.start is None or self.point not in self.taught.probes:
+            return Unknown.NO_SUCH_HOOK_POINT
+        if name == REFITTED:
+            probes = [fit_probe(*pair) for pair in zip(self.own, self.start, strict=True)]
+            return _or_else(try_separation(probes, self.own, self.start), Unknown.NO_SPREAD)
+        if not self.is_comparable:
+            return Unknown.INCOMPARABLE
+        own, start = self._turn(self.own), self._turn(self.start)
+        if name == READOUT:
+            return self._share_of_readout(own, start)
+        probes = list(self.taught.probes[self.point])
+        if name == FROZEN:
+            return _or_else(try_separation(probes, own, start), Unknown.NO_SPREAD)
+        told = self.taught.separation(self.point)
+        if isinstance(told, Unknown) or told < _TOLD_APART:
+            return Unknown.TEACHER_NOT_TOLD_APART
+        return share_of_the_way(probes, own, start, self.taught.teacher[self.point], self.taught.reference[self.point])
+
+    def _turn(self, halves: Halves) -> Halves:
+        """In the teacher's basis."""
+        if self.rotation is None:
+            return halves
+        even, odd = (cloud.rotate(self.rotation) for cloud in halves)
+        return even, odd
+
+    def _share_of_readout(self, own: Halves, start: Halves) -> Value:
+        if self.readout is None:
+            return Unknown.NO_READOUT
+        rows = self.readout if self.rotation is None else self.readout @ self.rotation
+        several = len(rows) > 1
+        basis = orthonormal_rows(rows - rows.mean(0) if several else rows)  # what all choices share changes none of them
+        way = basis @ self.taught.shift(self.point)
+        # Of one direction it is known which side of it is the trait; of several only where the teacher went.
+        toward = basis.T @ way if several else rows[0]
+        teacher, reference = self.taught.teacher[self.point], self.taught.reference[self.point]
+        if not try_separation([toward, toward], teacher, reference) >= _TOLD_APART:
+            return Unknown.TEACHER_NOT_MOVED_ALONG_READOUT
+        return float(basis @ (mean_of(own) - mean_of(start)) @ way) / float(way @ way)
+
+
+def _add(sums: dict[Key, HalvedMoments], key: Key, rows: PairedRows) -> None:
+    if key not in sums:
+        sums[key] = HalvedMoments.about(rows)
+    sums[key].add(rows)
+
+
+def _evaluate(halves: HalvedMoments | None, missing: Unknown) -> tuple[Value, Value]:
+    """CKA and Procrustes distance of some rows."""
+    if halves is None:
+        return missing, missing
+    whole = halves.whole
+    if whole.num_rows < LEAST_ROWS:
+        return Unknown.TOO_FEW_ROWS, Unknown.TOO_FEW_ROWS
+    width = max(len(whole.left_shift), len(whole.right_shift))
+    why_none = Unknown.TOO_FEW_ROWS if halves.even.num_rows <= width else Unknown.NO_SPREAD
+    return _or_else(debiased_cka(whole), Unknown.NO_SPREAD), _or_else(try_procrustes(halves), why_none)
+
+
+def _or_else(value: float, status: Unknown) -> Value:
+    return status if np.isnan(value) else value
