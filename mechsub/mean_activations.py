@@ -64,6 +64,8 @@ class ActivationReader:
     """How often the prompts' labels are drawn anew, for a line to read by; see `direction`."""
     sites: tuple[str, ...] | None = None
     """Only hook points of these sites; None takes all."""
+    kinds: tuple[str, ...] | None = None
+    """Only prompts of these kinds; None takes all."""
     _origins: dict[tuple[Origin, int], MeanActivations] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -89,6 +91,8 @@ class ActivationReader:
         norms: dict[str, list[Tensor]] = {point.name: [] for point in points}
         with open_backend(run.backend).open(model) as view:
             for kind, prompt_set in prompts.estimate.items():
+                if self.kinds is not None and kind not in self.kinds:
+                    continue
                 names, weights = self._weigh(kind, prompt_set, member, self.num_shuffles if shuffled else 0)
                 means = Means(weights)
                 record(view, prompt_set.batches, points, [means])
