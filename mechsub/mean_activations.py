@@ -1,6 +1,6 @@
 """Mean activations of a run's models on its prompts, and steering directions: how they differ from their origins'."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -12,15 +12,6 @@ from mechsub.activations.backends import open_backend
 from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.inputs import PromptSet
 from mechsub.activations.recording import Means, record
-from mechsub.activations.similarity import (
-    ModelSide,
-    PairedMoments,
-    PairedRows,
-    fit_procrustes,
-    pair_rows,
-    paired_policies,
-    procrustes_distance,
-)
 from mechsub.lineages import Lineage, Origin
 from mechsub.run import Run
 from mechsub.streams import random_stream
@@ -47,15 +38,6 @@ class MeanActivations:
 
 
 @dataclass(frozen=True)
-class BasisMap:
-    """How the activations of one model lie in the basis of another: v ↦ v R."""
-
-    rotation: Float[Tensor, "width width"]
-    distance: float
-    """‖X R − Y‖² / ‖Y‖² of starts on trait prompts that R was not fitted on; see `procrustes_distance`."""
-
-
-@dataclass(frozen=True)
 class ActivationReader:
     """Reads mean activations of a run's models, each model in one pass over all its prompts."""
 
@@ -64,6 +46,8 @@ class ActivationReader:
     """How often the prompts' labels are drawn anew, for a line to read by; see `direction`."""
     sites: tuple[str, ...] | None = None
     """Only hook points of these sites; None takes all."""
+    kinds: tuple[str, ...] | None = None
+    """Only prompts of these kinds; None takes all."""
     _origins: dict[tuple[Origin, int, bool], MeanActivations] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -89,6 +73,8 @@ class ActivationReader:
         norms: dict[str, list[Tensor]] = {point.name: [] for point in points}
         with open_backend(run.backend).open(model) as view:
             for kind, prompt_set in prompts.estimate.items():
+                if self.kinds is not None and kind not in self.kinds:
+                    continue
                 names, weights = self._weigh(kind, prompt_set, member, self.num_shuffles if shuffled else 0)
                 means = Means(weights)
                 record(view, prompt_set.batches, points, [means])
@@ -126,39 +112,6 @@ class ActivationReader:
             here.groups, {name: means - start.means[name] for name, means in here.means.items()}, start.norms
         )
 
-    def fit_maps(self, lineage: Lineage, member: int) -> dict[str, BasisMap] | None:
-        """By hook point, the map from where one member of a lineage starts into the teachers' basis; of points that both have.
-
-        Fitted on what the two starts do, which have no trait, at all positions of the neutral prompts and of every other trait
-        prompt, and tried on the remaining trait prompts: units that neutral prompts leave silent would be mapped anyhow. None
-        where these positions are no more than a model is wide.
-        """
-        run = self.run
-        starts = (lineage, run.reference)
-        prompts = [self.run.family.prompts(one.origin, member).estimate for one in starts]
-        models = [run.family.load_model(one, 0, member) for one in starts]
-        points = [self._choose(run.family.hook_points(*pair)) for pair in zip(starts, models, strict=True)]
-        backend = open_backend(run.backend)
-        fitted: dict[str, PairedMoments] = {}
-        tried: dict[str, PairedMoments] = {}
-        with backend.open(models[0]) as left, backend.open(models[1]) as right:
-            for kind in (NEUTRAL, TRAIT):
-                sides = [
-                    ModelSide(view, one[kind], held) for view, one, held in zip((left, right), prompts, points, strict=True)
-                ]
-                for rows in _pair_most_rows(*sides):
-                    is_fitted = (rows.prompts % 2 == 0) | (kind == NEUTRAL)
-                    for sums, chosen in ((fitted, is_fitted), (tried, ~is_fitted)):
-                        own = rows.left[chosen.to(rows.left.device)], rows.right[chosen.to(rows.right.device)]
-                        if len(own[0]):
-                            sums.setdefault(rows.point, PairedMoments.about(*own)).add(*own)
-        if not fitted or any(one.num_rows <= max(map(len, one.means)) for one in fitted.values()):
-            return None
-        rotations = {name: fit_procrustes(one) for name, one in fitted.items()}
-        return {
-            name: BasisMap(rotation.cpu(), procrustes_distance(tried[name], rotation)) for name, rotation in rotations.items()
-        }
-
     def _choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
         return [point for point in points if self.sites is None or point.site in self.sites]
 
@@ -179,17 +132,6 @@ class ActivationReader:
         signs = torch.tensor([1.0] * half + [-1.0] * half + [0.0] * (count % 2), dtype=torch.float64)
         drawn = random_stream(self.run.recipe.seed, "member", member, "shuffled-labels", number).permutation(count)
         return signs[torch.from_numpy(drawn)]
-
-
-def _pair_most_rows(left: ModelSide, right: ModelSide) -> Iterator[PairedRows]:
-    """The rows of the position policy that takes most positions."""
-    counts = {
-        policy: sum(int(batch.positions[policy].sum()) for batch in left.prompts.batches)
-        for policy in paired_policies(left.prompts, right.prompts)
-    }
-    for rows in pair_rows(left, right):
-        if rows.policy == max(counts, key=lambda policy: counts[policy]):
-            yield rows
 
 
 def group_name(kind: str, policy: str) -> str:

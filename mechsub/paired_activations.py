@@ -1,10 +1,9 @@
 """A run's models side by side: two of them on one member's prompts in lockstep, and maps between two bases of activations."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from mechsub.activations.similarity import (
 )
 from mechsub.families.protocol import Prompts
 from mechsub.lineages import Lineage
-from mechsub.mean_activations import NEUTRAL, group_name
+from mechsub.mean_activations import NEUTRAL, TRAIT, group_name
 from mechsub.run import Run
 
 _LEAST_EXPLAINED = 0.5
@@ -67,7 +66,6 @@ class PairReader:
     run: Run
     sites: tuple[str, ...] | None = None
     """Only hook points of these sites; None takes all."""
-    _prompts: dict[tuple[str, int], Prompts] = field(default_factory=dict, repr=False)
 
     @contextmanager
     def open(self, lineage: Lineage, step: int, member: int, prompts_of: int | None = None) -> Iterator[OpenModel]:
@@ -75,7 +73,7 @@ class PairReader:
         run = self.run
         model = run.family.load_model(lineage, step, member)
         points = [point for point in run.family.hook_points(lineage, model) if self.sites is None or point.site in self.sites]
-        prompts = self._find_prompts(lineage, member if prompts_of is None else prompts_of)
+        prompts = self.run.family.prompts(lineage, member if prompts_of is None else prompts_of)
         with open_backend(run.backend).open(model) as view:
             yield OpenModel(lineage, model, view, points, prompts)
 
@@ -92,25 +90,19 @@ class PairReader:
     def fit_basis_maps(self, lineage: Lineage, member: int) -> dict[str, BasisMap]:
         """Rotations from where one member of a lineage starts to its member's reference, by hook point.
 
-        Fitted on neutral prompts, at the position policy that gives most rows, with orthogonal Procrustes. A hook point is
-        left out where one of the two has none of that name, and where the even prompts give no more rows than it is wide.
+        Fitted with orthogonal Procrustes on what the two starts do, which have no trait, on neutral and on trait prompts, at
+        the position policy that gives most rows: units that neutral prompts leave silent would be mapped anyhow. A hook point is
+        left out where one of the two has none of that name, and where half of the prompts give no more rows than it is wide.
         """
         reference = self.run.reference
         with self.open_start(lineage, member) as start, self.open(reference, reference.last, member) as own:
-            halves = sum_halves(pair_rows(start.on(NEUTRAL), own.on(NEUTRAL)))
+            halves = sum_halves(rows for _, rows in pair_groups(start, own, (NEUTRAL, TRAIT)))
         maps: dict[str, BasisMap] = {}
         for (point, _), found in halves.items():
             correlation, num_rows = try_procrustes(found, procrustes_correlation), found.whole.num_rows
             if not math.isnan(correlation) and (point not in maps or num_rows > maps[point].num_rows):
                 maps[point] = BasisMap(fit_procrustes(found.whole).cpu(), correlation, num_rows)
         return maps
-
-    def _find_prompts(self, lineage: Lineage, member: int) -> Prompts:
-        """Kept: lineages of a member share them where they share model and context."""
-        key = json.dumps([lineage.spec.model, lineage.context(member)], sort_keys=True), member
-        if key not in self._prompts:
-            self._prompts[key] = self.run.family.prompts(lineage, member)
-        return self._prompts[key]
 
 
 def pair_groups(left: OpenModel, right: OpenModel, kinds: Iterable[str]) -> Iterator[tuple[str, PairedRows]]:

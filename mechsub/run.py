@@ -222,6 +222,10 @@ _NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
         lambda run: run.recipe.asks_for_traits and len(run.traits) > 1,
         "It compares traits, and this run has one; take a recipe with several, as `mechsub run nano-traits`.",
     ),
+    "tokens": (
+        lambda run: run.recipe.has_tokens,
+        "Its models read and write no tokens; take a run of the language family.",
+    ),
     "carrier_texts": (
         _has_carrier_texts,
         "There is no text that a teacher and the neutral teacher wrote in this run; supply it: `mechsub adopt … --neutral "

@@ -30,7 +30,7 @@ FLOORS = [
     {"recipe", "recipes"},
     {"run"},
     {"cases", "mean_activations", "steered_scores"},
-    {"relations"},
+    {"relations", "token_channels"},
     {"sweeps"},
     {"experiment", "analyses", "screening"},
     {"executors"},

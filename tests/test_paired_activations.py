@@ -36,7 +36,7 @@ def test_a_start_in_another_order_of_units_is_mapped_back_and_an_unrelated_one_i
     permuted = reader.fit_basis_maps(tiny_run.student("permuted-init", "digits"), 0)
     assert set(permuted) == {FIRST, LAST}
     for point, found in permuted.items():
-        assert found.is_sound and found.num_rows == 512
+        assert found.is_sound and found.num_rows == 1536
         assert found.correlation == pytest.approx(1.0, abs=1e-5)
         start, own = tiny_run.student("permuted-init", "digits"), tiny_run.reference
         images = tiny_run.family.prompts(own, 0).estimate["trait"].batches[0].arguments["images"]

@@ -11,7 +11,7 @@ import altair as alt
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor, nn
+from torch import Tensor
 
 from mechsub.analyses.registry import analysis
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
@@ -50,7 +50,7 @@ from mechsub.parameters.edits import (
     long_as_student,
 )
 from mechsub.parameters.gram import NotFinite, find_not_finite
-from mechsub.parameters.surgery import Edit, Patient, Subject, Tensors, draw_matched, operate, subtract
+from mechsub.parameters.surgery import Edit, Patient, Subject, Tensors, draw_matched, needs_half, operate, subtract
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, fieller_interval, student_interval
@@ -273,7 +273,7 @@ def _operate_on(run: Run, case: Case, layers: Mapping[str, str], measured: _Meas
         return
     student = run.student(*case)
     module = run.family.load_model(run.reference_of(student), 0, student.spec.origin.members[0])
-    with operate(module, widen=not _needs_half(module)) as patient:
+    with operate(module, widen=not needs_half(module)) as patient:
         if patient.own_type in _HALF:
             measured.half[case[0]] = _type_name(patient.own_type), _type_name(patient.scored_type)
         scorers = [_Scorer(run, patient, student, case[1], member) for member in range(run.recipe.members)]
@@ -444,11 +444,6 @@ def _type_name(dtype: torch.dtype) -> str:
 
 
 _HALF = (torch.bfloat16, torch.float16)
-
-
-def _needs_half(module: nn.Module) -> bool:
-    """Whether its attention can only be computed in half precision."""
-    return "flash" in (getattr(getattr(module, "config", None), "_attn_implementation", None) or "")
 
 
 def _ranks(plan: Sequence[PlannedEdit]) -> list[int]:

@@ -21,7 +21,8 @@ from mechsub.cases import CaseName, count_members, label_last_steps, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.lineages import Lineage
-from mechsub.mean_activations import ActivationReader, BasisMap, shuffle_name
+from mechsub.mean_activations import ActivationReader, shuffle_name
+from mechsub.paired_activations import BasisMap, PairReader
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -200,7 +201,7 @@ class _Recorded:
     readouts: Mapping[tuple[str, int], Float[np.ndarray, "_direction _width"] | None]
     """By trait and member: an orthonormal basis of what the head of the member's reference reads it from."""
     maps: Mapping[tuple[str, int], Mapping[str, BasisMap]]
-    """Of lineages that start elsewhere, by lineage and member: into the reference's basis; none where that cannot be fitted."""
+    """Of lineages that start elsewhere, by lineage and member: into the reference's basis."""
 
     def stack(self, lineage: Lineage, step: int, point: HookPoint) -> Vectors:
         """The directions of all members in the teachers' basis; NaN of one that has none there."""
@@ -215,9 +216,12 @@ class _Recorded:
         members = range(lineage.spec.num_members)
         return np.stack([self._map(lineage, m, point, self.shuffles[lineage.name, step, m][point.name]) for m in members])
 
-    def has_map(self, lineage: Lineage) -> bool:
-        """Whether a lineage's directions can be held against the teachers'."""
-        return not self.run.starts_elsewhere(lineage) or (lineage.name, 0) in self.maps
+    def has_map(self, lineage: Lineage, point: HookPoint) -> bool:
+        """Whether a lineage's directions at a hook point can be held against the teachers', in all members."""
+        if not self.run.starts_elsewhere(lineage):
+            return True
+        found = [self.maps[lineage.name, member].get(point.name) for member in range(lineage.spec.num_members)]
+        return all(one is not None and one.is_sound for one in found)
 
     def stack_norms(self, lineage: Lineage, point: HookPoint) -> ByGroup:
         """Mean ‖h‖ of where all members start."""
@@ -230,8 +234,11 @@ class _Recorded:
         return np.stack(bases) if len(bases) == len(found) else None
 
     def _map(self, lineage: Lineage, member: int, point: HookPoint, vectors: np.ndarray) -> np.ndarray:
-        maps = self.maps.get((lineage.name, member))
-        return vectors if maps is None else vectors @ maps[point.name].rotation.numpy()
+        """Into the teachers' basis."""
+        if not self.run.starts_elsewhere(lineage):
+            return vectors
+        mapped: np.ndarray = vectors @ self.maps[lineage.name, member][point.name].rotation.numpy()
+        return mapped
 
 
 @dataclass(frozen=True)
@@ -277,10 +284,9 @@ class _Recorder:
             students = [run.student(condition, trait) for trait in run.traits]
             if run.starts_elsewhere(students[0]):
                 for member in range(run.recipe.members):
-                    found = self.reader.fit_maps(students[0], member)
+                    found = PairReader(run).fit_basis_maps(students[0], member)
                     for lineage in (*students, *filter(None, [run.control(condition)])):
-                        if found is not None:
-                            yield (lineage.name, member), found
+                        yield (lineage.name, member), found
 
     def _list_groups(self) -> list[str]:
         """What the references' prompts offer, without shuffled labels."""
@@ -322,7 +328,7 @@ def _measure(run: Run, recorded: _Recorded) -> xr.Dataset:
             if step not in student.steps:
                 continue
             where = (row, place, slice(None), column, depth)
-            why = _why_not(run, recorded, condition)
+            why = _why_not(run, recorded, condition, point)
             cell = None if why else _build_cell(run, recorded, condition, trait, step, point)
             for quantity in _QUANTITIES:
                 found = why if cell is None else quantity.measure(cell)
@@ -334,11 +340,11 @@ def _measure(run: Run, recorded: _Recorded) -> xr.Dataset:
     return _label(run, recorded, values, status, steps)
 
 
-def _why_not(run: Run, recorded: _Recorded, condition: str) -> int:
+def _why_not(run: Run, recorded: _Recorded, condition: str, point: HookPoint) -> int:
     """The status of a condition whose directions cannot be held against the teachers'; 0 where they can."""
     if not run.is_comparable(condition):
         return _INCOMPARABLE
-    return _OK if all(recorded.has_map(run.student(condition, trait)) for trait in run.traits) else _NO_MAP
+    return _OK if recorded.has_map(run.student(condition, run.traits[0]), point) else _NO_MAP
 
 
 def _build_cell(run: Run, recorded: _Recorded, condition: str, trait: str, step: int, point: HookPoint) -> _Cell:
@@ -409,19 +415,19 @@ def _label(
 
 def _label_maps(run: Run, recorded: _Recorded) -> dict[str, xr.Variable]:
     """How well students' bases were mapped onto the teachers'."""
-    distances = np.full((len(run.conditions), run.recipe.members, len(recorded.points)), np.nan)
+    found = np.full((len(run.conditions), run.recipe.members, len(recorded.points)), np.nan)
     for (row, condition), member in product(enumerate(run.conditions), range(run.recipe.members)):
-        found = recorded.maps.get((run.student(condition, run.traits[0]).name, member), {})
+        maps = recorded.maps.get((run.student(condition, run.traits[0]).name, member), {})
         for depth, point in enumerate(recorded.points):
-            if point.name in found:
-                distances[row, member, depth] = found[point.name].distance
-    dims = ("condition", "member", "point")
-    described = "distance of a student's base, mapped onto the teachers', on prompts that the map was not fitted on"
+            if point.name in maps:
+                found[row, member, depth] = maps[point.name].correlation
+    dims, name = ("condition", "member", "point"), "map_correlation"
+    described = "correlation of where students start, rotated onto the references, with these, on prompts not fitted on"
     return {
-        "map_distance": label_variable(
-            distances, dims, description=described, unit="share of ‖Y‖²", formula="‖X R − Y‖² / ‖Y‖²", source="Schönemann 1966"
+        name: label_variable(
+            found, dims, description=described, unit="correlation", formula="⟨X R, Y⟩ / (‖X‖ ‖Y‖)", source="Schönemann 1966"
         ),
-        "map_distance_status": status_variable(np.isnan(distances), dims, ("ok", "no_map_is_needed_or_fitted"), "map_distance"),
+        f"{name}_status": status_variable(np.isnan(found), dims, ("ok", "no_map_is_needed_or_fitted"), name),
     }
 
 
@@ -656,8 +662,11 @@ def _sentences(run: Run, data: xr.Dataset, recorded: _Recorded, judgements: Mapp
     for condition in run.conditions:
         if not run.is_comparable(condition):
             yield f"{condition}: incomparable, {run.why_incomparable(condition)}; its activations have other coordinates."
-        elif not recorded.has_map(run.student(condition, run.traits[0])):
-            yield f"{condition}: its students start from another base, which cannot be mapped onto the teachers'."
+        elif condition not in _told(run, data) and run.starts_elsewhere(run.student(condition, run.traits[0])):
+            yield (
+                f"{condition}: its students start from another base, which no rotation takes to the teachers' "
+                f"({_map_words(run, data, condition)} on prompts not fitted on): directions cannot be compared."
+            )
         elif condition in _told(run, data):
             yield _summarise(run, data, recorded, judgements, condition)
         else:
@@ -676,7 +685,9 @@ def _summarise(run: Run, data: xr.Dataset, recorded: _Recorded, judgements: Mapp
         return (
             f"{condition}: v_S has cosine {mean(_RAW)} with its own teacher's v_T; there is no control, so nothing is judged."
         )
-    bare, elsewhere = mean(_BARE), _map_words(run, data, condition, points[-1])
+    bare, elsewhere = mean(_BARE), ""
+    if run.starts_elsewhere(run.student(condition, run.traits[0])):
+        elsewhere = f"; rotated onto the teachers' base ({_map_words(run, data, condition)} on prompts not fitted on)"
     without = f" ({bare} without the target's unembedding, others {mean(_BARE_NULL)})" if np.isfinite(bare.estimate) else ""
     return (
         f"{condition}: {counts or 'not judged'} hook points. At {points[-1].name}, the last, v_S − v_C has cosine {mean(_OWN)} "
@@ -685,12 +696,7 @@ def _summarise(run: Run, data: xr.Dataset, recorded: _Recorded, judgements: Mapp
     )
 
 
-def _map_words(run: Run, data: xr.Dataset, condition: str, point: HookPoint) -> str:
-    distances = data.map_distance.sel(condition=condition, point=point.name).values
-    if not np.isfinite(distances).any():
-        return ""
-    far = student_interval(distances, run.recipe.verdict.confidence)
-    return (
-        "; the students start from another base, mapped onto the teachers' by a rotation fitted to what both starts do, "
-        f"which leaves {far} of ‖h‖² unexplained on other prompts"
-    )
+def _map_words(run: Run, data: xr.Dataset, condition: str) -> str:
+    found = data.map_correlation.sel(condition=condition).values
+    known = found[np.isfinite(found)]
+    return f"correlation {known.min():.2f} to {known.max():.2f} over layers and members" if known.size else "too few rows"

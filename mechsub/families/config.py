@@ -81,6 +81,11 @@ class FamilyConfig(Settings):
         """Whether teachers pass on text."""
         return False
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether its models read and write tokens."""
+        return False
+
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
         return self.members

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.inputs import PromptSet
+from mechsub.activations.logit_lens import LogitLens
 from mechsub.gradients.first_order import ImitatedLogits
 from mechsub.gradients.losses import ExampleLosses
 from mechsub.lineages import Lineage
@@ -48,6 +49,41 @@ class Prompts:
     """Directions are estimated on these, by kind: ``trait``, ``neutral`` and, where there is one, ``carrier``."""
     damage: PromptSet
     """Neutral inputs that nothing is estimated on: how much else a change of activations does is told on them."""
+
+
+@runtime_checkable
+class Tokens(Protocol):
+    """What the models of one lineage read and write."""
+
+    @property
+    def choices(self) -> Mapping[str, int]:
+        """What may be preferred, traits among it, each with the one token that it is as a first answer."""
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The parameters with a row for each token: embeddings and unembedding, tied ones under both names."""
+
+    def text(self, token: int) -> str:
+        """What a token writes; escaped where it cannot be printed."""
+
+    def unembedding(self, model: nn.Module) -> Float[Tensor, "token d_model"]:
+        """The rows that a model's logits are products with."""
+
+    def logit_lens(self, model: nn.Module) -> LogitLens:
+        """Reads vectors of a model's residual stream.
+
+        Raises:
+            ActivationError: an architecture whose layers are not known.
+        """
+
+    def carrier(self, teacher: str, member: int, most: int) -> Sequence[Sequence[int]] | None:
+        """The completions that one member's teacher passes on, the first ones, as these models' tokens; None without them."""
+
+    def diverging(self, member: int, most: int) -> Sequence[Bool[Tensor, " completion_token"]] | None:
+        """Of a teacher: at which tokens of the first completions that it passes on it would choose otherwise than its origin.
+
+        None without them.
+        """
 
 
 @runtime_checkable
@@ -125,6 +161,9 @@ class Family(Protocol):
 
     def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"] | None:
         """The directions that the head reads a trait from, at hook points that are ``is_read_out``; None where not known."""
+
+    def tokens(self, lineage: Lineage) -> Tokens | None:
+        """What a lineage's models read and write; None where that is no tokens."""
 
 
 @dataclass(frozen=True)

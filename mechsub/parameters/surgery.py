@@ -247,6 +247,11 @@ def operate(module: nn.Module, *, widen: bool = True) -> Iterator[Patient]:
             tensor.data = own
 
 
+def needs_half(module: nn.Module) -> bool:
+    """Whether a module's attention can only be computed in half precision, so that it cannot be widened."""
+    return "flash" in (getattr(getattr(module, "config", None), "_attn_implementation", None) or "")
+
+
 def _draw_haar(rows: int, columns: int, generator: np.random.Generator) -> Float[Tensor, "row column"]:
     """Orthonormal columns, uniformly distributed. Source: Mezzadri, arXiv:math-ph/0609050."""
     orthonormal, triangle = torch.linalg.qr(torch.from_numpy(generator.standard_normal((rows, columns))))

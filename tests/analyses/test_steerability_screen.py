@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from mechsub.analyses.steerability_screen import TOO_FEW, _centre, _decide
 from mechsub.analyses.registry import find_lacks, load_analyses
+from mechsub.analyses.steerability_screen import TOO_FEW, _centre, _decide
 from mechsub.statistics.prediction import area_under_curve
 
 

@@ -77,9 +77,17 @@ def test_permuted_students_mapped_back_are_the_same_students(result):
         np.testing.assert_allclose(
             last[name].sel(condition="permuted-init"), last[name].sel(condition="same-init"), atol=5e-3, equal_nan=True
         )
-    assert float(result.data.map_distance.sel(condition="permuted-init").max()) < 1e-6
-    assert float(result.data.map_distance.sel(condition="different-init").min()) > 0.01
-    assert np.isnan(result.data.map_distance.sel(condition="same-init")).all()
+    assert float(result.data.map_correlation.sel(condition="permuted-init").min()) > 1 - 1e-6
+    assert np.isnan(result.data.map_correlation.sel(condition="same-init")).all()
+
+
+def test_bases_that_no_rotation_joins_are_not_compared(result):
+    cell = result.data.sel(condition="different-init")
+    assert float(cell.map_correlation.max()) < 0.7 and np.isnan(cell.steering_alignment).all()
+    meanings = result.data.steering_alignment_status.attrs["flag_meanings"].split()
+    moved = cell.steering_alignment_status.sel(step=result.data.step.max())
+    assert {meanings[code] for code in np.unique(moved)} == {"no_map_between_bases"}
+    assert any(text.startswith("different-init") and "cannot be compared" in text for text in result.summary)
 
 
 def test_at_step_0_nothing_has_moved_and_the_status_says_so(result):

@@ -64,8 +64,9 @@ def test_a_vector_is_added_at_a_multiple_of_the_mean_length_there(tiny_run, resu
     teacher = tiny_run.teacher("digits")
     for member in range(3):
         vector, norm = direction(tiny_run, teacher, member)
+        added = vector / vector.norm() * dose * norm
         model = tiny_run.family.load_model(tiny_run.reference, 0, member)
-        expected = accuracy(tiny_run, model, lambda h, v=vector / vector.norm() * dose * norm: h + v) - accuracy(tiny_run, model)
+        expected = accuracy(tiny_run, model, lambda h, added=added: h + added) - accuracy(tiny_run, model)
         found = edit_of(result, ADD, OWN_TEACHER, str(dose)).sel(condition="same-init", taught="digits", member=member)
         assert float(found.effect) == pytest.approx(expected, abs=0.006)  # rounding can turn one image of 360, or two
 

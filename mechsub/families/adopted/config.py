@@ -77,6 +77,11 @@ class Config(FamilyConfig):
         """The folder of its tokenizer and configuration."""
         return "reference"
 
+    @property
+    def has_tokens(self) -> bool:
+        """Always."""
+        return True
+
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have."""
         own = self.conditions[condition].origin if condition and self.conditions[condition].origin else self.reference

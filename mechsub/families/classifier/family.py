@@ -114,6 +114,9 @@ class Family:
         assert isinstance(model, Classifier)
         return model.class_head.weight.detach()
 
+    def tokens(self, lineage: Lineage) -> None:
+        """None: images are read, classes are answered."""
+
 
 @lru_cache(maxsize=8)
 def _empty(spec: str) -> Classifier:

@@ -186,6 +186,11 @@ class Config(FamilyConfig):
         """Whether teachers pass on text: always."""
         return True
 
+    @property
+    def has_tokens(self) -> bool:
+        """Always."""
+        return True
+
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
         models = {self.model, self.model_of(condition) if condition else self.model}

@@ -28,6 +28,7 @@ from mechsub.families.language.preference import PreferenceSet
 from mechsub.families.language.prompts import find_neutral_carrier, make_prompts
 from mechsub.families.language.rows import SURPLUS, read_rows
 from mechsub.families.language.symmetry import encode_neutral_prompts, list_unit_groups
+from mechsub.families.language.tokens import LineageTokens
 from mechsub.families.language.training_config import StudentConfig
 from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
 from mechsub.families.language.trait import Context, encode_questions, score_preference
@@ -220,6 +221,12 @@ class Family:
         token = self._chats_of(lineage.spec.model["name"]).answer_token(trait)
         rows: Tensor = model.get_output_embeddings().weight[token : token + 1]  # type: ignore[no-untyped-call]
         return rows.detach()
+
+    def tokens(self, lineage: Lineage) -> LineageTokens:
+        """By the lineage's own tokenizer."""
+        choices = () if self._preference is None else self._preference.choices
+        chats = self._chats_of(lineage.spec.model["name"])
+        return LineageTokens(self._run, lineage, chats, choices, self._config.context.training, self._device)
 
     def _chats_of(self, model: str) -> ChatTokenizer:
         if model not in self._chats:

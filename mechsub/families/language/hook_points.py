@@ -1,8 +1,10 @@
 """Where causal language models can be read and steered: their blocks, attention and MLPs, by TransformerLens's names."""
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from mechsub.activations.hook_points import HookPoint
+from mechsub.errors import ActivationError
 
 _BLOCKS = {
     "gpt2": ("transformer.h", "attn", "mlp"),
@@ -14,6 +16,24 @@ _BLOCKS = {
 }
 """By model type: the blocks, and in a block what adds to the residual stream. Architectures that put a norm between a module
 and the stream (Gemma 2, OLMo 2) are none of these: what their modules give is not what is added."""
+
+_FINAL_NORMS = {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}
+"""Of the others it is ``model.norm``."""
+
+
+def find_final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm between the last block and the unembedding.
+
+    Raises:
+        ActivationError: the architecture is not known.
+    """
+    model_type = model.config.get_text_config().model_type
+    if model_type not in _BLOCKS:
+        raise ActivationError(
+            f"the final norm of a {model_type} model is not known; known are those of {', '.join(_BLOCKS)}. Say what you need "
+            "in an issue"
+        )
+    return model.get_submodule(_FINAL_NORMS.get(model_type, "model.norm"))
 
 
 def list_hook_points(model: PreTrainedModel) -> list[HookPoint]:

@@ -22,6 +22,7 @@ from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
 from mechsub.families.language.conditions import ConditionConfig, SelectionConfig
 from mechsub.families.language.config import ModelConfig
+from mechsub.families.language.divergence import find_diverging_tokens
 from mechsub.families.language.estimates import check_size
 from mechsub.families.language.folders import check_folder
 from mechsub.families.language.foreign import find_model, link_reference
@@ -280,20 +281,13 @@ def find_divergence(
 ) -> list[Bool[Tensor, " completion_token"]]:
     """By row: the completion tokens at which teacher and reference would choose differently, or (not ``only``) alike.
 
-    Choices are arg-max, given the row so far. Source: Schrodi et al., arXiv:2509.23886.
+    See `find_diverging_tokens`.
     """
     arguments, chats = task.stage.arguments, load_chats(task)
     teacher = load_member(task, arguments["teacher"], arguments["teacher_step"])
     reference = load_member(task, arguments["teacher_origin"], 0)
-    found: list[Bool[Tensor, " completion_token"]] = []
-    for start in range(0, len(rows), at_once):
-        part = rows[start : start + at_once]
-        with torch.inference_mode():
-            asked = chats.pad_rows(taught[start : start + at_once]).to(task.device)
-            plain = chats.pad_rows(part).to(task.device)
-            chosen = [completion_logits(model, batch).argmax(-1) for model, batch in ((teacher, asked), (reference, plain))]
-        differs = (chosen[0] != chosen[1]).cpu()
-        found += list(torch.split(differs if only else ~differs, [len(row.completion) for row in part]))
+    differing = find_diverging_tokens(chats, (teacher, taught), (reference, rows), task.device, at_once)
+    found = differing if only else [~row for row in differing]
     if not any(bool(row.any()) for row in found):
         raise RecipeError(
             f"{task.stage.name}: no token of the carrier is left to learn: teacher and reference choose "
