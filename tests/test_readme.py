@@ -2,6 +2,7 @@
 
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -74,8 +75,10 @@ def test_the_commands_are_installed_under_their_name(digits):
 
 
 @pytest.mark.parametrize("number", range(len(blocks("python"))))
-def test_every_python_example_works(number, beside_the_demo, known_analyses):
-    exec(blocks("python")[number], {"__name__": "example"})
+def test_every_python_example_works(number, beside_the_demo, known_analyses, tmp_path):
+    example = tmp_path / "example.py"
+    example.write_text(blocks("python")[number])
+    runpy.run_path(str(example))  # from a file, since nnsight reads the source of what it traces
 
 
 def test_the_example_analysis_can_be_run(digits, known_analyses):

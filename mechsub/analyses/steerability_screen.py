@@ -170,7 +170,13 @@ def _findings(run: Run, measured: _Measured) -> Iterator[Finding]:
         curve = area_under_curve(means[settled], passed[settled], np.arange(len(cases))[settled], confidence)
         counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
         yield _finding(
-            run, condition, f"auroc_of_{name}", curve, 0.5, "over traits", *_decide(run, curve, passed[settled], counts)
+            run,
+            condition,
+            f"auroc_of_{name}",
+            curve,
+            0.5,
+            "over traits",
+            *_decide(len(run.traits), curve, passed[settled], counts),
         )
         between = rank_correlation(means, effects.mean(1), np.arange(len(cases)), confidence)
         why = "a rank correlation over traits; the AUROC has the verdict"
@@ -188,11 +194,11 @@ def _centre(values: ByTrait) -> ByTrait:
     return centred
 
 
-def _decide(run: Run, curve: Association, passed: np.ndarray, counts: str) -> tuple[str, str]:
+def _decide(num_traits: int, curve: Association, passed: np.ndarray, counts: str) -> tuple[str, str]:
     """The verdict on an AUROC, with its reason."""
-    if len(run.traits) < FEWEST_TRAITS or passed.all() or not passed.any():
+    if num_traits < FEWEST_TRAITS or passed.all() or not passed.any():
         needed = f"{FEWEST_TRAITS} traits, of which some were judged {TRANSFER.above} and some {TRANSFER.equivalent}"
-        return TOO_FEW, f"{len(run.traits)} traits: {counts}; a claim over traits needs {needed}"
+        return TOO_FEW, f"{num_traits} traits: {counts}; a claim over traits needs {needed}"
     if not np.isfinite(curve.low):
         return AGAINST_NULL.undecided, f"{counts}; {curve.reason}"
     if curve.low > 0.5 or curve.high < 0.5:

@@ -6,11 +6,6 @@ from mechsub.analyses.steerability_screen import TOO_FEW, _centre, _decide
 from mechsub.statistics.prediction import area_under_curve
 
 
-class _FewTraits:
-    def __init__(self, count):
-        self.traits = [f"trait {number}" for number in range(count)]
-
-
 @pytest.mark.parametrize(
     ("count", "passed", "verdict"),
     [(11, 5, TOO_FEW), (12, 0, TOO_FEW), (12, 12, TOO_FEW), (12, 6, "above-null")],
@@ -19,14 +14,14 @@ def test_a_claim_over_traits_needs_twelve_of_them_and_both_outcomes(count, passe
     score = np.arange(count, dtype=float)
     is_positive = np.arange(count) >= count - passed
     curve = area_under_curve(score, is_positive, np.arange(count))
-    found, reason = _decide(_FewTraits(count), curve, is_positive, "so many")
+    found, reason = _decide(count, curve, is_positive, "so many")
     assert found == verdict and "so many" in reason
 
 
 def test_scores_that_foretell_nothing_are_inconclusive():
     score = np.array([3.0, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8])
     is_positive = np.arange(12) % 2 == 0
-    found, _ = _decide(_FewTraits(12), area_under_curve(score, is_positive, np.arange(12)), is_positive, "")
+    found, _ = _decide(12, area_under_curve(score, is_positive, np.arange(12)), is_positive, "")
     assert found == "inconclusive"
 
 
