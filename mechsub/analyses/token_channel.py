@@ -424,7 +424,7 @@ def _say_lenses(run: Run, read: Lenses, data: xr.Dataset) -> Iterator[str]:
         }
         against = f", that of its null by {said['lens_change_of_null']}" if said["lens_change_of_null"].n else ""
         yield (
-            f"{name}: at {last.point_label.values} its v raises the target's logit by {said['lens_change']}{against}, and "
+            f"{name}: at {last.point_label.values} its v changes the target's logit by {said['lens_change']}{against}, and "
             f"other choices' by {said['lens_change_of_others']}; random directions as long have a standard deviation of "
             f"{said['lens_random_sd']}. Among the choices the target's rank is {said['lens_choice_rank']}."
         )
