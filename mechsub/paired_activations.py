@@ -91,8 +91,8 @@ class PairReader:
         """Rotations from where one member of a lineage starts to its member's reference, by hook point.
 
         Fitted with orthogonal Procrustes on what the two starts do, which have no trait, on neutral and on trait prompts, at
-        the position policy that gives most rows: units that neutral prompts leave silent would be mapped anyhow. A hook point is
-        left out where one of the two has none of that name, and where half of the prompts give no more rows than it is wide.
+        the position policy that gives most rows: units that neutral prompts leave silent would be mapped anyhow. A hook point
+        is left out where one of the two has none of that name, and where half of the prompts give no more rows than it is wide.
         """
         reference = self.run.reference
         with self.open_start(lineage, member) as start, self.open(reference, reference.last, member) as own:
