@@ -69,8 +69,6 @@ class Unknown(IntEnum):
     """The probe does not tell the teacher from the reference on prompts that it was not fitted on."""
     NO_READOUT = 9
     """It is not known what the head reads the trait from, or it does not read there."""
-    TEACHER_NOT_MOVED_ALONG_READOUT = 10
-    """The teacher's shift does not lie along what the student's head reads the trait from, so that there is no way to go."""
 
 
 STATUS = tuple(reason.name.lower() for reason in Unknown)
@@ -87,8 +85,8 @@ class Compared:
     """By measure, then by hook point and group."""
     clouds: Mapping[str, Halves]
     """Its activations on the trait's prompts, by hook point, in its own basis."""
-    readout: Float[Tensor, "direction width"] | None
-    """What its own head reads the trait from."""
+    readings: Mapping[str, Float[Tensor, "row direction"]]
+    """What its own head reads of the trait on the trait's prompts, by hook point; see `_Head`."""
     num_rows: Mapping[str, int]
     """By group."""
 
@@ -101,6 +99,8 @@ class Taught:
     reference: Mapping[str, Halves]
     probes: Mapping[str, Sequence[Float[Tensor, " width"]]]
     """Of teacher against reference, fitted on even and on odd prompts."""
+    teacher_readings: Mapping[str, Float[Tensor, "row direction"]]
+    reference_readings: Mapping[str, Float[Tensor, "row direction"]]
 
     def separation(self, point: str) -> Value:
         """Of teacher and reference, on held-out prompts."""
@@ -176,10 +176,7 @@ class Comparer:
         own, start = (self.compared[trait, name, member] for name in (lineage.name, self.start_name(lineage)))
         rotation = self._find_rotation(lineage, member, point)
         is_comparable = rotation is not None or not self.run.starts_elsewhere(lineage)
-        is_read_out = next(one.is_read_out for one in self.points if one.name == point)
-        readout = own.readout if is_read_out else None
-        taught = self.taught[trait, member]
-        return Probed(point, own.clouds.get(point), start.clouds.get(point), taught, readout, is_comparable, rotation)
+        return Probed(point, own, start, self.taught[trait, member], is_comparable, rotation)
 
     def _find_rotation(self, lineage: Lineage, member: int, point: str) -> Tensor | None:
         found = self.find_map(lineage, member, point)
@@ -197,13 +194,16 @@ class Comparer:
                 teacher = run.teacher(trait)
                 halves: dict[str, HalvedMoments] = {}
                 with self.reader.open(teacher, teacher.last, member) as model:
+                    heads = [_Head(self, one, trait) for one in (model, reference)]
                     for rows in pair_rows(model.on(TRAIT), reference.on(TRAIT)):
                         if group_name(TRAIT, rows.policy) == self.groups[0]:
                             _add(halves, rows.point, rows)
+                            for head, seen in zip(heads, (rows.left, rows.right), strict=True):
+                                head.add(rows.point, seen)
                 there = {point: left_halves(found) for point, found in halves.items()}
                 here = {point: right_halves(found) for point, found in halves.items()}
                 probes = {point: [fit_probe(*pair) for pair in zip(there[point], here[point], strict=True)] for point in there}
-                self.taught[trait, member] = Taught(there, here, probes)
+                self.taught[trait, member] = Taught(there, here, probes, *(head.readings for head in heads))
 
     def _compare_with(self, trait: str, member: int, spans: Mapping[str, Tensor]) -> None:
         """One teacher's models: starts, students and controls, one after the other beside it."""
@@ -237,8 +237,11 @@ class Comparer:
         """``bases``: by hook point, the span of the teachers' directions in the left model's basis and in the teacher's."""
         whole: dict[tuple[str, str], HalvedMoments] = {}
         inside: dict[tuple[str, str], HalvedMoments] = {}
+        head = _Head(self, left, trait)
         for group, rows in pair_groups(left, teacher, _KINDS):
             _add(whole, (rows.point, group), rows)
+            if group == self.groups[0]:
+                head.add(rows.point, rows.left)
             if rows.point in bases:
                 own, other = (basis.to(rows.left) for basis in bases[rows.point])
                 _add(inside, (rows.point, group), replace(rows, left=rows.left @ own.T, right=rows.right @ other.T))
@@ -251,20 +254,18 @@ class Comparer:
             for name, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
                 similarities[name][key] = value
         clouds = {point: left_halves(halves) for (point, group), halves in whole.items() if group == self.groups[0]}
-        readout = self.run.family.readout(left.lineage, left.model, trait)
         num_rows = {group: halves.whole.num_rows for (_, group), halves in whole.items()}
-        return Compared(similarities, clouds, None if readout is None else readout.double().cpu(), num_rows)
+        return Compared(similarities, clouds, head.readings, num_rows)
 
 
 @dataclass(frozen=True)
 class Probed:
-    """What frozen and refitted probes see of one model at one hook point, beside its start."""
+    """What frozen and refitted probes, and its own head, see of one model at one hook point, beside its start."""
 
     point: str
-    own: Halves | None
-    start: Halves | None
+    own: Compared
+    start: Compared
     taught: Taught
-    readout: Float[Tensor, "direction width"] | None
     is_comparable: bool
     """Whether its activations can be put in its teacher's basis."""
     rotation: Float[Tensor, "width other_width"] | None
@@ -272,16 +273,17 @@ class Probed:
 
     def measure(self, name: str) -> Value:
         """One of `PROBES`."""
-        if self.own is None or self.start is None or self.point not in self.taught.probes:
+        if name == READOUT:
+            return self._share_of_readings()
+        own, start = (one.clouds.get(self.point) for one in (self.own, self.start))
+        if own is None or start is None or self.point not in self.taught.probes:
             return Unknown.NO_SUCH_HOOK_POINT
         if name == REFITTED:
-            probes = [fit_probe(*pair) for pair in zip(self.own, self.start, strict=True)]
-            return _or_else(try_separation(probes, self.own, self.start), Unknown.NO_SPREAD)
+            probes = [fit_probe(*pair) for pair in zip(own, start, strict=True)]
+            return _or_else(try_separation(probes, own, start), Unknown.NO_SPREAD)
         if not self.is_comparable:
             return Unknown.INCOMPARABLE
-        own, start = self._turn(self.own), self._turn(self.start)
-        if name == READOUT:
-            return self._share_of_readout(own, start)
+        own, start = self._turn(own), self._turn(start)
         probes = list(self.taught.probes[self.point])
         if name == FROZEN:
             return _or_else(try_separation(probes, own, start), Unknown.NO_SPREAD)
@@ -297,19 +299,39 @@ class Probed:
         even, odd = (cloud.rotate(self.rotation) for cloud in halves)
         return even, odd
 
-    def _share_of_readout(self, own: Halves, start: Halves) -> Value:
-        if self.readout is None:
+    def _share_of_readings(self) -> Value:
+        """Each model is read by its own head, so that no map is needed."""
+        held = (self.own.readings, self.start.readings, self.taught.teacher_readings, self.taught.reference_readings)
+        own, start, teacher, reference = (readings.get(self.point) for readings in held)
+        if own is None or start is None or teacher is None or reference is None or own.shape != teacher.shape:
             return Unknown.NO_READOUT
-        rows = self.readout if self.rotation is None else self.readout @ self.rotation
-        several = len(rows) > 1
-        basis = orthonormal_rows(rows - rows.mean(0) if several else rows)  # what all choices share changes none of them
-        way = basis @ self.taught.shift(self.point)
-        # Of one direction it is known which side of it is the trait; of several only where the teacher went.
-        toward = basis.T @ way if several else rows[0]
-        teacher, reference = self.taught.teacher[self.point], self.taught.reference[self.point]
-        if not try_separation([toward, toward], teacher, reference) >= _TOLD_APART:
-            return Unknown.TEACHER_NOT_MOVED_ALONG_READOUT
-        return float(basis @ (mean_of(own) - mean_of(start)) @ way) / float(way @ way)
+        way = teacher - reference
+        return float(((own - start) * way).sum() / way.square().sum()) if way.any() else Unknown.TEACHER_NOT_TOLD_APART
+
+
+class _Head:
+    """What a model's own head reads of a trait at the hook points that it reads: W h, a few numbers a prompt.
+
+    W are the rows of the head that belong to the trait, less the mean of the rows of all traits: what all choices share changes
+    none of them.
+    """
+
+    def __init__(self, comparer: Comparer, model: OpenModel, trait: str) -> None:
+        family = comparer.run.family
+        found = {one: family.readout(model.lineage, model.model, one) for one in comparer.run.traits}
+        known = [rows.double() for rows in found.values() if rows is not None]
+        own = found[trait]
+        self.readings: dict[str, Float[Tensor, "row direction"]] = {}
+        self._points = {point.name for point in model.points if point.is_read_out and own is not None}
+        if own is not None:
+            shared = torch.cat(known).mean(0) if sum(map(len, known)) > 1 else 0.0
+            self._rows = own.double() - shared
+
+    def add(self, point: str, activations: Float[Tensor, "row width"]) -> None:
+        """One batch's."""
+        if point in self._points:
+            read = (activations @ self._rows.to(activations).T).cpu()
+            self.readings[point] = torch.cat([self.readings[point], read]) if point in self.readings else read
 
 
 def _add(sums: dict[Key, HalvedMoments], key: Key, rows: PairedRows) -> None:

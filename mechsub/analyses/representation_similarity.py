@@ -92,7 +92,8 @@ _QUANTITIES = (
     ),
     _Quantity(
         READOUT,
-        "⟨P v_S, P v_T⟩ / ‖P v_T‖², P onto the rows of its own head that the trait is read from (several less their mean)",
+        "Σ ⟨z_S − z_start, z_T − z_ref⟩ / Σ ‖z_T − z_ref‖² over prompts, z = W h what a model's own head reads of the trait "
+        "(rows W less the mean of all traits' rows)",
         unit="share of the way from reference to teacher",
         margin="share_margin",
     ),
@@ -225,7 +226,7 @@ def _describe_maps(run: Run, comparer: Comparer) -> dict[str, xr.Variable]:
         found = comparer.find_map(student, member, point.name)
         correlation = Unknown.INCOMPARABLE if found is None else found.correlation
         table.put((row, member, number), correlation if run.starts_elsewhere(student) else 1.0)
-    formula = "⟨X R, Y⟩ / (‖X‖ ‖Y‖) on held-out neutral prompts, X the start, Y the reference; 1 where it starts there"
+    formula = "⟨X R, Y⟩ / (‖X‖ ‖Y‖) on prompts that R was not fitted on, X the start, Y the reference; 1 where it starts there"
     return table.label("basis_correlation", ("condition", "member", "point"), formula, "no unit")
 
 
@@ -351,7 +352,7 @@ def _finding(
     elif quantity.of_start:
         null_words += f"; before anything was learnt it was {interval(f'{quantity.name}_of_start')}"
     students = [run.student(case[0], trait) for trait in _traits(run, case)]
-    is_mapped = run.starts_elsewhere(students[0]) and quantity.name not in (CKA, DISTANCE, REFITTED)
+    is_mapped = run.starts_elsewhere(students[0]) and quantity.name not in (CKA, DISTANCE, READOUT, REFITTED)
     rows = int(data.num_rows.sel(condition=case[0], group=group).max())
     return Finding(
         analysis="representation_similarity",
@@ -360,7 +361,7 @@ def _finding(
         trait=case[1],
         context="activations",
         step=max(student.last for student in students),
-        scope=f"{point}, {group}, {rows} rows" + (", mapped by a fit on neutral prompts" if is_mapped else ""),
+        scope=f"{point}, {group}, {rows} rows" + (", mapped by a rotation fitted to both starts" if is_mapped else ""),
         unit=quantity.unit,
         null=null_words,
         null_low=against.low,
@@ -543,20 +544,23 @@ def _why(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -> s
 
 
 def _conclude(judgements: Judgements, case: CaseName) -> str:
-    """Whether the feature is the teacher's, and in the frame of the head: only where both were judged above their nulls."""
+    """Whether the teacher's feature is there and its head reads it: in the words of both verdicts, and no more."""
     probe, readout = (judgements.get((name, case)) for name in (PROBE, READOUT))
-    if probe is None or readout is None:
+    if readout is None:
         return ""
     above, absent = AGAINST_NULL.above, AGAINST_NULL.equivalent
-    if probe.verdict == above and readout.verdict == above:
-        return "The teacher's feature is there, and in the frame that its head reads."
+    is_read = readout.verdict == above
+    head = {above: "Its own head reads of the teacher's change", absent: "Its own head reads none of the teacher's change"}
+    read = head.get(readout.verdict, "That its own head reads of the teacher's change is not shown")
+    if probe is None:
+        return f"{read}; whether the teacher's feature is there cannot be told across bases."
     if probe.verdict == above:
-        return "The teacher's feature is there; that its own head reads more of it than its control's does is not shown."
-    if readout.verdict == above:
-        return "Its head reads the trait along another feature than the teacher's, or one that was rotated."
+        frame = "the feature is in the frame that the head reads" if is_read else "the teacher's feature is there all the same"
+        return f"{read}{', and ' if is_read else '; '}{frame}."
     if probe.verdict == absent:
-        return "It moved, but along the teacher's feature no further than its control."
-    return "That the teacher's feature is there is not shown."
+        other = ", by another feature than the teacher's or one that was rotated" if is_read else ""
+        return f"{read}{other}; along the teacher's it went no further than its control."
+    return f"{read}; that the teacher's feature is there is not shown."
 
 
 def _warnings(run: Run, data: xr.Dataset) -> Iterator[str]:
