@@ -23,14 +23,18 @@ Key = tuple[str, int, int]
 
 
 def store_directions(
-    vectors: Mapping[Key, Mapping[str, Float[np.ndarray, "group width"]]], points: Sequence[HookPoint], groups: Sequence[str]
+    vectors: Mapping[Key, Mapping[str, Float[np.ndarray, "_group _width"]]], points: Sequence[HookPoint], groups: Sequence[str]
 ) -> xr.Dataset:
-    """One variable a hook point, [model, group, width of that point], in float32; a model is one member at one step."""
+    """One variable a hook point, [model, group, width of that point], in float32; a model is one member at one step.
+
+    NaN of a model that has no such hook point, or one of another width.
+    """
     keys = sorted(vectors)
     variables: dict[str, Any] = {}
     for point in points:
-        held = [key for key in keys if point.name in vectors[key]]
-        values = np.full((len(keys), len(groups), point.width), np.nan, dtype=np.float32)
+        size = (len(groups), point.width)
+        held = [key for key in keys if point.name in vectors[key] and vectors[key][point.name].shape == size]
+        values = np.full((len(keys), *size), np.nan, dtype=np.float32)
         for key in held:
             values[keys.index(key)] = vectors[key][point.name]
         variables[point.name] = label_variable(

@@ -19,6 +19,7 @@ from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
 from mechsub.activations.steering import add_vector, project_out, replace_components
 from mechsub.analyses.registry import analysis
 from mechsub.cases import count_members
+from mechsub.errors import ActivationError
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.lineages import Lineage, Origin
@@ -44,8 +45,8 @@ _OTHERS_TAKEN_OUT = 2
 """Other traits whose directions are taken out of a student; all of them are added to origins."""
 _MOST_LAYERS = 8
 _ALL_LAYERS, _ALL_TRAITS = "all layers", "mean over traits"
-_STATUS = ("ok", "not_run", "other_basis", "no_such_vector", "no_such_hook_point", "nothing_moved")
-_OK, _NOT_RUN, _OTHER_BASIS, _NO_VECTOR, _NO_POINT, _UNMOVED = range(len(_STATUS))
+_STATUS = ("ok", "not_run", "other_basis", "no_such_vector", "no_such_hook_point", "nothing_moved", "other_passes")
+_OK, _NOT_RUN, _OTHER_BASIS, _NO_VECTOR, _NO_POINT, _UNMOVED, _OTHER_PASSES = range(len(_STATUS))
 ByMember = Float[np.ndarray, " member"]
 
 
@@ -263,9 +264,12 @@ def _edit_student(member: _Member, condition: str, trait: str, edits: Sequence[E
             else:
                 apply = partial(_add, member, student) if edit.kind == ADD else partial(_take_out, member, student, opened)
                 found = [apply(edit, name, held, chosen) for name, held in vectors.items()]
+                told = [one for one in found if one is not None]
                 base = member.origin(student).scores if edit.kind == ADD else opened.scores
-                effects[number] = np.mean([one.scores[place] - base[place] for one in found])
-                damage[number], status[number] = np.mean([one.damage for one in found]), _OK
+                status[number] = _OK if len(told) == len(found) else _OTHER_PASSES
+                if status[number] == _OK:
+                    effects[number] = np.mean([one.scores[place] - base[place] for one in told])
+                    damage[number] = np.mean([one.damage for one in told])
         return _Edited(effects, damage, status, opened.scores)
 
 
@@ -312,13 +316,17 @@ def _take_out(
     name: str,
     vectors: Vectors,
     points: Sequence[HookPoint],
-) -> Steered:
+) -> Steered | None:
+    """None where the origin's forward passes are others than the student's: answers that are sampled end at other places."""
     rows = {point: vectors[point.name][None] for point in points}
     if edit.kind == OUT:
         return opened.evaluate({point: project_out(held) for point, held in rows.items()})
     kept = member.origin(student).keep(rows)
     changes: dict[HookPoint, Visit] = {point: replace_components(held, kept[point]) for point, held in rows.items()}
-    return opened.evaluate(changes)
+    try:
+        return opened.evaluate(changes)
+    except ActivationError:
+        return None
 
 
 def _label(run: Run, measured: _Measured) -> xr.Dataset:
