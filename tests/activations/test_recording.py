@@ -6,6 +6,7 @@ import torch
 from mechsub.activations.backends import open_backend
 from mechsub.activations.inputs import ModelInputs, PromptSet
 from mechsub.activations.recording import Covariances, Means, Projections, record
+from mechsub.activations.steering import add_vector
 from mechsub.errors import ActivationError
 from mechsub.families.classifier.prompts import POSITION
 from mechsub.families.classifier.prompts import list_hook_points as hidden_points
@@ -202,3 +203,27 @@ def test_hidden_units_without_positions_are_collected_alike():
         torch.testing.assert_close(means.sums[point.name][0], hidden.mean(0))
         torch.testing.assert_close(means.norms[point.name][0], hidden.norm(dim=1).mean())
         torch.testing.assert_close(covariances.covariance(point), torch.cov(hidden.T, correction=0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_planted_vector_is_recovered_at_its_layer_and_nowhere_before(name, layer):
+    """A bias of one MLP's output, as a training could leave it."""
+    prompts = prompt_set(even_prompts(8))
+    weights = [one[..., None] for one in prompts.weigh("last")]
+    planted = torch.randn(WIDTH, generator=torch.Generator().manual_seed(1))
+    found = []
+    for has_it in (False, True):
+        model = make_model(name)
+        points = list_hook_points(model)
+        (place,) = [point for point in points if point.name == f"blocks.{layer}.hook_mlp_out"]
+        with open_backend("hooks").open(model) as view, view.visiting({place: add_vector(planted)} if has_it else {}):
+            means = Means(weights)
+            record(view, prompts.batches, points, [means])
+        found.append(means.sums)
+    moved = {point.name: (found[1][point.name] - found[0][point.name])[0] for point in points}
+    names = [point.name for point in points]
+    first = next(name for name in names if bool(moved[name].any()))
+    assert first == f"blocks.{layer}.hook_mlp_out"
+    for site in ("mlp_out", "resid_post"):
+        assert torch.cosine_similarity(moved[f"blocks.{layer}.hook_{site}"], planted.double(), dim=0) > 0.99
