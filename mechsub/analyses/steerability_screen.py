@@ -16,13 +16,12 @@ from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding
-from mechsub.lineages import Lineage
 from mechsub.mean_activations import ActivationReader
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.prediction import Association, area_under_curve, rank_correlation
 from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Judgement, judge_effects
-from mechsub.steered_scores import open_steered
+from mechsub.steered.scores import open_steered, score_end
 
 SOURCE = "steerable traits are the transmitted ones: Blank, arXiv:2606.00995"
 DOSE = 0.5
@@ -69,7 +68,7 @@ def _measure_predictors(run: Run) -> dict[str, ByTrait]:
             others = [other for other in range(len(run.traits)) if other != place]
             found["steerability"][place, member] = gains[place, place]
             found["steerability_of_other_traits"][place, member] = gains[others, place].mean()
-            taught, untaught = (_score(run, one, member) for one in (run.teacher(trait), run.reference))
+            taught, untaught = (score_end(run, one, member) for one in (run.teacher(trait), run.reference))
             found["teacher_effect"][place, member] = (taught - untaught)[place]
             found["reference_score"][place, member] = untaught[place]
         run.report_progress(run.num_checkpoints * (member + 1) // (2 * run.recipe.members))
@@ -96,13 +95,6 @@ def _steer_reference(run: Run, reader: ActivationReader, member: int) -> Float[n
     return gains
 
 
-def _score(run: Run, lineage: Lineage, member: int) -> Float[np.ndarray, " trait"]:
-    """Of a lineage's end, every trait in the first context."""
-    model = run.family.load_model(lineage, lineage.last, member)
-    scores: np.ndarray = next(iter(run.family.trait_score(model, lineage, member, verdict_only=True).values()))[:, 0]
-    return scores
-
-
 def _measure_outcomes(run: Run) -> tuple[dict[CaseName, np.ndarray], dict[CaseName, Judgement]]:
     """The effects of every student over its control, and what they are judged to be."""
     effects: dict[CaseName, np.ndarray] = {}
@@ -111,7 +103,7 @@ def _measure_outcomes(run: Run) -> tuple[dict[CaseName, np.ndarray], dict[CaseNa
         if control is not None:
             place = run.traits.index(trait)
             pairs = [
-                (_score(run, run.student(condition, trait), member), _score(run, control, member))
+                (score_end(run, run.student(condition, trait), member), score_end(run, control, member))
                 for member in range(run.recipe.members)
             ]
             effects[condition, trait] = np.array([student[place] - beside[place] for student, beside in pairs])

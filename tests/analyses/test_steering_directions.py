@@ -3,12 +3,12 @@ import pytest
 import torch
 
 from mechsub.activations.stored import DIRECTIONS_GROUP, SteeringDirections
-from mechsub.analyses import steering_directions as analysis
 from mechsub.analyses.steering_directions import steering_directions
 from mechsub.api import load_direction, open_steering_directions, run_experiment, save_directions
 from mechsub.errors import ActivationError, RunDirectoryError
 from mechsub.recipe import load_recipe
 from mechsub.statistics.verdicts import AGAINST_NULL, Rules, judge_effects
+from mechsub.steered.alignments import ADJUSTED, ADJUSTED_OTHERS, QUANTITIES, Cell
 
 POINT = "blocks.1.mlp.hook_post"
 GROUP = "trait: image"
@@ -122,14 +122,14 @@ def plant(stream, planted, members=5, traits=5, width=64):
 
     drift, shared = noise(), noise()
     teachers = [shared + noise(2.0) for _ in range(traits)]
-    effects = []
+    effects, measure = [], {quantity.name: quantity.measure for quantity in QUANTITIES}
     for place in range(traits):
         control, student = drift + noise(), drift + noise() + planted * teachers[place]
-        cell = analysis._Cell(
+        cell = Cell(
             student, teachers[place], [one for other, one in enumerate(teachers) if other != place], [None], control, None,
             np.ones((members, 1)), None,
         )  # fmt: skip
-        effects.append(analysis._adjusted(cell) - analysis._adjusted_with_others(cell))
+        effects.append(measure[ADJUSTED](cell) - measure[ADJUSTED_OTHERS](cell))
     return np.mean(effects, axis=0)[:, 0]
 
 

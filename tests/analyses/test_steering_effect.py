@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from mechsub.analyses.steering_effect import (
+from mechsub.analyses.steering_effect import steering_effect
+from mechsub.steered.edits import (
     ADD,
     OTHER_STUDENTS,
     OTHER_TEACHERS,
@@ -11,8 +12,7 @@ from mechsub.analyses.steering_effect import (
     OWN_TEACHER,
     RANDOM,
     REPLACE,
-    _list_edits,
-    steering_effect,
+    list_edits,
 )
 
 LAST = "blocks.1.mlp.hook_post"
@@ -135,7 +135,7 @@ def test_every_finding_has_a_null_of_others_directions(result):
 
 def test_deep_models_are_edited_in_single_layers_in_halves_and_in_all_of_them():
     points = [f"blocks.{layer}.hook_resid_post" for layer in range(6)]
-    edits = _list_edits(points)
+    edits = list_edits(points)
     windows = {edit.window: edit.points for edit in edits if edit.kind == OUT}
     assert windows["earlier half"] + windows["later half"] == windows["all layers"] == tuple(points)
     assert {edit.window for edit in edits if edit.kind == ADD} == set(points)

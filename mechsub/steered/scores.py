@@ -75,6 +75,13 @@ class SteeredModel:
         return found
 
 
+def score_end(run: Run, lineage: Lineage, member: int) -> Float[np.ndarray, " trait"]:
+    """Of a lineage's last step, every trait of the family in the first context, on its natural scale."""
+    model = run.family.load_model(lineage, lineage.last, member)
+    scores: np.ndarray = next(iter(run.family.trait_score(model, lineage, member, verdict_only=True).values()))[:, 0]
+    return scores
+
+
 @contextmanager
 def open_steered(run: Run, lineage: Lineage, step: int, member: int, asked: tuple[Lineage, int]) -> Iterator[SteeredModel]:
     """A model of a run for steering; ``asked``: the lineage and the member whose questions and neutral inputs it is given."""
