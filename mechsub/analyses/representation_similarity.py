@@ -550,7 +550,10 @@ def _conclude(judgements: Judgements, case: CaseName) -> str:
         return ""
     above, absent = AGAINST_NULL.above, AGAINST_NULL.equivalent
     is_read = readout.verdict == above
-    head = {above: "Its own head reads of the teacher's change", absent: "Its own head reads none of the teacher's change"}
+    head = {
+        above: "Its own head reads more of the teacher's change than its control's",
+        absent: "Its own head reads no more of the teacher's change than its control's",
+    }
     read = head.get(readout.verdict, "That its own head reads of the teacher's change is not shown")
     if probe is None:
         return f"{read}; whether the teacher's feature is there cannot be told across bases."
