@@ -76,7 +76,7 @@ class ActivationReader:
                 if self.kinds is not None and kind not in self.kinds:
                     continue
                 names, weights = self._weigh(kind, prompt_set, member, self.num_shuffles if shuffled else 0)
-                means = Means(weights)
+                means = Means(weights, points)
                 record(view, prompt_set.batches, points, [means])
                 groups += names
                 for point in points:

@@ -62,7 +62,9 @@ def _compare_times(model: GPT2LMHeadModel, prompts: PromptSet, turns: int) -> di
         for name in BACKENDS:
             if name != "hooks":
                 view = views.enter_context(open_backend(name).open(model))
-                others[f"{name}, all of them"] = lambda view=view: record(view, prompts.batches, points, [_means(prompts)])
+                others[f"{name}, all of them"] = lambda view=view: record(
+                    view, prompts.batches, points, [_means(prompts, points)]
+                )
                 others[f"{name}, plain forward"] = lambda view=view: view.model(**arguments, logits_to_keep=1)
         groups = [
             _take_turns(lambda: model.transformer(**arguments), hooks, turns),
@@ -139,16 +141,16 @@ def _find_peak(model: GPT2LMHeadModel, count: int) -> int:
 
 
 def _record(model: GPT2LMHeadModel, prompts: PromptSet, points: list[HookPoint]) -> Means:
-    means = _means(prompts)
+    means = _means(prompts, points)
     with open_backend("hooks").open(model) as view:
         record(view, prompts.batches, points, [means])
     return means
 
 
-def _means(prompts: PromptSet) -> Means:
+def _means(prompts: PromptSet, points: list[HookPoint]) -> Means:
     """Of two position policies at once, as analyses take them."""
     columns = [prompts.weigh(policy) for policy in prompts.policies]
-    return Means([torch.stack(batch, dim=-1) for batch in zip(*columns, strict=True)])
+    return Means([torch.stack(batch, dim=-1) for batch in zip(*columns, strict=True)], points)
 
 
 def _draw_prompts(count: int) -> PromptSet:

@@ -75,9 +75,11 @@ def test_means_are_the_mean_over_prompts_of_each_prompts_mean(name):
     states = slow_states(model, prompts)
     batched = prompt_set(prompts, at_once=3)
     columns = [batched.weigh(policy) for policy in POLICIES]
-    found = Means([torch.stack(batch, dim=-1) for batch in zip(*columns, strict=True)])
-    collect(model, batched, found)
+    weights = [torch.stack(batch, dim=-1) for batch in zip(*columns, strict=True)]
+    found, placed = Means(weights), Means(weights, list_hook_points(model))
+    collect(model, batched, found, placed)
     for point in list_hook_points(model):
+        assert torch.equal(placed.sums[point.name], found.sums[point.name])
         for group, policy in enumerate(POLICIES):
             chosen = [
                 [state[point.name][place] for place in slow_places(prompt, policy)]
