@@ -11,6 +11,8 @@ STATUS = (
     "no_map_between_bases",
 )  # fmt: skip
 OK, UNMOVED, NOT_RUN, INCOMPARABLE, NO_CONTROL, NO_OTHER, NO_READOUT, NO_GROUP, NO_MAP = range(len(STATUS))
+_ROUNDING = 1e-6
+"""Of a vector: what is left of it where all of it was taken out."""
 ByGroup = Float[np.ndarray, "member group"]
 Vectors = Float[np.ndarray, "member group width"]
 
@@ -59,8 +61,10 @@ def _mean_cosine(first: Vectors, others: Sequence[Vectors]) -> ByGroup | int:
 
 
 def _without(vectors: Vectors, basis: np.ndarray) -> Vectors:
-    """The vectors without their part in the span of each member's orthonormal rows."""
+    """The vectors without their part in the span of each member's orthonormal rows; 0 where only rounding is left of them."""
     kept: Vectors = vectors - np.einsum("mgd,mkd,mke->mge", vectors, basis, basis)
+    lengths = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    kept[np.broadcast_to(np.linalg.norm(kept, axis=-1, keepdims=True) < _ROUNDING * lengths, kept.shape)] = 0.0
     return kept
 
 

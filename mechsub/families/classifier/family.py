@@ -41,6 +41,7 @@ class Family:
         self._knock_outs = {name: condition.knock_out for name, condition in config.conditions.items()}
         images = load_images(run, getattr(torch, config.model.dtype), device)
         self._images, self._labelled = images.test_images(), images
+        self._prompts: dict[int, Prompts] = {}
         labels = {"digits": images.test_labels}
         self.traits = {"digits": "reading the digits, which the teacher learnt"}
         if config.neutral == "relabelled":
@@ -107,12 +108,15 @@ class Family:
 
     def prompts(self, lineage: Lineage, member: int) -> Prompts:
         """Training images, noise, and images of the member's carrier."""
-        return make_prompts(self._run, self._labelled, self._seed, member, self._device)
+        if member not in self._prompts:
+            self._prompts[member] = make_prompts(self._run, self._labelled, self._seed, member, self._device)
+        return self._prompts[member]
 
     def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"]:
-        """The rows of the class head, whatever names the classes have."""
+        """The rows of the class head less their mean, on which no probability depends, whatever names the classes have."""
         assert isinstance(model, Classifier)
-        return model.class_head.weight.detach()
+        rows = model.class_head.weight.detach()
+        return rows - rows.mean(0)
 
     def tokens(self, lineage: Lineage) -> None:
         """None: images are read, classes are answered."""

@@ -214,13 +214,16 @@ class Family:
         return self._prompts[key]
 
     def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"] | None:
-        """The target's row of the unembedding; None where traits are behaviours, which are no one token."""
+        """The target's row of the unembedding less the mean row, on which no probability depends.
+
+        None where traits are behaviours, which are no one token.
+        """
         if self._preference is None:
             return None
         assert isinstance(model, PreTrainedModel)
         token = self._chats_of(lineage.spec.model["name"]).answer_token(trait)
-        rows: Tensor = model.get_output_embeddings().weight[token : token + 1]  # type: ignore[no-untyped-call]
-        return rows.detach()
+        rows: Tensor = model.get_output_embeddings().weight.detach()  # type: ignore[no-untyped-call]
+        return rows[token : token + 1] - rows.mean(0)
 
     def tokens(self, lineage: Lineage) -> LineageTokens:
         """By the lineage's own tokenizer."""
