@@ -67,7 +67,7 @@ def fold_variables(value: str, names: Mapping[str, str]) -> alt.Chart:
 
 def color_by_who(names: Mapping[str, str]) -> alt.Color:
     """The colours of `fold_variables`, in the order of ``names``."""
-    return alt.Color("who:N", sort=list(names.values()), title=None)
+    return alt.Color("who:N", sort=list(names.values()), title=None, legend=alt.Legend(labelLimit=0))
 
 
 def zero_line() -> alt.Chart:

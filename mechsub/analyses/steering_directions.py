@@ -147,7 +147,7 @@ def _label(
         unit="cosine",
         formula="1/√d",
     )
-    variables |= _label_maps(run, recorded)
+    variables |= _label_maps(run, recorded) | _label_pooled(variables)
     coords = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -159,6 +159,20 @@ def _label(
         "group": list(recorded.groups),
     }
     return xr.Dataset(variables, coords)
+
+
+def _label_pooled(variables: Mapping[str, xr.Variable]) -> dict[str, xr.Variable]:
+    """Means over traits of what is drawn along training: a trait a line would be too many."""
+    found = {}
+    for name in (RAW, RAW_OTHERS, RAW_CONTROL):
+        values = variables[name].mean("taught", skipna=False)
+        values.attrs = {**variables[name].attrs, "long_name": f"{variables[name].attrs['long_name']}, mean over traits"}
+        found[f"{name}{_POOLED}"] = values
+        missing = status_variable(
+            np.isnan(values.values), list(map(str, values.dims)), ("ok", "see_the_traits_own"), f"{name}{_POOLED}"
+        )
+        found[f"{name}{_POOLED}_status"] = missing
+    return found
 
 
 def _label_maps(run: Run, recorded: Recorded) -> dict[str, xr.Variable]:
@@ -223,8 +237,11 @@ _REPORTED = {
 
 
 def _findings(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mapping[ByPoint, Judgement]) -> Iterator[Finding]:
-    """Of the mean over traits all reported quantities, of single traits the judged one."""
-    for condition, point in product(run.conditions, _judged_points(recorded)):
+    """Of the mean over traits all reported quantities, of single traits the judged one; the last hook point first.
+
+    What is read there is what the answer is made of: tables that show one finding of a kind show that one.
+    """
+    for condition, point in product(run.conditions, reversed(_judged_points(recorded))):
         for name in _REPORTED:
             cases = [_pool(run, condition)]
             if name == ADJUSTED and len(run.traits) > 1:
@@ -283,7 +300,13 @@ def _values(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -
 
 
 _ADJUSTED_WHO = {ADJUSTED: "own teacher's v_T", ADJUSTED_OTHERS: "other teachers' (null)"}
-_RAW_WHO = {RAW: "own teacher's v_T", RAW_OTHERS: "other teachers' (null)", RAW_CONTROL: "control with that teacher's"}
+_POOLED = "_over_traits"
+"""Of a variable: its mean over traits."""
+_RAW_WHO = {
+    f"{RAW}{_POOLED}": "own teacher's v_T",
+    f"{RAW_OTHERS}{_POOLED}": "other teachers' (null)",
+    f"{RAW_CONTROL}{_POOLED}": "control with that teacher's",
+}
 
 
 def _told(run: Run, data: xr.Dataset) -> list[str]:
@@ -340,10 +363,8 @@ def _training_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
     points = [point.name for point in _judged_points(recorded)]
     chart, color = fold_variables("cosine", _RAW_WHO), color_by_who(_RAW_WHO)
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="symlog"), axis=alt.Axis(grid=False))
-    members = (
-        chart.transform_aggregate(cosine="mean(cosine)", groupby=["condition", "point", "step", "member", "who"])
-        .mark_line(opacity=0.3, strokeWidth=1)
-        .encode(x=x, y=alt.Y("cosine:Q", title="cosine"), detail="member:N", color=color)
+    members = chart.mark_line(opacity=0.3, strokeWidth=1).encode(
+        x=x, y=alt.Y("cosine:Q", title="cosine"), detail="member:N", color=color
     )
     mean = chart.mark_line(strokeWidth=2.5).encode(x=x, y="mean(cosine):Q", color=color)
     facets = (
@@ -423,20 +444,28 @@ def _sentences(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappi
 
 def _summarise(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mapping[ByPoint, Judgement], condition: str) -> str:
     case, points = _pool(run, condition), _judged_points(recorded)
-    verdicts = [judgements[case, point.name].verdict for point in points if (case, point.name) in judgements]
+    told = [point.name for point in points if np.isfinite(_values(run, data, RAW, case, point.name)).any()]
+    if not told:
+        return f"{condition}: nothing moved where it could be compared, so there is no cosine."
+    verdicts = [judgements[case, name].verdict for name in told if (case, name) in judgements]
     counts = ", ".join(f"{verdict} at {verdicts.count(verdict)} of {len(points)}" for verdict in dict.fromkeys(verdicts))
+    last = told[-1]
 
     def mean(name: str) -> Interval:
-        return student_interval(_values(run, data, name, case, points[-1].name), run.recipe.verdict.confidence)
+        return student_interval(_values(run, data, name, case, last), run.recipe.verdict.confidence)
 
-    if np.isnan(mean(ADJUSTED).estimate):
-        return f"{condition}: v_S has cosine {mean(RAW)} with its own teacher's v_T; there is no control, so nothing is judged."
-    bare, elsewhere = mean(BARE), ""
+    elsewhere = ""
     if run.starts_elsewhere(run.student(condition, run.traits[0])):
-        elsewhere = f"; rotated onto the teachers' base ({_map_words(run, data, condition)} on prompts not fitted on)"
+        unmapped = f"; no sound map at the other {len(points) - len(told)} hook points" if len(told) < len(points) else ""
+        elsewhere = f"; rotated onto the teachers' base ({_map_words(run, data, condition)} on prompts not fitted on){unmapped}"
+    if np.isnan(mean(ADJUSTED).estimate):
+        return (
+            f"{condition}: at {last} v_S has cosine {mean(RAW)} with its own teacher's v_T; there is no control to judge it by."
+        )
+    bare = mean(BARE)
     without = f" ({bare} without the target's unembedding, others {mean(BARE_NULL)})" if np.isfinite(bare.estimate) else ""
     return (
-        f"{condition}: {counts or 'not judged'} hook points. At {points[-1].name}, the last, v_S − v_C has cosine "
+        f"{condition}: {counts or 'not judged'} hook points. At {last}, the last that can be compared, v_S − v_C has cosine "
         f"{mean(ADJUSTED)} with its own teacher's v_T, {mean(ADJUSTED_OTHERS)} with other teachers'{without}; v_S alone "
         f"{mean(RAW)} and {mean(RAW_OTHERS)}{elsewhere}. ‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ "
         f"{mean('teacher_shift')}."

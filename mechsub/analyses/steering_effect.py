@@ -20,6 +20,7 @@ from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, judge_effects
 from mechsub.steered.edits import (
     ADD,
     ALL_LAYERS,
+    DOSES,
     JUDGED_DOSE,
     OK,
     OTHER_STUDENTS,
@@ -73,6 +74,14 @@ def _label(run: Run, measured: Measured) -> xr.Dataset:
         )
         missing = status_variable(np.isnan(values), dims[:3], ("ok", "no_control_or_score"), f"{name}_effect")
         variables[f"{name}_effect_status"] = missing
+    for name in ("effect", "damage", "student_effect"):  # what is drawn: a trait a line would be too many
+        values = variables[name].mean("taught", skipna=False)
+        values.attrs = {**variables[name].attrs, "long_name": f"{variables[name].attrs['long_name']}, mean over traits"}
+        variables[f"{name}_over_traits"] = values
+        missing = status_variable(
+            np.isnan(values.values), list(map(str, values.dims)), ("ok", "see_the_traits_own"), f"{name}_over_traits"
+        )
+        variables[f"{name}_over_traits_status"] = missing
     coords: dict[str, Any] = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -151,7 +160,8 @@ def _compare(measured: Measured, claim: _Claim, condition: str, window: str) -> 
 def _findings(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgement]) -> Iterator[Finding]:
     verdict = run.recipe.verdict
     for claim, condition in product(_CLAIMS, run.conditions):
-        for window in _windows(measured, claim.kind):
+        # All layers first, then the last: tables that show one finding of a kind show that one.
+        for window in sorted(reversed(_windows(measured, claim.kind)), key=lambda window: window != ALL_LAYERS):
             own, others = _compare(measured, claim, condition, window)
             if not np.isfinite(own).any():
                 continue
@@ -196,24 +206,20 @@ def _necessity_figure(run: Run, measured: Measured) -> Figure:
     base = alt.Chart(DATA).encode(
         y=alt.Y("window:N", sort=windows, title=None), yOffset=alt.YOffset("vector:N", sort=list(VECTORS)), color=_COLORS
     )
-    dots = (
-        base.transform_aggregate(effect="mean(effect)", groupby=["condition", "kind", "window", "vector", "member"])
-        .mark_circle(size=20, opacity=0.6)
-        .encode(
-            x=alt.X("effect:Q", title=f"effect on the trait's score ({_unit(run)})"),
-            tooltip=["vector:N", "member:O", "effect:Q"],
-        )
+    dots = base.mark_circle(size=20, opacity=0.6).encode(
+        x=alt.X("effect_over_traits:Q", title=f"effect on the trait's score ({_unit(run)})"),
+        tooltip=["vector:N", "member:O", "effect_over_traits:Q"],
     )
     total = (
         alt.Chart(DATA)
-        .transform_aggregate(total="mean(student_effect)", groupby=["condition", "kind"])
+        .transform_aggregate(total="mean(student_effect_over_traits)", groupby=["condition", "kind"])
         .transform_calculate(removed="-datum.total")
         .mark_rule(strokeDash=[4, 3], color="#0f172a")
         .encode(x="removed:Q")
     )
     facets = (
         alt.layer(zero_line().encode(x=alt.datum(0)), total, dots, data=DATA)
-        .properties(width=230, height=alt.Step(7))
+        .properties(width=230, height=alt.Step(8))
         .facet(
             row=alt.Row("condition:N", sort=run.conditions, title=None),
             column=alt.Column("kind:N", sort=[OUT, REPLACE], title=None),
@@ -228,7 +234,7 @@ def _necessity_figure(run: Run, measured: Measured) -> Figure:
             f"{count_members(run)}. The null is other teachers' or students' directions; random ones are a line to read by. "
             f"Dashed: all that the student took over, − (score − control), in {_unit(run)}."
         ),
-        variables=("effect", "student_effect"),
+        variables=("effect_over_traits", "student_effect_over_traits"),
         spec=chart_spec(facets),
         select={"edit": edits, "condition": _told(run, measured)},
         headline=True,
@@ -246,19 +252,17 @@ def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
         ("effect", f"effect ({_unit(run)})", "What steering directions give to the model that students start from"),
         ("damage", "damage (nats)", "What else they do there: the price of each dose"),
     ):
-        x = alt.X("alpha:Q", title="α: length over that of the activations", axis=alt.Axis(grid=False))
-        chart = alt.Chart(DATA).transform_filter(f"isValid(datum.{name})")
-        members = (
-            chart.transform_aggregate(value=f"mean({name})", groupby=["condition", "window", "vector", "alpha", "member"])
-            .mark_line(opacity=0.25, strokeWidth=1)
-            .encode(x=x, y=alt.Y("value:Q", title=y), color=_COLORS, detail="member:N")
+        x = alt.X("alpha:Q", title="α: length over that of the activations", axis=alt.Axis(grid=False, values=list(DOSES)))
+        chart = alt.Chart(DATA).transform_filter(f"isValid(datum.{name}_over_traits)")
+        members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(
+            x=x, y=alt.Y(f"{name}_over_traits:Q", title=y), color=_COLORS, detail="member:N"
         )
         mean = chart.mark_line(strokeWidth=2.5, point=alt.OverlayMarkDef(size=18)).encode(
-            x=x, y=f"mean({name}):Q", color=_COLORS
+            x=x, y=f"mean({name}_over_traits):Q", color=_COLORS
         )
         facets = (
             alt.layer(zero_line().encode(y=alt.datum(0)), members, mean, data=DATA)
-            .properties(width=165, height=115)
+            .properties(width=230, height=130)
             .facet(
                 row=alt.Row("condition:N", sort=run.conditions, title=None),
                 column=alt.Column("window:N", sort=_windows(measured, ADD), title=None),
@@ -274,7 +278,7 @@ def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
                     f"lines: {count_members(run)}, mean over traits; thick: their mean. The null is other teachers' and "
                     "students' directions, as long; so is a random one."
                 ),
-                variables=(name,),
+                variables=(f"{name}_over_traits",),
                 spec=chart_spec(facets),
                 select={"edit": edits, "condition": _told(run, measured)},
             )

@@ -1,5 +1,6 @@
 """The report: one self-contained HTML file that tells a newcomer what was run and what came out."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,12 @@ class Section:
     result: Result
     figures: Sequence[DrawnFigure]
     verdicts: Mapping[tuple[str, str], Mapping[str, Finding]]
+
+    @property
+    def places(self) -> Mapping[tuple[str, str, str], int]:
+        """At how many scopes each quantity of a condition and trait is judged; the verdicts hold the first of them."""
+        judged = [finding for finding in self.result.findings if finding.verdict]
+        return Counter((finding.condition, finding.trait, finding.quantity) for finding in judged)
 
 
 @dataclass(frozen=True)

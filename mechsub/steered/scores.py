@@ -61,10 +61,10 @@ class SteeredModel:
         return kept
 
     @cached_property
-    def _unchanged(self) -> list[Float[Tensor, "row position logit"]]:
+    def _unchanged(self) -> list[Float[Tensor, "_row _position _logit"]]:
         return self._log_probabilities()
 
-    def _log_probabilities(self) -> list[Float[Tensor, "row position logit"]]:
+    def _log_probabilities(self) -> list[Float[Tensor, "_row _position _logit"]]:
         found = []
         device = next(self.view.model.parameters()).device
         for batch in self.damage_prompts.batches:
