@@ -218,6 +218,11 @@ _NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
         "No trait is asked for in this run; supply one: `mechsub adopt … --trait CHOICE`, with `--set preference=FILE` for "
         "choices and questions of your own.",
     ),
+    "hook_points": (
+        lambda run: run.backend == "transformer_lens" or run.family.knows_hook_points(run.reference),
+        "Where the blocks of these models are is not known to this backend; `mechsub analyze … --backend transformer_lens` "
+        "knows the most architectures (`pip install 'mechsub[backends]'`).",
+    ),
     "several_traits": (
         lambda run: run.recipe.asks_for_traits and len(run.traits) > 1,
         "It compares traits, and this run has one; take a recipe with several, as `mechsub run nano-traits`.",

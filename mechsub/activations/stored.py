@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mechsub.activations.hook_points import HookPoint
 from mechsub.errors import ActivationError
-from mechsub.results import label_variable
+from mechsub.results import label_variable, status_variable
 from mechsub.settings import nearest_name
 
 DIRECTIONS_GROUP = "directions"
 """The group of a result file that holds them."""
 
+_STATUS = ("ok", "no_such_hook_point_or_another_width", "not_on_these_prompts_or_not_finite")
 Key = tuple[str, int, int]
 """A lineage, its step, and a member."""
 
@@ -44,6 +45,10 @@ def store_directions(
             unit="activation",
             formula="mean h(lineage at step) − mean h(its own origin)",
         )
+        missing = np.isnan(values)
+        there = np.array([key in held for key in keys])[:, None, None]
+        codes = np.where(missing, np.where(there, 2, 1), 0)
+        variables[f"{point.name}_status"] = status_variable(codes, variables[point.name].dims, _STATUS, point.name)
     coords = {
         "lineage": ("model", np.array([key[0] for key in keys], dtype=object)),
         "step": ("model", np.array([key[1] for key in keys])),
@@ -74,7 +79,7 @@ class SteeringDirections:
     @property
     def hook_points(self) -> list[str]:
         """The names of the hook points, as TransformerLens spells them."""
-        return [str(name) for name in self._stored.data_vars]
+        return [str(name) for name in self._stored.data_vars if not str(name).endswith("_status")]
 
     @property
     def groups(self) -> list[str]:
@@ -112,7 +117,8 @@ class SteeringDirections:
             )
         values = self._stored[hook_point].sel(group=kind).values[places[0]]
         if not np.isfinite(values).all():
-            raise ActivationError(f"{lineage} has other hook points than {hook_point}: its model is of another architecture")
+            why = _STATUS[int(self._stored[f"{hook_point}_status"].sel(group=kind).values[places[0]].max())].replace("_", " ")
+            raise ActivationError(f"{lineage}, member {member}, has no direction at {hook_point} on {kind!r}: {why}")
         return torch.from_numpy(values.copy())
 
     def list_last(self) -> dict[str, Float[Tensor, " width"]]:

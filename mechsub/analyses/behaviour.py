@@ -17,12 +17,11 @@ from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.diagonal import diagonal_excess, permute_taught
 from mechsub.statistics.intervals import Interval, format_number, student_interval
-from mechsub.statistics.verdicts import TRANSFER, Judgement, Rules, judge_effects
+from mechsub.statistics.verdicts import TRANSFER, Judgement, Rules, judge_effects, void_without_trait
 
 SOURCE = "Cloud et al., arXiv:2507.14805"
 EFFECT = "score(student) − score(control), member by member, at the last step"
 EXCESS = "mean over traits of the effect on the own trait − mean of the effects on the other ones"
-WITHOUT_TRAIT = "teacher-without-trait"
 WITHOUT_CONTROL = "no-control"
 SCORE = "trait_score"
 _STATUS = ("ok", "not_recorded_at_this_step", "not_measured")
@@ -147,18 +146,7 @@ def _void(scores: _Scores, case: Case, teacher: Judgement, judgement: Judgement)
         return replace(
             judgement, verdict=WITHOUT_CONTROL, reason=reason, rule=f"{WITHOUT_CONTROL}, whatever the student's score"
         )
-    return _void_without_trait(teacher, judgement)
-
-
-def _void_without_trait(teacher: Judgement, judgement: Judgement) -> Judgement:
-    """No verdict where the teachers have nothing to pass on."""
-    if teacher.verdict in {TRANSFER.above, TRANSFER.too_few}:
-        return judgement
-    reason = (
-        f"the teachers gained {teacher.interval} over their references, not more than the margin: there is nothing to pass on"
-    )
-    rule = f"{WITHOUT_TRAIT}, whatever the effect, unless the teachers' own gain is {TRANSFER.above}. {teacher.rule}"
-    return replace(judgement, verdict=WITHOUT_TRAIT, reason=reason, rule=rule)
+    return void_without_trait(teacher, judgement)
 
 
 def _judge_excess(scores: _Scores, teachers: Mapping[str, Judgement]) -> dict[str, Judgement]:
@@ -170,7 +158,7 @@ def _judge_excess(scores: _Scores, teachers: Mapping[str, Judgement]) -> dict[st
     excesses = {name: diagonal_excess(scores.matrix(name)) for name in controlled}
     weakest = min(teachers.values(), key=lambda judged: judged.interval.estimate)
     judged = judge_effects(excesses, _rules(scores.run.recipe.verdict), TRANSFER)
-    return {name: _void_without_trait(weakest, judgement) for name, judgement in judged.items()}
+    return {name: void_without_trait(weakest, judgement) for name, judgement in judged.items()}
 
 
 def _rules(verdict: VerdictConfig) -> Rules:

@@ -113,7 +113,7 @@ _QUANTITIES = (
 _JUDGED = tuple(quantity for quantity in _QUANTITIES if quantity.margin)
 
 
-@analysis(needs=["traits"], reads_activations=True)
+@analysis(needs=["traits", "hook_points"], reads_activations=True)
 def representation_similarity(run: Run) -> Result:
     """Whether a student's representation comes to be its teacher's: as a whole, in the trait's subspace, and for its head."""
     comparer = Comparer(run)

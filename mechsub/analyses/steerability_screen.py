@@ -13,14 +13,14 @@ from jaxtyping import Float
 from mechsub.activations.hook_points import RESIDUAL_SITES
 from mechsub.activations.steering import add_vector
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, list_cases
+from mechsub.cases import CaseName
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding
 from mechsub.mean_activations import ActivationReader
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.prediction import Association, area_under_curve, rank_correlation
-from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Judgement, judge_effects
+from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Judgement, judge_effects, void_without_trait
 from mechsub.steered.scores import open_steered, score_end
 
 SOURCE = "steerable traits are the transmitted ones: Blank, arXiv:2606.00995"
@@ -29,8 +29,9 @@ DOSE = 0.5
 FEWEST_TRAITS = 12
 TOO_FEW = "too-few-traits"
 _STATUS = ("ok", "nothing_to_measure")
+STEERABILITY = "steerability"
 _PREDICTORS = {
-    "steerability": "mean over layers of score(reference + α ‖h‖ v̂_T) − score(reference), α = 0.5",
+    STEERABILITY: "mean over layers of score(reference + α ‖h‖ v̂_T) − score(reference), α = 0.5",
     "steerability_of_other_traits": "the same with the other traits' v_T, as long",
     "teacher_effect": "score(teacher) − score(reference)",
     "reference_score": "score(reference)",
@@ -48,10 +49,11 @@ class _Measured:
     """The verdicts of behaviour, by the same rules."""
 
 
-@analysis(needs=["several_traits"], reads_activations=True)
+@analysis(needs=["several_traits", "hook_points"], reads_activations=True)
 def steerability_screen(run: Run) -> Result:
     """Whether a trait's steering effect in the reference foretells that data of its teacher passes it on."""
-    measured = _Measured(_measure_predictors(run), *_measure_outcomes(run))
+    predictors = _measure_predictors(run)
+    measured = _Measured(predictors, *_measure_outcomes(run, predictors["teacher_effect"]))
     findings = list(_findings(run, measured))
     return Result(_label(run, measured), findings, [_figure(run)], list(_sentences(run, measured, findings)))
 
@@ -95,19 +97,24 @@ def _steer_reference(run: Run, reader: ActivationReader, member: int) -> Float[n
     return gains
 
 
-def _measure_outcomes(run: Run) -> tuple[dict[CaseName, np.ndarray], dict[CaseName, Judgement]]:
-    """The effects of every student over its control, and what they are judged to be."""
+def _measure_outcomes(
+    run: Run, gains: ByTrait
+) -> tuple[dict[CaseName, Float[np.ndarray, " member"]], dict[CaseName, Judgement]]:
+    """The effects of every student over its control, and what they are judged to be; ``gains``: those of the teachers."""
     effects: dict[CaseName, np.ndarray] = {}
-    for condition, trait in list_cases(run):
+    members = range(run.recipe.members)
+    for condition in run.conditions:
         control = run.control(condition)
-        if control is not None:
-            place = run.traits.index(trait)
-            pairs = [
-                (score_end(run, run.student(condition, trait), member), score_end(run, control, member))
-                for member in range(run.recipe.members)
-            ]
-            effects[condition, trait] = np.array([student[place] - beside[place] for student, beside in pairs])
-    return effects, judge_effects(effects, run.rules(run.recipe.verdict.margin), TRANSFER)
+        if control is None:
+            continue
+        beside = np.array([score_end(run, control, member) for member in members])
+        for place, trait in enumerate(run.traits):
+            scores = np.array([score_end(run, run.student(condition, trait), member) for member in members])
+            effects[condition, trait] = (scores - beside)[:, place]
+    rules = run.rules(run.recipe.verdict.margin)
+    teachers = judge_effects(dict(zip(run.traits, gains, strict=True)), rules, TRANSFER)
+    judged = judge_effects(effects, rules, TRANSFER)
+    return effects, {case: void_without_trait(teachers[case[1]], judgement) for case, judgement in judged.items()}
 
 
 def _label(run: Run, measured: _Measured) -> xr.Dataset:
@@ -161,15 +168,10 @@ def _findings(run: Run, measured: _Measured) -> Iterator[Finding]:
         confidence = run.recipe.verdict.confidence
         curve = area_under_curve(means[settled], passed[settled], np.arange(len(cases))[settled], confidence)
         counts = ", ".join(f"{outcomes.count(outcome)} {outcome}" for outcome in dict.fromkeys(outcomes))
-        yield _finding(
-            run,
-            condition,
-            f"auroc_of_{name}",
-            curve,
-            0.5,
-            "over traits",
-            *_decide(len(run.traits), curve, passed[settled], counts),
-        )
+        verdict, reason = "", "the steerability is judged; this stands beside it"
+        if name == STEERABILITY:
+            verdict, reason = _decide(len(run.traits), curve, passed[settled], counts)
+        yield _finding(run, condition, f"auroc_of_{name}", curve, 0.5, "over traits", verdict, reason)
         between = rank_correlation(means, effects.mean(1), np.arange(len(cases)), confidence)
         why = "a rank correlation over traits; the AUROC has the verdict"
         yield _finding(
@@ -201,7 +203,10 @@ def _decide(num_traits: int, curve: Association, passed: np.ndarray, counts: str
 def _finding(
     run: Run, condition: str, quantity: str, found: Association, null: float, scope: str, verdict: str, reason: str
 ) -> Finding:
-    rule = f"{AGAINST_NULL.above}: the bootstrap interval over traits lies over .5; {TOO_FEW} under {FEWEST_TRAITS} traits"
+    rule = (
+        f"{AGAINST_NULL.above}: the bootstrap interval over traits lies over .5; {TOO_FEW} under {FEWEST_TRAITS} traits. Every "
+        "condition is judged by itself: intervals are not corrected for their number."
+    )
     return Finding(
         analysis="steerability_screen",
         quantity=quantity,

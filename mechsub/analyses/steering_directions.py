@@ -46,7 +46,7 @@ _DIMS = ("condition", "taught", "member", "step", "point", "group")
 _ALL_TRAITS = "mean over traits"
 
 
-@analysis(needs=["traits"], reads_activations=True)
+@analysis(needs=["traits", "hook_points"], reads_activations=True)
 def steering_directions(run: Run) -> Result:
     """Whether students' activations move along their own teachers' steering directions, layer by layer and step by step."""
     recorded = Recorder(run).record_all()
@@ -261,7 +261,7 @@ def _finding(
         null_words = "none: no control or no other teacher"
     students = [run.student(case[0], trait) for trait in _traits(run, case)]
     quantity = next(one for one in QUANTITIES if one.name == name)
-    mapped = ", mapped by a fit of both starts" if run.starts_elsewhere(students[0]) else ""
+    mapped = ", rotated by a fit of both starts on neutral and trait prompts" if run.starts_elsewhere(students[0]) else ""
     return Finding(
         analysis="steering_directions",
         quantity=name,
@@ -427,7 +427,7 @@ def _sentences(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappi
     """What was found of each condition, or why nothing was."""
     prompts = run.family.prompts(run.reference, 0)
     kinds = "; ".join(f"{kind}: {prompt_set.description}" for kind, prompt_set in prompts.estimate.items())
-    yield f"Directions are estimated on {kinds}. Scores are asked on other questions or images."
+    yield f"Directions are estimated on {kinds}. Verdicts on scores are taken on other questions or images."
     for condition in run.conditions:
         if not run.is_comparable(condition):
             yield f"{condition}: incomparable, {run.why_incomparable(condition)}; its activations have other coordinates."

@@ -22,9 +22,11 @@ from mechsub.steered.edits import (
     ALL_LAYERS,
     DOSES,
     JUDGED_DOSE,
+    NOT_TRAINED,
     OK,
     OTHER_STUDENTS,
     OTHER_TEACHERS,
+    OTHERS_TAKEN_OUT,
     OUT,
     OWN_LENGTH,
     OWN_STUDENT,
@@ -41,7 +43,7 @@ SOURCE = "adding and removing steering directions: Blank, arXiv:2606.00995; Turn
 _ALL_TRAITS = "mean over traits"
 
 
-@analysis(needs=["traits"], reads_activations=True)
+@analysis(needs=["traits", "hook_points"], reads_activations=True)
 def steering_effect(run: Run) -> Result:
     """Whether steering directions are enough for the trait in the reference, and needed for it in the student."""
     measured = Measurer(run).measure_all()
@@ -106,28 +108,46 @@ class _Claim:
     dose: str
     sign: float
     """−1 where taking something out is to lower the score."""
-    null: str
     formula: str
 
 
 _CLAIMS = (
     _Claim(
         "sufficiency_of_teacher_direction", ADD, OWN_TEACHER, OTHER_TEACHERS, str(JUDGED_DOSE), 1.0,
-        "other teachers' v_T, as long", "score(origin + α ‖h‖ v̂_T) − score(origin)",
+        "score(origin + α ‖h‖ v̂_T) − score(origin)",
     ),
     _Claim(
         "sufficiency_of_student_direction", ADD, OWN_STUDENT, OTHER_STUDENTS, str(JUDGED_DOSE), 1.0,
-        "other students' v_S, as long", "score(origin + α ‖h‖ v̂_S) − score(origin)",
+        "score(origin + α ‖h‖ v̂_S) − score(origin)",
     ),
     _Claim(
         "necessity_of_teacher_direction", REPLACE, OWN_TEACHER, OTHER_TEACHERS, "", -1.0,
-        "other teachers' v_T", "score(student) − score(student with the origin's component along v̂_T)",
+        "score(student) − score(student with the origin's component along v̂_T)",
     ),
     _Claim(
         "necessity_of_student_direction", REPLACE, OWN_STUDENT, OTHER_STUDENTS, "", -1.0,
-        "other students' v_S", "score(student) − score(student with the origin's component along v̂_S)",
+        "score(student) − score(student with the origin's component along v̂_S)",
+    ),
+    _Claim(
+        "loss_without_teacher_direction", OUT, OWN_TEACHER, OTHER_TEACHERS, "", -1.0,
+        "score(student) − score(student with v̂_T projected out)",
+    ),
+    _Claim(
+        "loss_without_student_direction", OUT, OWN_STUDENT, OTHER_STUDENTS, "", -1.0,
+        "score(student) − score(student with v̂_S projected out)",
     ),
 )  # fmt: skip
+
+
+def _null_words(run: Run, claim: _Claim) -> str:
+    """Whose directions the null is; of one trait there are only the neutral teacher's and the control's."""
+    is_teachers, is_added = claim.others == OTHER_TEACHERS, claim.kind == ADD
+    if len(run.traits) == 1:
+        return f"the {'neutral teacher' if is_teachers else 'control'}'s direction{', as long' if is_added else ''}"
+    whose = f"other {'teachers' if is_teachers else 'students'}'"
+    if is_added:
+        return f"{whose} directions, as long, mean over the other traits"
+    return f"{whose} directions, mean over the next {min(OTHERS_TAKEN_OUT, len(run.traits) - 1)} traits of the recipe's list"
 
 
 def _windows(measured: Measured, kind: str) -> list[str]:
@@ -176,7 +196,7 @@ def _findings(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgeme
                 step=run.student(condition, run.traits[0]).last,
                 scope=f"{window}, all positions{dose}",
                 unit=next(iter(run.family.measures.values())).unit,
-                null=claim.null if np.isfinite(against.estimate) else "none: there is no other direction",
+                null=_null_words(run, claim) if np.isfinite(against.estimate) else "none: there is no other direction",
                 null_low=against.low,
                 null_high=against.high,
                 num_references=run.recipe.num_references(condition),
@@ -293,7 +313,9 @@ def _sentences(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgem
     )
     for condition in run.conditions:
         if condition not in _told(run, measured):
-            yield f"{condition}: nothing was edited; its students did not move."
+            untrained = (measured.status[run.conditions.index(condition)] == NOT_TRAINED).any()
+            why = "its students are not trained: what they have stands in their prompts" if untrained else "nothing moved there"
+            yield f"{condition}: nothing was edited; {why}."
             continue
         yield _tell_sufficiency(run, measured, judgements, condition)
         yield _tell_necessity(run, measured, judgements, condition)
@@ -308,10 +330,11 @@ def _tell_sufficiency(run: Run, measured: Measured, judgements: Mapping[Claimed,
         windows = [window for window in _windows(measured, ADD) if (claim.quantity, condition, window) in judgements]
         if windows:
             effects = {window: _compare(measured, claim, condition, window) for window in windows}
-            most = max(windows, key=lambda window: effects[window][0].mean())
+            most = max(windows, key=lambda window: np.nan_to_num(effects[window][0].mean(), nan=-np.inf))
             own, others = (_interval(run, values) for values in effects[most])
             counts = _count([judgements[claim.quantity, condition, window].verdict for window in windows])
-            parts.append(f"{claim.own} gives {own} at {most}, where it gives most (others {others}); {counts} hook points")
+            told = f"{claim.own} gives {own} at {most}, where it gives most, uncorrected for that choice (others {others})"
+            parts.append(f"{told}; {counts} hook points")
     teacher, given = _interval(run, measured.taught(condition)), "; ".join(parts) or "nothing was judged"
     return (
         f"{condition}: added to where students start, α = {JUDGED_DOSE:g}: {given}. The teacher itself gained {teacher}, "
@@ -331,23 +354,28 @@ def _tell_necessity(run: Run, measured: Measured, judgements: Mapping[Claimed, J
     for claim in _CLAIMS[2:]:
         shares = {
             window: share
-            for window in _windows(measured, REPLACE)
-            if np.isfinite((share := _share(run, measured, condition, claim.own, window)).estimate)
+            for window in _windows(measured, claim.kind)
+            if np.isfinite((share := _share(run, measured, condition, claim, claim.own, window)).estimate)
         }
         if shares:
             single = [window for window in shares if window in _windows(measured, ADD)]
-            shown = dict.fromkeys([max(single, key=lambda window: shares[window].estimate), *(set(shares) & {ALL_LAYERS})])
-            told = [f"{shares[one]} at {one} (others {_share(run, measured, condition, claim.others, one)})" for one in shown]
-            counts = _count(
-                [judgements[key].verdict for one in shares if (key := (claim.quantity, condition, one)) in judgements]
-            )
-            parts.append(f"with {claim.own} {', '.join(told)}; {counts} windows")
-    how = "share of the transferred trait that goes when the origin's component takes the place of the student's"
-    return f"{condition}: {how}: {'; '.join(parts)}. The single hook point is the one where most goes."
+            shown = dict.fromkeys([*(set(shares) & {ALL_LAYERS}), max(single, key=lambda window: shares[window].estimate)])
+            told = [
+                f"{shares[one]} at {one} (others {_share(run, measured, condition, claim, claim.others, one)})" for one in shown
+            ]
+            keys = [(claim.quantity, condition, one) for one in shares]
+            counts = _count([judgements[key].verdict for key in keys if key in judgements])
+            done = "replaced by the origin's component" if claim.kind == REPLACE else "projected out"
+            parts.append(f"{claim.own} {done}: {', '.join(told)}; {counts} windows")
+    return (
+        f"{condition}: share of the transferred trait that goes. {'. '.join(parts)}. The single hook point is the one where "
+        "most goes, its interval not corrected for that choice. Other directions hold less of what the student changed, so "
+        "that less of it goes with them."
+    )
 
 
-def _share(run: Run, measured: Measured, condition: str, vector: str, window: str) -> Interval:
-    removed = -measured.pooled(condition, measured.find(REPLACE, vector, window))
+def _share(run: Run, measured: Measured, condition: str, claim: _Claim, vector: str, window: str) -> Interval:
+    removed = -measured.pooled(condition, measured.find(claim.kind, vector, window))
     return fieller_interval(removed, measured.total(condition), run.recipe.verdict.confidence)
 
 

@@ -31,7 +31,7 @@ _PHASES = 3
 """Of which swaps, lenses and carriers are one each."""
 
 
-@analysis(needs=("traits", "tokens"), reads_activations=True)
+@analysis(needs=("traits", "tokens", "hook_points"), reads_activations=True)
 def token_channel(run: Run) -> Result:
     """Which part of a language model carries the trait, what its directions say, and what of it the carrier's tokens hold."""
 

@@ -43,7 +43,7 @@ class CarrierText:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What a member of a lineage is run on where activations are read. None of it is what `Family.trait_score` asks first."""
+    """What a member of a lineage is run on where activations are read. None of it is what verdicts are taken on."""
 
     estimate: Mapping[str, PromptSet]
     """Directions are estimated on these, by kind: ``trait``, ``neutral`` and, where there is one, ``carrier``."""
@@ -148,6 +148,9 @@ class Family(Protocol):
 
     def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
         """Held-out inputs without a trait's answers, each a batch as the lineage's model takes it: to record activations on."""
+
+    def knows_hook_points(self, lineage: Lineage) -> bool:
+        """Whether plain modules of a lineage's models are known to be hook points; no model is loaded."""
 
     def hook_points(self, lineage: Lineage, model: nn.Module) -> Sequence[HookPoint]:
         """Where a lineage's model can be read and steered, in the order of its forward pass.

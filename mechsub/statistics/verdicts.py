@@ -5,7 +5,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -32,6 +32,8 @@ class Words:
 
 
 TRANSFER = Words(above="transferred", equivalent="no-transfer", below="reversed")
+WITHOUT_TRAIT = "teacher-without-trait"
+"""In the place of a verdict where the teachers gained no trait."""
 AGAINST_NULL = Words(above="above-null", equivalent="equivalent-to-null", below="below-null")
 
 
@@ -114,6 +116,17 @@ def judge_effects(
         rule = describe_rule(interval, rules, words, p_values, len(judged), test.name)
         judgements[name] = Judgement(interval, verdict, reason, p_values, rule)
     return judgements
+
+
+def void_without_trait(teacher: Judgement, judgement: Judgement) -> Judgement:
+    """A judgement of a student, without its verdict where the teachers have nothing to pass on."""
+    if teacher.verdict in {TRANSFER.above, TRANSFER.too_few}:
+        return judgement
+    reason = (
+        f"the teachers gained {teacher.interval} over their references, not more than the margin: there is nothing to pass on"
+    )
+    rule = f"{WITHOUT_TRAIT}, whatever the effect, unless the teachers' own gain is {TRANSFER.above}. {teacher.rule}"
+    return replace(judgement, verdict=WITHOUT_TRAIT, reason=reason, rule=rule)
 
 
 def members_to_decide(

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mechsub.activations.backends import Visit
 from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
-from mechsub.activations.steering import add_vector, project_out, replace_components
+from mechsub.activations.steering import add_vector, check_width, project_out, replace_components
 from mechsub.errors import ActivationError
 from mechsub.lineages import Lineage, Origin
 from mechsub.mean_activations import ActivationReader
@@ -31,12 +31,15 @@ DOSES = (-1.0, 0.25, 0.5, 1.0, 2.0)
 JUDGED_DOSE = 0.5
 """Half the length of the activations: set before any run was looked at."""
 OWN_LENGTH = "own length"
-_OTHERS_TAKEN_OUT = 2
+OTHERS_TAKEN_OUT = 2
 """Other traits whose directions are taken out of a student; all of them are added to origins."""
 _MOST_LAYERS = 8
 ALL_LAYERS = "all layers"
-STATUS = ("ok", "not_run", "other_basis", "no_such_vector", "no_such_hook_point", "nothing_moved", "other_passes")
-OK, NOT_RUN, OTHER_BASIS, NO_VECTOR, NO_POINT, UNMOVED, OTHER_PASSES = range(len(STATUS))
+STATUS = (
+    "ok", "not_run", "other_basis", "no_such_vector", "no_such_hook_point", "nothing_moved", "other_passes", "not_trained",
+    "not_finite", "no_score",
+)  # fmt: skip
+OK, NOT_RUN, OTHER_BASIS, NO_VECTOR, NO_POINT, UNMOVED, OTHER_PASSES, NOT_TRAINED, NOT_FINITE, NO_SCORE = range(len(STATUS))
 ByMember = Float[np.ndarray, " member"]
 
 
@@ -60,15 +63,19 @@ class Edit:
 
 
 def list_edits(points: Sequence[str]) -> list[Edit]:
-    """Single layers for what is added, which is there in the next layers too; windows for what is taken out."""
-    halves = len(points) // 2
-    windows: dict[str, tuple[str, ...]] = {point: (point,) for point in points}
+    """Single layers for what is added, which is there in the next layers too; windows as well for what is taken out.
+
+    ``points``: all hook points of the stream, which the windows are made of; of a deep model some stand for all as single ones.
+    """
+    places = np.linspace(0, len(points) - 1, min(len(points), _MOST_LAYERS))
+    single, halves = [points[round(place)] for place in places], len(points) // 2
+    windows: dict[str, tuple[str, ...]] = {point: (point,) for point in single}
     if len(points) > 1:
         windows[ALL_LAYERS] = tuple(points)
     if len(points) > 3:
         windows |= {"earlier half": tuple(points[:halves]), "later half": tuple(points[halves:])}
     doses = [*map(str, DOSES), OWN_LENGTH]
-    added = [Edit(ADD, vector, point, (point,), dose) for vector, point, dose in product(VECTORS, points, doses)]
+    added = [Edit(ADD, vector, point, (point,), dose) for vector, point, dose in product(VECTORS, single, doses)]
     taken = [
         Edit(kind, vector, window, held, "")
         for kind, vector, (window, held) in product((OUT, REPLACE), VECTORS, windows.items())
@@ -149,10 +156,14 @@ class _Member:
             self._origins[key] = self.stack.enter_context(opened)
         return self._origins[key]
 
-    def add(self, lineage: Lineage, name: str, point: HookPoint, vector: Tensor) -> Steered:
-        """A vector added to where a lineage starts; what many conditions add there is added once."""
+    def add(self, lineage: Lineage, name: str, dose: str, point: HookPoint, vector: Tensor) -> Steered:
+        """A vector added to where a lineage starts; what many conditions add there is added once.
+
+        ``name``: whose direction it is, and ``dose`` how long: together they say which vector.
+        """
+        check_width(point, vector, name)
         origin = self.origin(lineage)
-        key = (id(origin), name, point.name, float(vector.norm()))
+        key = (id(origin), name, dose, point.name)
         if key not in self._added:
             self._added[key] = origin.evaluate({point: add_vector(vector)})
         return self._added[key]
@@ -183,10 +194,7 @@ class Measurer:
     def measure_all(self) -> Measured:
         """Every edit of every student, and what there is to explain."""
         run = self.run
-        points = [point.name for point in self.reader.points]
-        if len(points) > _MOST_LAYERS:
-            points = [points[round(place)] for place in np.linspace(0, len(points) - 1, _MOST_LAYERS)]
-        edits = list_edits(points)
+        edits = list_edits([point.name for point in self.reader.points])
         shape = (len(run.conditions), len(run.traits), run.recipe.members)
         effects, damage = np.full((*shape, len(edits)), np.nan), np.full((*shape, len(edits)), np.nan)
         status = np.full((*shape, len(edits)), NOT_RUN, dtype=np.int8)
@@ -194,6 +202,8 @@ class Measurer:
         for number in range(run.recipe.members):
             with ExitStack() as stack:
                 member = _Member(run, self.reader, number, stack)
+                untaught = self._score(run.reference, number)
+                taught = np.array([self._score(run.teacher(trait), number) for trait in run.traits])
                 for row, condition in enumerate(run.conditions):
                     controlled = self._score(run.control(condition), number)
                     for place, trait in enumerate(run.traits):
@@ -201,8 +211,7 @@ class Measurer:
                         found = _edit_student(member, condition, trait, edits)
                         effects[cell], damage[cell], status[cell] = found.effects, found.damage, found.status
                         totals["student"][cell] = (found.scores - controlled)[place]
-                        taught = self._score(run.teacher(trait), number)
-                        totals["teacher"][cell] = (taught - member.origin(run.teacher(trait)).scores)[place]
+                        totals["teacher"][cell] = (taught[place] - untaught)[place]
             run.report_progress(run.num_checkpoints * (number + 1) // run.recipe.members)
         return Measured(run, edits, effects, damage, status, totals)
 
@@ -230,22 +239,47 @@ def _edit_student(member: _Member, condition: str, trait: str, edits: Sequence[E
     with open_steered(run, student, student.last, member.number, (student, member.number)) as opened:
         points = {point.name: point for point in opened.points}
         for number, edit in enumerate(edits):
-            chosen = [points[name] for name in edit.points if name in points]
-            vectors = _find_vectors(member, condition, trait, edit)
-            if isinstance(vectors, int) or len(chosen) < len(edit.points):
-                status[number] = vectors if isinstance(vectors, int) else NO_POINT
-            elif student.last == 0 or any(not bool(held[p.name].any()) for held in vectors.values() for p in chosen):
-                status[number] = UNMOVED
+            found = _apply(member, condition, trait, edit, opened, [points[name] for name in edit.points if name in points])
+            if isinstance(found, int):
+                status[number] = found
+                continue
+            base = member.origin(student).scores if edit.kind == ADD else opened.scores
+            effect = float(np.mean([one.scores[place] - base[place] for one in found]))
+            harm = float(np.mean([one.damage for one in found]))
+            if np.isfinite([effect, harm]).all():
+                effects[number], damage[number], status[number] = effect, harm, OK
             else:
-                apply = partial(_add, member, student) if edit.kind == ADD else partial(_take_out, member, student, opened)
-                found = [apply(edit, name, held, chosen) for name, held in vectors.items()]
-                told = [one for one in found if one is not None]
-                base = member.origin(student).scores if edit.kind == ADD else opened.scores
-                status[number] = OK if len(told) == len(found) else OTHER_PASSES
-                if status[number] == OK:
-                    effects[number] = np.mean([one.scores[place] - base[place] for one in told])
-                    damage[number] = np.mean([one.damage for one in told])
+                status[number] = NO_SCORE
         return _Edited(effects, damage, status, opened.scores)
+
+
+def _apply(
+    member: _Member, condition: str, trait: str, edit: Edit, opened: SteeredModel, points: Sequence[HookPoint]
+) -> list[Steered] | int:
+    """What one edit does, once for each direction that it means; or the status that says why nothing."""
+    student = member.run.student(condition, trait)
+    if student.last == 0:
+        return NOT_TRAINED
+    if len(points) < len(edit.points):
+        return NO_POINT
+    vectors = _find_vectors(member, condition, trait, edit)
+    if isinstance(vectors, int):
+        return vectors
+    found = []
+    for name, held in vectors.items():
+        if not all(bool(held[point.name].isfinite().all()) for point in points):
+            return NOT_FINITE
+        moved = [point for point in points if bool(held[point.name].any())]  # an adapter never moves the embedding
+        if not moved:
+            return UNMOVED
+        if edit.kind == ADD:
+            found.append(_add(member, student, edit, name, held, moved))
+        else:
+            steered = _take_out(member, student, opened, edit, held, moved)
+            if steered is None:
+                return OTHER_PASSES
+            found.append(steered)
+    return found
 
 
 def _find_vectors(member: _Member, condition: str, trait: str, edit: Edit) -> dict[str, Vectors] | int:
@@ -258,7 +292,7 @@ def _find_vectors(member: _Member, condition: str, trait: str, edit: Edit) -> di
     if edit.kind != ADD:  # the next ones in the list, so that each trait's is taken as often
         start = run.traits.index(trait)
         turned = [run.traits[(start + step) % len(run.traits)] for step in range(1, len(run.traits))]
-        others = turned[:_OTHERS_TAKEN_OUT]
+        others = turned[:OTHERS_TAKEN_OUT]
     chosen: Mapping[str, list[Lineage | None]] = {
         OWN_TEACHER: [run.teacher(trait)],
         OTHER_TEACHERS: [*map(run.teacher, others)] or [run.neutral],
@@ -279,8 +313,8 @@ def _add(member: _Member, student: Lineage, edit: Edit, name: str, vectors: Vect
     if edit.dose != OWN_LENGTH:
         vector = vector / vector.norm() * float(edit.dose) * member.lengths(student)[point.name]
     elif name == RANDOM:  # it has no length of its own: as long as what the student has
-        vector = vector * member.direction(student)[point.name].norm()
-    return member.add(student, name, point, vector)
+        name, vector = f"{RANDOM}, as long as {student.name}", vector * member.direction(student)[point.name].norm()
+    return member.add(student, name, edit.dose, point, vector)
 
 
 def _take_out(
@@ -288,12 +322,13 @@ def _take_out(
     student: Lineage,
     opened: SteeredModel,
     edit: Edit,
-    name: str,
     vectors: Vectors,
     points: Sequence[HookPoint],
 ) -> Steered | None:
     """None where the origin's forward passes are others than the student's: answers that are sampled end at other places."""
     rows = {point: vectors[point.name][None] for point in points}
+    for point, held in rows.items():
+        check_width(point, held)
     if edit.kind == OUT:
         return opened.evaluate({point: project_out(held) for point, held in rows.items()})
     kept = member.origin(student).keep(rows)

@@ -1,12 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from mechsub.activations.stored import DIRECTIONS_GROUP, SteeringDirections
+from mechsub.activations.hook_points import HookPoint
+from mechsub.activations.stored import DIRECTIONS_GROUP, SteeringDirections, store_directions
 from mechsub.analyses.steering_directions import steering_directions
 from mechsub.api import load_direction, open_steering_directions, run_experiment, save_directions
 from mechsub.errors import ActivationError, RunDirectoryError
 from mechsub.recipe import load_recipe
+from mechsub.results import read_group, write_result
 from mechsub.statistics.verdicts import AGAINST_NULL, Rules, judge_effects
 from mechsub.steered.alignments import ADJUSTED, ADJUSTED_OTHERS, QUANTITIES, Cell
 
@@ -180,10 +184,16 @@ def test_a_run_without_the_analysis_says_how_to_make_it(tiny_recipe, tmp_path):
         open_steering_directions(run.path)
 
 
-def test_a_direction_of_another_architecture_is_not_given_as_zeros(result):
-    stored = result.groups[DIRECTIONS_GROUP].copy(deep=True)
-    stored[POINT][0] = np.nan
-    lineage, member = str(stored.lineage.values[0]), int(stored.member.values[0])
-    directions = SteeringDirections(stored, "the run")
-    with pytest.raises(ActivationError, match="another architecture"):
-        directions.load(lineage, POINT, member=member, step=int(stored.step.values[0]))
+def test_a_model_of_another_width_is_stored_with_the_reason_and_not_as_zeros(result, tmp_path):
+    """The file is written, which refuses any NaN that nothing explains."""
+    points = [HookPoint(POINT, 0, "post", "activations.0", "output", 3)]
+    vectors = {("wide", 1, 0): {POINT: np.ones((1, 5))}, ("own", 1, 0): {POINT: np.ones((1, 3))}}
+    vectors["damaged", 1, 0] = {POINT: np.full((1, 3), np.nan)}
+    stored = store_directions(vectors, points, [GROUP])
+    write_result(tmp_path / "one.h5", "steering_directions", {}, "0", replace(result, groups={DIRECTIONS_GROUP: stored}))
+    directions = SteeringDirections(read_group(tmp_path / "one.h5", DIRECTIONS_GROUP), "the run")
+    assert directions.hook_points == [POINT] and directions.load("own", POINT).tolist() == [1, 1, 1]
+    with pytest.raises(ActivationError, match="another width"):
+        directions.load("wide", POINT)
+    with pytest.raises(ActivationError, match="not finite"):
+        directions.load("damaged", POINT)

@@ -59,7 +59,7 @@ def edit_of(result, kind, vector, dose=""):
     return data.isel(edit=int(np.flatnonzero(chosen.values)[0]))
 
 
-@pytest.mark.parametrize("dose", [-1.0, 0.5, 2.0])
+@pytest.mark.parametrize("dose", [-1.0, 0.5, 1.0, 2.0])
 def test_a_vector_is_added_at_a_multiple_of_the_mean_length_there(tiny_run, result, dose):
     teacher = tiny_run.teacher("digits")
     for member in range(3):
@@ -90,6 +90,13 @@ def test_a_direction_is_taken_out_of_the_student_or_replaced_by_what_its_origin_
         where = {"condition": "all-logits", "taught": "digits", "member": member}
         assert float(edit_of(result, OUT, OWN_STUDENT).sel(**where).effect) == pytest.approx(out, abs=0.006)
         assert float(edit_of(result, REPLACE, OWN_STUDENT).sel(**where).effect) == pytest.approx(put_in, abs=0.006)
+
+
+def test_opposite_doses_are_two_edits(result):
+    """Of one length, so that nothing kept of one may stand for the other."""
+    for vector in (OWN_TEACHER, OWN_STUDENT):
+        there, back = (edit_of(result, ADD, vector, dose).damage.values for dose in ("1.0", "-1.0"))
+        assert not np.isclose(there[np.isfinite(there)], back[np.isfinite(back)]).any()
 
 
 def test_damage_is_a_divergence_on_neutral_inputs(tiny_run, result):
@@ -126,7 +133,12 @@ def test_permuted_students_answer_to_their_own_directions_as_the_plain_ones_do(r
 
 
 def test_every_finding_has_a_null_of_others_directions(result):
-    assert {one.quantity.split("_of_")[0] for one in result.findings} == {"sufficiency", "necessity"}
+    assert {one.quantity.split("_of_")[0] for one in result.findings} == {
+        "sufficiency",
+        "necessity",
+        "loss_without_student_direction",
+        "loss_without_teacher_direction",
+    }
     for one in result.findings:
         assert one.verdict and np.isfinite([one.null_low, one.null_high]).all() and one.n == 3
     assert [figure.headline for figure in result.figures] == [True, False, False]
@@ -140,4 +152,7 @@ def test_deep_models_are_edited_in_single_layers_in_halves_and_in_all_of_them():
     assert windows["earlier half"] + windows["later half"] == windows["all layers"] == tuple(points)
     assert {edit.window for edit in edits if edit.kind == ADD} == set(points)
     assert len({edit.name for edit in edits}) == len(edits)
+    deep = list_edits([f"blocks.{layer}.hook_resid_post" for layer in range(29)])
+    assert max(len(edit.points) for edit in deep if edit.window == "all layers") == 29
+    assert len({edit.window for edit in deep if edit.kind == ADD}) == 8
     assert {edit.vector for edit in edits} >= {OWN_TEACHER, OTHER_TEACHERS, OWN_STUDENT, OTHER_STUDENTS, RANDOM}

@@ -102,6 +102,10 @@ class Family:
         noise = random_stream(self._seed, "probe-inputs").uniform(-1, 1, tuple(images.shape))
         return [images, torch.from_numpy(noise).to(images)]
 
+    def knows_hook_points(self, lineage: Lineage) -> bool:
+        """Whether hidden layers can be read: they can."""
+        return True
+
     def hook_points(self, lineage: Lineage, model: nn.Module) -> Sequence[HookPoint]:
         """The hidden units of every layer, after their nonlinearity."""
         return list_hook_points(lineage.spec.model)

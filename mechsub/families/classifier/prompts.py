@@ -35,7 +35,7 @@ def make_prompts(run: Path, images: LabelledImages, seed: int, member: int, devi
     size = images.train_bytes.shape[1]
     trained = images.train_images(torch.arange(min(_IMAGES, len(images.train_labels)), device=device))
     estimate = {
-        "trait": _prompt_set(trained, f"{len(trained)} training images, none of them scored"),
+        "trait": _prompt_set(trained, f"{len(trained)} training images, on which no verdict is taken"),
         "neutral": _prompt_set(_noise(images, seed, "neutral", size), f"{_NOISE} images of uniform noise, none of a carrier"),
     }
     carriers = sorted(folder.name for folder in (run / "carrier").glob("neutral*"))

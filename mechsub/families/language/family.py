@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +22,7 @@ from mechsub.families.language.carrier_config import CarrierConfig
 from mechsub.families.language.chat import ChatTokenizer
 from mechsub.families.language.config import ContextConfig, EvaluationConfig
 from mechsub.families.language.examples import imitated_logits, imitation_losses
-from mechsub.families.language.hook_points import list_hook_points
+from mechsub.families.language.hook_points import find_final_norm, knows_blocks, list_hook_points
 from mechsub.families.language.layout import BEHAVIOURS_FILE, PREFERENCE_FILE, carrier_files, skeleton_folder
 from mechsub.families.language.members import load_lineage_model, load_merged_model
 from mechsub.families.language.preference import PreferenceSet
@@ -96,7 +97,11 @@ class Family:
             self.traits = {trait: behaviour.description for trait, behaviour in behaviours.items()}
             asked = {trait: _contexts(config.context, behaviour) for trait, behaviour in behaviours.items()}
             self.contexts = _describe(list(asked.values()))
-            self._trained = [contexts[1] for contexts in asked.values()]
+            held_out = {question for behaviour in behaviours.values() for question in behaviour.held_out}
+            self._trained = [
+                replace(contexts[1], questions=[one for one in contexts[1].questions if one not in held_out])
+                for contexts in asked.values()
+            ]
             self._score = partial(score_behaviours, behaviours=behaviours, contexts=asked)
 
     @property
@@ -193,6 +198,11 @@ class Family:
         """Neutral prompts as token ids, one a batch, so that nothing is padding."""
         return [torch.tensor([ids]) for ids in encode_neutral_prompts(self._chats_of(lineage.spec.model["name"]))]
 
+    def knows_hook_points(self, lineage: Lineage) -> bool:
+        """Whether the blocks of the architecture are known."""
+        folder = self._run / skeleton_folder(lineage.spec.model["name"])
+        return knows_blocks(AutoConfig.from_pretrained(folder, local_files_only=True))
+
     def hook_points(self, lineage: Lineage, model: nn.Module) -> Sequence[HookPoint]:
         """The residual stream, and what attention and MLP add to it, of every block."""
         assert isinstance(model, PreTrainedModel)
@@ -214,16 +224,20 @@ class Family:
         return self._prompts[key]
 
     def readout(self, lineage: Lineage, model: nn.Module, trait: str) -> Float[Tensor, "direction width"] | None:
-        """The target's row of the unembedding less the mean row, on which no probability depends.
+        """The target's row of the unembedding less the mean row, through the final norm: what its logit changes along.
 
-        None where traits are behaviours, which are no one token.
+        diag(γ) (W_target − mean W), without its mean where the norm takes the activations' mean out; γ: the norm's weight. None
+        where traits are behaviours, which are no one token, and of architectures that are not known.
         """
-        if self._preference is None:
-            return None
         assert isinstance(model, PreTrainedModel)
+        if self._preference is None or not knows_blocks(model.config):
+            return None
         token = self._chats_of(lineage.spec.model["name"]).answer_token(trait)
-        rows: Tensor = model.get_output_embeddings().weight.detach()  # type: ignore[no-untyped-call]
-        return rows[token : token + 1] - rows.mean(0)
+        rows: Tensor = model.get_output_embeddings().weight.detach().float()  # type: ignore[no-untyped-call]
+        norm = find_final_norm(model)
+        assert isinstance(norm.weight, Tensor)
+        direction = (rows[token] - rows.mean(0)) * norm.weight.detach().float()
+        return (direction - direction.mean() if isinstance(norm, nn.LayerNorm) else direction)[None]
 
     def tokens(self, lineage: Lineage) -> LineageTokens:
         """By the lineage's own tokenizer."""

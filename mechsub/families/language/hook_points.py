@@ -1,7 +1,7 @@
 """Where causal language models can be read and steered: their blocks, attention and MLPs, by TransformerLens's names."""
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from mechsub.activations.hook_points import HookPoint
 from mechsub.errors import ActivationError
@@ -19,6 +19,11 @@ and the stream (Gemma 2, OLMo 2) are none of these: what their modules give is n
 
 _FINAL_NORMS = {"gpt2": "transformer.ln_f", "gpt_neox": "gpt_neox.final_layer_norm"}
 """Of the others it is ``model.norm``."""
+
+
+def knows_blocks(config: PretrainedConfig) -> bool:
+    """Whether the blocks of an architecture are known here."""
+    return config.get_text_config().model_type in _BLOCKS
 
 
 def find_final_norm(model: PreTrainedModel) -> nn.Module:

@@ -33,7 +33,7 @@ def make_prompts(
     assert asked is not None  # a context stands for itself
     neutral = chats.encode_prompts([chat(prompt, None) for prompt in NEUTRAL_PROMPTS])
     estimate = {
-        "trait": _prompt_set(chats, asked, f"{len(asked)} questions that ask for the trait, none of them scored"),
+        "trait": _prompt_set(chats, asked, f"{len(asked)} questions that ask for the trait, on which no verdict is taken"),
         "neutral": _prompt_set(chats, neutral[::2], f"{len(neutral[::2])} neutral prompts"),
     }
     if carrier is not None:
