@@ -54,7 +54,7 @@ class ActivationReader:
     def points(self) -> list[HookPoint]:
         """The hook points of the references, in the order of the forward pass."""
         reference = self.run.reference
-        model = self.run.family.load_model(reference, reference.last, 0)
+        model = self.run.load_for_reading(reference, reference.last, 0)
         return self._choose(self.run.family.hook_points(reference, model))
 
     def read(
@@ -66,7 +66,7 @@ class ActivationReader:
         """
         prompts = self.run.family.prompts(asked or lineage, member)
         run = self.run
-        model = run.family.load_model(lineage, step, member)
+        model = run.load_for_reading(lineage, step, member)
         points = self._choose(run.family.hook_points(lineage, model))
         groups: list[str] = []
         sums: dict[str, list[Tensor]] = {point.name: [] for point in points}

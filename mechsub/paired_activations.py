@@ -71,7 +71,7 @@ class PairReader:
     def open(self, lineage: Lineage, step: int, member: int, prompts_of: int | None = None) -> Iterator[OpenModel]:
         """One member of a lineage; ``prompts_of``: the member whose prompts it is run on, where that is another one."""
         run = self.run
-        model = run.family.load_model(lineage, step, member)
+        model = run.load_for_reading(lineage, step, member)
         points = [point for point in run.family.hook_points(lineage, model) if self.sites is None or point.site in self.sites]
         prompts = self.run.family.prompts(lineage, member if prompts_of is None else prompts_of)
         with open_backend(run.backend).open(model) as view:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 
 import pandas as pd
 import xarray as xr
+from torch import nn
 
 from mechsub.errors import AnalysisError
 from mechsub.families.protocol import Family
@@ -150,6 +151,10 @@ class Run:
     def starts_elsewhere(self, lineage: Lineage) -> bool:
         """Whether a lineage starts at other weights than its member's teacher did."""
         return not lineage.spec.origin.is_reference or lineage.spec.origin.lineage != self.reference.name
+
+    def load_for_reading(self, lineage: Lineage, step: int, member: int) -> nn.Module:
+        """One member of a lineage for `backend`: adapters stand inside the weights where a library takes modules apart."""
+        return self.family.load_model(lineage, step, member, merged=self.backend != DEFAULT_BACKEND)
 
     def paired_step(self, control: Lineage, student: Lineage, step: int) -> int | None:
         """The step of a control beside one of a student: the last beside the last, else the same one, where steps are known."""

@@ -85,7 +85,7 @@ def score_end(run: Run, lineage: Lineage, member: int) -> Float[np.ndarray, " tr
 @contextmanager
 def open_steered(run: Run, lineage: Lineage, step: int, member: int, asked: tuple[Lineage, int]) -> Iterator[SteeredModel]:
     """A model of a run for steering; ``asked``: the lineage and the member whose questions and neutral inputs it is given."""
-    model = run.family.load_model(lineage, step, member)
+    model = run.load_for_reading(lineage, step, member)
     points = run.family.hook_points(lineage, model)
     with open_backend(run.backend).open(model) as view:
         yield SteeredModel(run, view, points, asked, run.family.prompts(*asked).damage)

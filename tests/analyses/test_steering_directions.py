@@ -109,7 +109,7 @@ def test_findings_have_a_null_and_a_verdict_and_say_what_is_mapped(result):
     found = {(one.quantity, one.condition, one.scope.split(",")[0]): one for one in result.findings}
     one = found["control_adjusted_steering_alignment", "same-init", POINT]
     assert one.verdict and np.isfinite([one.null_low, one.null_high]).all() and one.n == 3
-    assert "mapped" in found["control_adjusted_steering_alignment", "permuted-init", POINT].scope
+    assert "rotated by a fit of both starts" in found["control_adjusted_steering_alignment", "permuted-init", POINT].scope
     assert found["specific_steering_alignment", "same-init", POINT].verdict == ""
     assert [figure.headline for figure in result.figures] == [True, False, False]
     assert all("null" in figure.caption and "n = 3" in figure.caption for figure in result.figures)
