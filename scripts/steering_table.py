@@ -79,9 +79,11 @@ def write_steps(run: Run, data: xr.Dataset) -> Iterator[str]:
 
 
 def write_findings(run: Run, findings: pd.DataFrame) -> Iterator[str]:
-    """Of all traits together where there are such, else of each."""
-    pooled = findings[~findings.trait.isin(run.traits)]
-    chosen = pooled if len(pooled) else findings
+    """Of all traits together; of a run of one trait, of that one."""
+    chosen = findings[~findings.trait.isin(run.traits)] if len(run.traits) > 1 else findings
+    if not len(chosen):
+        yield "\nFindings of single traits stand in `findings.json`."
+        return
     yield "\n| condition | quantity | trait | scope | estimate | null | verdict |"
     yield "|---|---|---|---|---|---|---|"
     for row in chosen.itertuples():
