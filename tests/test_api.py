@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import xarray as xr
+from markupsafe import escape
 
 import mechsub
 from mechsub.analyses.registry import load_analyses
@@ -192,17 +193,20 @@ def test_a_users_own_analysis_and_callback_run_in_other_processes(tiny_recipe, t
 
 def test_an_analysis_that_the_run_cannot_feed_is_left_out_with_what_to_supply(tiny_run):
     planned = [stage.name for stage in plan_analyses(tiny_run.path)]
-    assert set(planned) == {f"analysis.{name}" for name in mechsub.list_analyses()} - {"analysis.semantic_filter"}
-    (sentence,) = missing_analyses(tiny_run.path).values()
-    assert (
-        sentence.startswith("There is no text that a teacher") and sentence in (tiny_run.path / "report/index.html").read_text()
-    )
+    missing = missing_analyses(tiny_run.path)
+    assert set(planned) == {f"analysis.{name}" for name in mechsub.list_analyses() if name not in missing}
+    assert missing.keys() == {"semantic_filter", "steerability_screen", "token_channel"}
+    assert missing["semantic_filter"].startswith("There is no text that a teacher")
+    assert missing["steerability_screen"].startswith("It compares traits, and this run has one")
+    assert missing["token_channel"].startswith("Its models read and write no tokens")
+    page = (tiny_run.path / "report/index.html").read_text()
+    assert all(str(escape(sentence)) in page for sentence in missing.values())
     with pytest.raises(AnalysisError, match="semantic_filter cannot be run on .*: There is no text that a teacher"):
         analyze_run(tiny_run.path, ["behaviour", "semantic_filter"], device="cpu", workers=0)
 
 
 def test_a_need_that_nothing_is_called_is_refused(tiny_run):
-    with pytest.raises(AnalysisError, match="cannot need 'teachers'; known: traits, carrier_texts"):
+    with pytest.raises(AnalysisError, match="cannot need 'teachers'; known: traits, hook_points, .*carrier_texts"):
         tiny_run.lacks("teachers")
 
 
@@ -273,7 +277,7 @@ def test_a_run_opens_with_its_recipe_lineages_results_and_findings(tiny_run):
     opened = mechsub.open_run(tiny_run.path)
     assert opened.recipe.name == "tiny"
     assert next(iter(opened.lineages)) == "reference"
-    analyses = mechsub.list_analyses().keys() - {"semantic_filter"}
+    analyses = mechsub.list_analyses().keys() - missing_analyses(tiny_run.path).keys()
     assert set(opened.results) == analyses
     assert set(opened.findings.analysis) == analyses
     document = json.loads((tiny_run.path / "findings.json").read_text())

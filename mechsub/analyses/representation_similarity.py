@@ -11,7 +11,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, count_members, label_last_steps, list_cases
+from mechsub.cases import CaseName, count_members, label_last_steps, list_cases, list_traits, pool_traits
 from mechsub.figures import DATA, Figure, chart_spec, diverging_scale, fold_variables
 from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.lineages import Lineage
@@ -35,7 +35,6 @@ from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Judgement, judge_effects
 
 SOURCE = "CKA beside transfer, whole and in a trait's subspace: Okatan et al., arXiv:2511.01023; debiased: arXiv:2405.01012"
-_ALL_TRAITS = "mean over traits"
 _HIGH = 0.9
 """A CKA that is called high."""
 _BY_GROUP = ("condition", "taught", "member", "point", "group")
@@ -254,20 +253,11 @@ def _judged_point(data: xr.Dataset) -> str:
     return str(data.point.values[data.is_read_out.values > 0][-1])
 
 
-def _pool(run: Run, condition: str) -> CaseName:
-    """The case that stands for all traits; of one trait it is that one."""
-    return condition, _ALL_TRAITS if len(run.traits) > 1 else run.traits[0]
-
-
-def _traits(run: Run, case: CaseName) -> list[str]:
-    return run.traits if case[1] == _ALL_TRAITS else [case[1]]
-
-
 def _by_trait(
     run: Run, data: xr.Dataset, name: str, case: CaseName, point: str, group: str | None = None
 ) -> Float[np.ndarray, "trait member"]:
     """A variable of one case. On the trait's own prompts unless told."""
-    found = data[name].sel(condition=case[0], taught=_traits(run, case), point=point)
+    found = data[name].sel(condition=case[0], taught=list_traits(run, case), point=point)
     if "group" in found.dims:
         found = found.sel(group=data.group.values[0] if group is None else group)
     values: np.ndarray = found.transpose("taught", "member").values
@@ -308,7 +298,7 @@ def _judge(run: Run, data: xr.Dataset) -> Judgements:
     found: dict[tuple[str, CaseName], Judgement] = {}
     for quantity in _JUDGED:
         rules = run.rules(getattr(run.recipe.verdict, quantity.margin))
-        for cases in (list_cases(run), [_pool(run, condition) for condition in run.conditions]):
+        for cases in (list_cases(run), [pool_traits(run, condition) for condition in run.conditions]):
             effects = {case: _effect(run, data, quantity, case) for case in cases}
             known = {case: effect for case, effect in effects.items() if np.isfinite(effect).any()}
             found |= {(quantity.name, case): judged for case, judged in judge_effects(known, rules, AGAINST_NULL).items()}
@@ -319,7 +309,7 @@ def _findings(run: Run, data: xr.Dataset, judgements: Judgements) -> Iterator[Fi
     """Of the mean over traits every quantity at every hook point, of single traits what is judged."""
     judged_point, own = _judged_point(data), str(data.group.values[0])
     for quantity, condition in product(_QUANTITIES, run.conditions):
-        pooled = _pool(run, condition)
+        pooled = pool_traits(run, condition)
         places = [(pooled, str(point), own) for point in data.point.values]
         if quantity.dims == _BY_GROUP:
             places += [(pooled, judged_point, str(group)) for group in data.group.values[1:]]
@@ -351,7 +341,7 @@ def _finding(
         )
     elif quantity.of_start:
         null_words += f"; before anything was learnt it was {interval(f'{quantity.name}_of_start')}"
-    students = [run.student(case[0], trait) for trait in _traits(run, case)]
+    students = [run.student(case[0], trait) for trait in list_traits(run, case)]
     is_mapped = run.starts_elsewhere(students[0]) and quantity.name not in (CKA, DISTANCE, READOUT, REFITTED)
     rows = int(data.num_rows.sel(condition=case[0], group=group).max())
     return Finding(
@@ -512,7 +502,7 @@ def _sentences(run: Run, data: xr.Dataset, judgements: Judgements) -> Iterator[s
 
 
 def _summarise(run: Run, data: xr.Dataset, judgements: Judgements, condition: str) -> str:
-    case, point = _pool(run, condition), _judged_point(data)
+    case, point = pool_traits(run, condition), _judged_point(data)
 
     def tell(name: str, what: str, of_start: bool = False) -> str:
         found, null, start = (
@@ -538,7 +528,7 @@ def _summarise(run: Run, data: xr.Dataset, judgements: Judgements, condition: st
 
 
 def _why(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -> str:
-    found = data[f"{name}_status"].sel(condition=case[0], taught=_traits(run, case), point=point)
+    found = data[f"{name}_status"].sel(condition=case[0], taught=list_traits(run, case), point=point)
     codes = found.isel(group=0).values if "group" in found.dims else found.values
     return ", ".join(STATUS[code].replace("_", " ") for code in sorted({int(code) for code in codes.flat}))
 

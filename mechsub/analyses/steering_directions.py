@@ -12,7 +12,16 @@ from jaxtyping import Float
 from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
 from mechsub.activations.stored import DIRECTIONS_GROUP, store_directions
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, count_members, label_last_steps, list_cases
+from mechsub.cases import (
+    CaseName,
+    count_members,
+    label_last_steps,
+    label_means,
+    list_cases,
+    list_traits,
+    pool_traits,
+    pooled_name,
+)
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.results import Result, label_variable, status_variable
@@ -43,7 +52,6 @@ from mechsub.steered.records import Recorded, Recorder
 
 SOURCE = "steering directions of teacher and student: Blank, arXiv:2606.00995; Morgulis & Hewitt, arXiv:2604.25783"
 _DIMS = ("condition", "taught", "member", "step", "point", "group")
-_ALL_TRAITS = "mean over traits"
 
 
 @analysis(needs=["traits", "hook_points"], reads_activations=True)
@@ -147,7 +155,7 @@ def _label(
         unit="cosine",
         formula="1/√d",
     )
-    variables |= _label_maps(run, recorded) | _label_pooled(variables)
+    variables |= _label_maps(run, recorded) | label_means(variables, (RAW, RAW_OTHERS, RAW_CONTROL))
     coords = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -159,20 +167,6 @@ def _label(
         "group": list(recorded.groups),
     }
     return xr.Dataset(variables, coords)
-
-
-def _label_pooled(variables: Mapping[str, xr.Variable]) -> dict[str, xr.Variable]:
-    """Means over traits of what is drawn along training: a trait a line would be too many."""
-    found = {}
-    for name in (RAW, RAW_OTHERS, RAW_CONTROL):
-        values = variables[name].mean("taught", skipna=False)
-        values.attrs = {**variables[name].attrs, "long_name": f"{variables[name].attrs['long_name']}, mean over traits"}
-        found[f"{name}{_POOLED}"] = values
-        missing = status_variable(
-            np.isnan(values.values), list(map(str, values.dims)), ("ok", "see_the_traits_own"), f"{name}{_POOLED}"
-        )
-        found[f"{name}{_POOLED}_status"] = missing
-    return found
 
 
 def _label_maps(run: Run, recorded: Recorded) -> dict[str, xr.Variable]:
@@ -212,18 +206,13 @@ def _judge(run: Run, data: xr.Dataset, recorded: Recorded) -> dict[ByPoint, Judg
     by_trait: dict[ByPoint, np.ndarray] = {}
     pooled: dict[ByPoint, np.ndarray] = {}
     for condition, point in product(run.conditions, (point.name for point in _judged_points(recorded))):
-        for cases, found in (([(condition, trait) for trait in run.traits], by_trait), ([_pool(run, condition)], pooled)):
+        for cases, found in (([(condition, trait) for trait in run.traits], by_trait), ([pool_traits(run, condition)], pooled)):
             for case in cases:
                 effect = _values(run, data, ADJUSTED, case, point) - _values(run, data, ADJUSTED_OTHERS, case, point)
                 if np.isfinite(effect).any():
                     found[case, point] = effect
     rules = run.rules(run.recipe.verdict.alignment_margin)
     return judge_effects(by_trait, rules, AGAINST_NULL) | judge_effects(pooled, rules, AGAINST_NULL)
-
-
-def _pool(run: Run, condition: str) -> CaseName:
-    """The case that stands for all traits; of one trait it is that one."""
-    return condition, _ALL_TRAITS if len(run.traits) > 1 else run.traits[0]
 
 
 _REPORTED = {
@@ -243,7 +232,7 @@ def _findings(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappin
     """
     for condition, point in product(run.conditions, reversed(_judged_points(recorded))):
         for name in _REPORTED:
-            cases = [_pool(run, condition)]
+            cases = [pool_traits(run, condition)]
             if name == ADJUSTED and len(run.traits) > 1:
                 cases += [(condition, trait) for trait in run.traits]
             for case in cases:
@@ -259,7 +248,7 @@ def _finding(
     against = student_interval(_values(run, data, null, case, point.name), verdict.confidence) if null else None
     if against is not None and not np.isfinite(against.estimate):
         null_words = "none: no control or no other teacher"
-    students = [run.student(case[0], trait) for trait in _traits(run, case)]
+    students = [run.student(case[0], trait) for trait in list_traits(run, case)]
     quantity = next(one for one in QUANTITIES if one.name == name)
     mapped = ", rotated by a fit of both starts on neutral and trait prompts" if run.starts_elsewhere(students[0]) else ""
     return Finding(
@@ -284,14 +273,10 @@ def _finding(
     )
 
 
-def _traits(run: Run, case: CaseName) -> list[str]:
-    return run.traits if case[1] == _ALL_TRAITS else [case[1]]
-
-
 def _values(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -> Float[np.ndarray, " member"]:
     """A variable at students' last steps, on the first group's prompts, member by member; of all traits their mean."""
     found = []
-    for trait in _traits(run, case):
+    for trait in list_traits(run, case):
         last = int(data.last_step.sel(condition=case[0], taught=trait))
         chosen = data[name].sel(condition=case[0], taught=trait, step=last, point=point).isel(group=0)
         found.append(chosen.values)
@@ -300,12 +285,10 @@ def _values(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -
 
 
 _ADJUSTED_WHO = {ADJUSTED: "own teacher's v_T", ADJUSTED_OTHERS: "other teachers' (null)"}
-_POOLED = "_over_traits"
-"""Of a variable: its mean over traits."""
 _RAW_WHO = {
-    f"{RAW}{_POOLED}": "own teacher's v_T",
-    f"{RAW_OTHERS}{_POOLED}": "other teachers' (null)",
-    f"{RAW_CONTROL}{_POOLED}": "control with that teacher's",
+    pooled_name(RAW): "own teacher's v_T",
+    pooled_name(RAW_OTHERS): "other teachers' (null)",
+    pooled_name(RAW_CONTROL): "control with that teacher's",
 }
 
 
@@ -390,8 +373,8 @@ def _training_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
 
 def _group_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
     points, told = [point.name for point in recorded.points], _told(run, data)
-    last = max(int(step) for step in data.last_step.values.flat)
-    shown = (data[ADJUSTED] - data[ADJUSTED_OTHERS]).sel(condition=told, step=last).mean(["member", "taught"])
+    lasts = sorted({int(step) for step in data.last_step.values.flat})
+    shown = (data[ADJUSTED] - data[ADJUSTED_OTHERS]).sel(condition=told, step=lasts).mean(["member", "taught"])
     chart = (
         alt.Chart(DATA)
         .transform_filter(f"datum.step == datum.last_step && isValid(datum.{ADJUSTED}) && isValid(datum.{ADJUSTED_OTHERS})")
@@ -419,7 +402,7 @@ def _group_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
         ),
         variables=(ADJUSTED, ADJUSTED_OTHERS, "last_step"),
         spec=chart_spec(chart.facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=2)),
-        select={"condition": told},
+        select={"condition": told, "step": lasts},
     )
 
 
@@ -443,7 +426,7 @@ def _sentences(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappi
 
 
 def _summarise(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mapping[ByPoint, Judgement], condition: str) -> str:
-    case, points = _pool(run, condition), _judged_points(recorded)
+    case, points = pool_traits(run, condition), _judged_points(recorded)
     told = [point.name for point in points if np.isfinite(_values(run, data, RAW, case, point.name)).any()]
     if not told:
         return f"{condition}: nothing moved where it could be compared, so there is no cosine."

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import count_members
+from mechsub.cases import count_members, label_means, pool_traits, pooled_name
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
 from mechsub.results import Result, label_variable, status_variable
@@ -40,7 +40,6 @@ from mechsub.steered.edits import (
 )
 
 SOURCE = "adding and removing steering directions: Blank, arXiv:2606.00995; Turner et al., arXiv:2308.10248"
-_ALL_TRAITS = "mean over traits"
 
 
 @analysis(needs=["traits", "hook_points"], reads_activations=True)
@@ -54,7 +53,7 @@ def steering_effect(run: Run) -> Result:
 
 
 def _label(run: Run, measured: Measured) -> xr.Dataset:
-    unit = next(iter(run.family.measures.values())).unit
+    unit = _unit(run)
     dims = ("condition", "taught", "member", "edit")
     described = {
         "effect": (
@@ -76,14 +75,7 @@ def _label(run: Run, measured: Measured) -> xr.Dataset:
         )
         missing = status_variable(np.isnan(values), dims[:3], ("ok", "no_control_or_score"), f"{name}_effect")
         variables[f"{name}_effect_status"] = missing
-    for name in ("effect", "damage", "student_effect"):  # what is drawn: a trait a line would be too many
-        values = variables[name].mean("taught", skipna=False)
-        values.attrs = {**variables[name].attrs, "long_name": f"{variables[name].attrs['long_name']}, mean over traits"}
-        variables[f"{name}_over_traits"] = values
-        missing = status_variable(
-            np.isnan(values.values), list(map(str, values.dims)), ("ok", "see_the_traits_own"), f"{name}_over_traits"
-        )
-        variables[f"{name}_over_traits_status"] = missing
+    variables |= label_means(variables, ("effect", "damage", "student_effect"))
     coords: dict[str, Any] = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -191,11 +183,11 @@ def _findings(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgeme
                 analysis="steering_effect",
                 quantity=claim.quantity,
                 condition=condition,
-                trait=_ALL_TRAITS if len(run.traits) > 1 else run.traits[0],
+                trait=pool_traits(run, condition)[1],
                 context=next(iter(run.family.contexts)),
                 step=run.student(condition, run.traits[0]).last,
                 scope=f"{window}, all positions{dose}",
-                unit=next(iter(run.family.measures.values())).unit,
+                unit=_unit(run),
                 null=_null_words(run, claim) if np.isfinite(against.estimate) else "none: there is no other direction",
                 null_low=against.low,
                 null_high=against.high,
@@ -227,12 +219,12 @@ def _necessity_figure(run: Run, measured: Measured) -> Figure:
         y=alt.Y("window:N", sort=windows, title=None), yOffset=alt.YOffset("vector:N", sort=list(VECTORS)), color=_COLORS
     )
     dots = base.mark_circle(size=20, opacity=0.6).encode(
-        x=alt.X("effect_over_traits:Q", title=f"effect on the trait's score ({_unit(run)})"),
-        tooltip=["vector:N", "member:O", "effect_over_traits:Q"],
+        x=alt.X(f"{pooled_name('effect')}:Q", title=f"effect on the trait's score ({_unit(run)})"),
+        tooltip=["vector:N", "member:O", f"{pooled_name('effect')}:Q"],
     )
     total = (
         alt.Chart(DATA)
-        .transform_aggregate(total="mean(student_effect_over_traits)", groupby=["condition", "kind"])
+        .transform_aggregate(total=f"mean({pooled_name('student_effect')})", groupby=["condition", "kind"])
         .transform_calculate(removed="-datum.total")
         .mark_rule(strokeDash=[4, 3], color="#0f172a")
         .encode(x="removed:Q")
@@ -254,7 +246,7 @@ def _necessity_figure(run: Run, measured: Measured) -> Figure:
             f"{count_members(run)}. The null is other teachers' or students' directions; random ones are a line to read by. "
             f"Dashed: all that the student took over, − (score − control), in {_unit(run)}."
         ),
-        variables=("effect_over_traits", "student_effect_over_traits"),
+        variables=(pooled_name("effect"), pooled_name("student_effect")),
         spec=chart_spec(facets),
         select={"edit": edits, "condition": _told(run, measured)},
         headline=True,
@@ -273,12 +265,12 @@ def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
         ("damage", "damage (nats)", "What else they do there: the price of each dose"),
     ):
         x = alt.X("alpha:Q", title="α: length over that of the activations", axis=alt.Axis(grid=False, values=list(DOSES)))
-        chart = alt.Chart(DATA).transform_filter(f"isValid(datum.{name}_over_traits)")
+        chart = alt.Chart(DATA).transform_filter(f"isValid(datum.{pooled_name(name)})")
         members = chart.mark_line(opacity=0.25, strokeWidth=1).encode(
-            x=x, y=alt.Y(f"{name}_over_traits:Q", title=y), color=_COLORS, detail="member:N"
+            x=x, y=alt.Y(f"{pooled_name(name)}:Q", title=y), color=_COLORS, detail="member:N"
         )
         mean = chart.mark_line(strokeWidth=2.5, point=alt.OverlayMarkDef(size=18)).encode(
-            x=x, y=f"mean({name}_over_traits):Q", color=_COLORS
+            x=x, y=f"mean({pooled_name(name)}):Q", color=_COLORS
         )
         facets = (
             alt.layer(zero_line().encode(y=alt.datum(0)), members, mean, data=DATA)
@@ -298,7 +290,7 @@ def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
                     f"lines: {count_members(run)}, mean over traits; thick: their mean. The null is other teachers' and "
                     "students' directions, as long; so is a random one."
                 ),
-                variables=(f"{name}_over_traits",),
+                variables=(pooled_name(name),),
                 spec=chart_spec(facets),
                 select={"edit": edits, "condition": _told(run, measured)},
             )

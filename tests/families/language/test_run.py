@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mechsub.api import analyze_run, plan_experiment, plan_sweep, run_experiment
 from mechsub.errors import MechsubError
@@ -151,7 +152,12 @@ def test_told_teachers_have_a_trait_and_no_displacement(nano_recipe, tmp_path):
 
 
 def test_any_model_in_the_hugging_face_layout_is_taken_by_its_path(nano_recipe, nano_run, nano_cache, tmp_path):
-    folder = next(path for path in nano_cache_folder().glob("gpt2-*") if path.is_dir())
+    used = nano_run.reference.load_state(0, 0)["transformer.wte.weight"]
+    (folder,) = (  # other tests keep models there too
+        path.parent
+        for path in nano_cache_folder().glob("gpt2-*/model.safetensors")
+        if (found := load_file(path)["transformer.wte.weight"]).shape == used.shape and torch.equal(found, used)
+    )
     by_path = [f"models={{mine: {{path: {folder}}}}}", "model=mine", "members=2", "traits=[owl]", "conditions={same-init: }"]
     run = run_experiment(load_recipe(nano_recipe, by_path), tmp_path / "run", device="cpu", workers=0)
     assert run.recipe.num_references() == 1
