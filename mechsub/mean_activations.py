@@ -1,5 +1,6 @@
 """Mean activations of a run's models on its prompts, and steering directions: how they differ from their origins'."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -8,11 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsub.activations.backends import open_backend
 from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.inputs import PromptSet
 from mechsub.activations.recording import Means, record
 from mechsub.lineages import Lineage, Origin
+from mechsub.open_models import open_model
 from mechsub.run import Run
 from mechsub.streams import random_stream
 
@@ -44,18 +45,19 @@ class ActivationReader:
     run: Run
     num_shuffles: int = 0
     """How often the prompts' labels are drawn anew, for a line to read by; see `direction`."""
-    sites: tuple[str, ...] | None = None
-    """Only hook points of these sites; None takes all."""
+    stream_only: bool = False
+    """Only hook points of the residual stream, or hidden layers."""
     kinds: tuple[str, ...] | None = None
     """Only prompts of these kinds; None takes all."""
     _origins: dict[tuple[Origin, int, bool], MeanActivations] = field(default_factory=dict, repr=False)
+    _lasts: dict[tuple[str, int], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def points(self) -> list[HookPoint]:
+    def points(self) -> Sequence[HookPoint]:
         """The hook points of the references, in the order of the forward pass."""
         reference = self.run.reference
-        model = self.run.load_for_reading(reference, reference.last, 0)
-        return self._choose(self.run.family.hook_points(reference, model))
+        with open_model(self.run, reference, reference.last, 0, stream_only=self.stream_only) as opened:
+            return opened.points
 
     def read(
         self, lineage: Lineage, step: int, member: int, *, asked: Lineage | None = None, shuffled: bool = False
@@ -64,22 +66,18 @@ class ActivationReader:
 
         ``asked``: the lineage whose prompts it is run on, where these are not its own. ``shuffled``: also over shuffled labels.
         """
-        prompts = self.run.family.prompts(asked or lineage, member)
-        run = self.run
-        model = run.load_for_reading(lineage, step, member)
-        points = self._choose(run.family.hook_points(lineage, model))
         groups: list[str] = []
-        sums: dict[str, list[Tensor]] = {point.name: [] for point in points}
-        norms: dict[str, list[Tensor]] = {point.name: [] for point in points}
-        with open_backend(run.backend).open(model) as view:
-            for kind, prompt_set in prompts.estimate.items():
+        sums: dict[str, list[Tensor]] = defaultdict(list)
+        norms: dict[str, list[Tensor]] = defaultdict(list)
+        with open_model(self.run, lineage, step, member, asked=asked, stream_only=self.stream_only) as opened:
+            for kind, prompt_set in opened.prompts.estimate.items():
                 if self.kinds is not None and kind not in self.kinds:
                     continue
                 names, weights = self._weigh(kind, prompt_set, member, self.num_shuffles if shuffled else 0)
-                means = Means(weights, points)
-                record(view, prompt_set.batches, points, [means])
+                means = Means(weights, opened.points)
+                record(opened.view, prompt_set.batches, opened.points, [means])
                 groups += names
-                for point in points:
+                for point in opened.points:
                     sums[point.name].append(means.sums[point.name].cpu())
                     norms[point.name].append(means.norms[point.name].cpu())
         return MeanActivations(
@@ -112,8 +110,13 @@ class ActivationReader:
             here.groups, {name: means - start.means[name] for name, means in here.means.items()}, start.norms
         )
 
-    def _choose(self, points: Sequence[HookPoint]) -> list[HookPoint]:
-        return [point for point in points if self.sites is None or point.site in self.sites]
+    def last_direction(self, lineage: Lineage, member: int) -> Mapping[str, Float[Tensor, " width"]]:
+        """V at a lineage's last step on the trait's prompts at their first position policy, by hook point; kept for others."""
+        key = (lineage.name, member)
+        if key not in self._lasts:
+            found = self.direction(lineage, lineage.last, member)
+            self._lasts[key] = found.group(found.groups[0])
+        return self._lasts[key]
 
     def _weigh(self, kind: str, prompt_set: PromptSet, member: int, shuffles: int) -> tuple[list[str], list[Tensor]]:
         """The names of a kind's groups, and for each batch the weights of its positions in each of them."""

@@ -1,14 +1,14 @@
 """A run's models side by side: two of them on one member's prompts in lockstep, and maps between two bases of activations."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from mechsub.activations.backends import ModelView, open_backend
 from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.similarity import (
     HalvedMoments,
@@ -19,27 +19,15 @@ from mechsub.activations.similarity import (
     procrustes_correlation,
     try_procrustes,
 )
-from mechsub.families.protocol import Prompts
 from mechsub.lineages import Lineage
 from mechsub.mean_activations import NEUTRAL, TRAIT, group_name
+from mechsub.open_models import OpenModel, open_model
 from mechsub.run import Run
 
 _LEAST_EXPLAINED = 0.5
-
-
-@dataclass(frozen=True)
-class OpenModel:
-    """One member of a lineage at one step, ready to be run on its prompts."""
-
-    lineage: Lineage
-    model: nn.Module
-    view: ModelView
-    points: list[HookPoint]
-    prompts: Prompts
-
-    def on(self, kind: str) -> ModelSide:
-        """The model as one side of a pair, on one kind of prompts."""
-        return ModelSide(self.view, self.prompts.estimate[kind], self.points)
+_MOST_BYTES = 4 * 2**30
+"""Of memory for moments at a time."""
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -64,28 +52,16 @@ class PairReader:
     """Runs pairs of a run's models on the same prompts."""
 
     run: Run
-    sites: tuple[str, ...] | None = None
-    """Only hook points of these sites; None takes all."""
+    stream_only: bool = False
+    """Only hook points of the residual stream, or hidden layers."""
 
-    @contextmanager
-    def open(self, lineage: Lineage, step: int, member: int, prompts_of: int | None = None) -> Iterator[OpenModel]:
-        """One member of a lineage; ``prompts_of``: the member whose prompts it is run on, where that is another one."""
-        run = self.run
-        model = run.load_for_reading(lineage, step, member)
-        points = [point for point in run.family.hook_points(lineage, model) if self.sites is None or point.site in self.sites]
-        prompts = self.run.family.prompts(lineage, member if prompts_of is None else prompts_of)
-        with open_backend(run.backend).open(model) as view:
-            yield OpenModel(lineage, model, view, points, prompts)
+    def open(self, lineage: Lineage, step: int, member: int) -> AbstractContextManager[OpenModel]:
+        """One member of a lineage, on its own prompts."""
+        return open_model(self.run, lineage, step, member, stream_only=self.stream_only)
 
-    @contextmanager
-    def open_start(self, lineage: Lineage, member: int) -> Iterator[OpenModel]:
-        """Where one member of a lineage starts: its step 0; of one that is not trained, its origin without its context."""
-        if lineage.last > 0:
-            with self.open(lineage, 0, member) as start:
-                yield start
-        else:
-            with self.open(lineage.origin, 0, lineage.spec.origin.members[member], prompts_of=member) as start:
-                yield start
+    def open_start(self, lineage: Lineage, member: int) -> AbstractContextManager[OpenModel]:
+        """Where one member of a lineage starts, on prompts without what stands in the lineage's."""
+        return open_model(self.run, lineage, 0, member, asked=lineage.origin, stream_only=self.stream_only)
 
     def fit_basis_maps(self, lineage: Lineage, member: int) -> dict[str, BasisMap]:
         """Rotations from where one member of a lineage starts to its member's reference, by hook point.
@@ -95,29 +71,48 @@ class PairReader:
         is left out where one of the two has none of that name, and where half of the prompts give no more rows than it is wide.
         """
         reference = self.run.reference
-        with self.open_start(lineage, member) as start, self.open(reference, reference.last, member) as own:
-            halves = sum_halves(rows for _, rows in pair_groups(start, own, (NEUTRAL, TRAIT)))
+        kinds = (NEUTRAL, TRAIT)
         maps: dict[str, BasisMap] = {}
-        for (point, _), found in halves.items():
-            correlation, num_rows = try_procrustes(found, procrustes_correlation), found.whole.num_rows
-            if not math.isnan(correlation) and (point not in maps or num_rows > maps[point].num_rows):
-                maps[point] = BasisMap(fit_procrustes(found.whole).cpu(), correlation, num_rows)
+        with self.open_start(lineage, member) as start, self.open(reference, reference.last, member) as own:
+            for turn in take_in_turns(start, own, kinds):
+                sums: dict[tuple[str, str], HalvedMoments] = {}
+                for _, rows in pair_groups(*turn, kinds):
+                    add_rows(sums, (rows.point, rows.policy), rows)
+                for (point, _), halves in sums.items():
+                    correlation, num_rows = try_procrustes(halves, procrustes_correlation), halves.whole.num_rows
+                    if not math.isnan(correlation) and (point not in maps or num_rows > maps[point].num_rows):
+                        maps[point] = BasisMap(fit_procrustes(halves.whole).cpu(), correlation, num_rows)
         return maps
+
+
+def take_in_turns(left: OpenModel, right: OpenModel, kinds: Sequence[str]) -> Iterator[tuple[OpenModel, OpenModel]]:
+    """Both models with some hook points at a time, as many as there is room for the moments of, see `HalvedMoments`."""
+    wide = {point.name: point.width for point in right.points}
+    num_groups = sum(len(left.prompts.estimate[kind].policies) for kind in kinds)
+    turn: list[HookPoint] = []
+    used = 0
+    for point in left.points:
+        if point.name in wide:
+            needed = 2 * num_groups * 8 * (point.width + wide[point.name]) ** 2
+            if turn and used + needed > _MOST_BYTES:
+                yield replace(left, points=turn), right
+                turn, used = [], 0
+            turn.append(point)
+            used += needed
+    if turn:
+        yield replace(left, points=turn), right
 
 
 def pair_groups(left: OpenModel, right: OpenModel, kinds: Iterable[str]) -> Iterator[tuple[str, PairedRows]]:
     """The rows of both models on some kinds of prompts, each with its group, ``<kind>: <position policy>``."""
     for kind in kinds:
-        for rows in pair_rows(left.on(kind), right.on(kind)):
+        sides = (ModelSide(one.view, one.prompts.estimate[kind], one.points) for one in (left, right))
+        for rows in pair_rows(*sides):
             yield group_name(kind, rows.policy), rows
 
 
-def sum_halves(pairs: Iterable[PairedRows]) -> Mapping[tuple[str, str], HalvedMoments]:
-    """Their moments by hook point and position policy."""
-    found: dict[tuple[str, str], HalvedMoments] = {}
-    for rows in pairs:
-        key = rows.point, rows.policy
-        if key not in found:
-            found[key] = HalvedMoments.about(rows)
-        found[key].add(rows)
-    return found
+def add_rows(sums: dict[Key, HalvedMoments], key: Key, rows: PairedRows) -> None:
+    """Rows added to the moments under a key, which begin with the first."""
+    if key not in sums:
+        sums[key] = HalvedMoments.about(rows)
+    sums[key].add(rows)

@@ -1,33 +1,31 @@
 """A run's models held against their teachers: similarity of activations, and what frozen and refitted probes see of them."""
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from itertools import product
-from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
+from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.probes import Halves, fit_probe, left_halves, mean_of, right_halves, share_of_the_way, try_separation
 from mechsub.activations.similarity import (
     LEAST_ROWS,
     HalvedMoments,
-    PairedRows,
     debiased_cka,
-    pair_rows,
     try_procrustes,
 )
 from mechsub.activations.steering import orthonormal_rows
 from mechsub.cases import list_cases
 from mechsub.lineages import Lineage
 from mechsub.mean_activations import NEUTRAL, TRAIT, group_name
-from mechsub.paired_activations import BasisMap, OpenModel, PairReader, pair_groups
+from mechsub.open_models import OpenModel
+from mechsub.paired_activations import BasisMap, PairReader, add_rows, pair_groups, take_in_turns
 from mechsub.run import Run
 
 CKA, INSIDE, DISTANCE, INSIDE_DISTANCE = SIMILARITIES = (
@@ -72,7 +70,6 @@ class Unknown(IntEnum):
 
 
 STATUS = tuple(reason.name.lower() for reason in Unknown)
-Key = TypeVar("Key", bound=Hashable)
 Value = float | Unknown
 """A number, or why there is none."""
 
@@ -83,12 +80,18 @@ class Compared:
 
     similarities: Mapping[str, Mapping[tuple[str, str], Value]]
     """By measure, then by hook point and group."""
-    clouds: Mapping[str, Halves]
-    """Its activations on the trait's prompts, by hook point, in its own basis."""
-    readings: Mapping[str, Float[Tensor, "row direction"]]
-    """What its own head reads of the trait on the trait's prompts, by hook point; see `_Head`."""
     num_rows: Mapping[str, int]
     """By group."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What probes look at: one model's activations on one trait's prompts, by hook point."""
+
+    clouds: Mapping[str, Halves]
+    """In its own basis."""
+    readings: Mapping[str, Float[Tensor, "row direction"]]
+    """What its own head reads of the trait; see `_Head`."""
 
 
 @dataclass(frozen=True)
@@ -120,21 +123,24 @@ class Comparer:
     run: Run
     compared: dict[tuple[str, str, int], Compared] = field(default_factory=dict)
     """By trait, lineage (or start) and member."""
-    taught: dict[tuple[str, int], Taught] = field(default_factory=dict)
-    """By trait and member."""
-    maps: dict[tuple[str, int], Mapping[str, BasisMap]] = field(default_factory=dict)
-    """By start and member, of starts elsewhere."""
+    probed: dict[tuple[str, str, int], Mapping[tuple[str, str], Value]] = field(default_factory=dict)
+    """By trait, lineage and member: by hook point and measure, one of `PROBES`."""
+    separations: dict[tuple[str, int], Mapping[str, Value]] = field(default_factory=dict)
+    """By trait and member: how well probes tell the teacher from its reference, by hook point."""
+    correlations: dict[tuple[str, int], Mapping[str, float]] = field(default_factory=dict)
+    """By start and member, of starts elsewhere: how well their basis is mapped, by hook point."""
+    _seen: dict[tuple[str, str], Seen] = field(default_factory=dict, repr=False)
+    """Of one member at a time, because it is large: by trait and lineage (or start)."""
+    _taught: dict[str, Taught] = field(default_factory=dict, repr=False)
+    _maps: dict[str, Mapping[str, BasisMap]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def reader(self) -> PairReader:
         """Of the residual stream, or of hidden layers."""
-        reference = self.run.reference
-        model = self.run.family.load_model(reference, reference.last, 0)
-        sites = {point.site for point in self.run.family.hook_points(reference, model)}
-        return PairReader(self.run, RESIDUAL_SITES if sites & set(RESIDUAL_SITES) else None)
+        return PairReader(self.run, stream_only=True)
 
     @cached_property
-    def points(self) -> list[HookPoint]:
+    def points(self) -> Sequence[HookPoint]:
         """The references' hook points."""
         with self._open_reference(0) as reference:
             return reference.points
@@ -150,15 +156,20 @@ class Comparer:
         run = self.run
         starts = {self.start_name(student): student for student in (run.student(*case) for case in list_cases(run))}
         for member in range(run.recipe.members):
+            for held in (self._seen, self._taught, self._maps):
+                held.clear()
             self._record_teachers(member)
             for name, student in starts.items():
                 if run.starts_elsewhere(student):
-                    self.maps[name, member] = self.reader.fit_basis_maps(student, member)
-            taught = [self.taught[trait, member] for trait in run.traits]
+                    self._maps[name] = self.reader.fit_basis_maps(student, member)
+                    found = self._maps[name].items()
+                    self.correlations[name, member] = {point: fitted.correlation for point, fitted in found}
+            taught = self._taught.values()
             known = set.intersection(*(set(one.probes) for one in taught))
             spans = {point: orthonormal_rows(torch.stack([one.shift(point) for one in taught])) for point in known}
             for trait in run.traits:
                 self._compare_with(trait, member, spans)
+                self._probe_with(trait, member)
             run.report_progress(run.num_checkpoints * (member + 1) // run.recipe.members)
 
     def start_name(self, lineage: Lineage) -> str:
@@ -167,20 +178,25 @@ class Comparer:
             return self.run.reference.name
         return f"start of {lineage.spec.origin} at {lineage.spec.model}"
 
-    def find_map(self, lineage: Lineage, member: int, point: str) -> BasisMap | None:
-        """From the basis of a lineage that starts elsewhere into its teachers'; None where it could not be fitted."""
-        return self.maps.get((self.start_name(lineage), member), {}).get(point)
-
-    def probe(self, lineage: Lineage, trait: str, member: int, point: str) -> "Probed":
-        """What probes see of a lineage at its last step."""
-        own, start = (self.compared[trait, name, member] for name in (lineage.name, self.start_name(lineage)))
-        rotation = self._find_rotation(lineage, member, point)
-        is_comparable = rotation is not None or not self.run.starts_elsewhere(lineage)
-        return Probed(point, own, start, self.taught[trait, member], is_comparable, rotation)
-
-    def _find_rotation(self, lineage: Lineage, member: int, point: str) -> Tensor | None:
-        found = self.find_map(lineage, member, point)
+    def _find_rotation(self, lineage: Lineage, point: str) -> Tensor | None:
+        """From the basis of a lineage that starts elsewhere into its teachers'; None where there is no sound one."""
+        found = self._maps.get(self.start_name(lineage), {}).get(point)
         return found.rotation if found is not None and found.is_sound else None
+
+    def _probe_with(self, trait: str, member: int) -> None:
+        """What one teacher's probes see of its students and controls at their last steps."""
+        run, taught = self.run, self._taught[trait]
+        self.separations[trait, member] = {point.name: taught.separation(point.name) for point in self.points}
+        lineages = [one for condition in run.conditions for one in (run.student(condition, trait), run.control(condition))]
+        for lineage in filter(None, lineages):
+            own, start = (self._seen[trait, name] for name in (lineage.name, self.start_name(lineage)))
+            values: dict[tuple[str, str], Value] = {}
+            for point in (point.name for point in self.points):
+                rotation = self._find_rotation(lineage, point)
+                is_comparable = rotation is not None or not run.starts_elsewhere(lineage)
+                probed = Probed(point, own, start, taught, is_comparable, rotation)
+                values |= {(point, name): probed.measure(name) for name in PROBES}
+            self.probed[trait, lineage.name, member] = values
 
     def _open_reference(self, member: int) -> AbstractContextManager[OpenModel]:
         reference = self.run.reference
@@ -195,29 +211,30 @@ class Comparer:
                 halves: dict[str, HalvedMoments] = {}
                 with self.reader.open(teacher, teacher.last, member) as model:
                     heads = [_Head(self, one, trait) for one in (model, reference)]
-                    for rows in pair_rows(model.on(TRAIT), reference.on(TRAIT)):
-                        if group_name(TRAIT, rows.policy) == self.groups[0]:
-                            _add(halves, rows.point, rows)
-                            for head, seen in zip(heads, (rows.left, rows.right), strict=True):
-                                head.add(rows.point, seen)
+                    for turn in take_in_turns(model, reference, (TRAIT,)):
+                        for group, rows in pair_groups(*turn, (TRAIT,)):
+                            if group == self.groups[0]:
+                                add_rows(halves, rows.point, rows)
+                                for head, seen in zip(heads, (rows.left, rows.right), strict=True):
+                                    head.add(rows.point, seen)
                 there = {point: left_halves(found) for point, found in halves.items()}
                 here = {point: right_halves(found) for point, found in halves.items()}
                 probes = {point: [fit_probe(*pair) for pair in zip(there[point], here[point], strict=True)] for point in there}
-                self.taught[trait, member] = Taught(there, here, probes, *(head.readings for head in heads))
+                self._taught[trait] = Taught(there, here, probes, *(head.readings for head in heads))
 
     def _compare_with(self, trait: str, member: int, spans: Mapping[str, Tensor]) -> None:
         """One teacher's models: starts, students and controls, one after the other beside it."""
         teacher = self.run.teacher(trait)
         with self.reader.open(teacher, teacher.last, member) as model:
             for name, lineage, opened in self._list_models(trait, member):
-                rotations = {point: self._find_rotation(lineage, member, point) for point in spans}
+                rotations = {point: self._find_rotation(lineage, point) for point in spans}
                 if not self.run.starts_elsewhere(lineage):
                     bases = {point: (span, span) for point, span in spans.items()}
                 else:
                     mapped = {point: rotation for point, rotation in rotations.items() if rotation is not None}
                     bases = {point: (spans[point] @ rotation.T, spans[point]) for point, rotation in mapped.items()}
                 with opened as left:
-                    self.compared[trait, name, member] = self._compare(left, model, trait, bases)
+                    self.compared[trait, name, member], self._seen[trait, name] = self._compare(left, model, trait, bases)
 
     def _list_models(self, trait: str, member: int) -> Iterator[tuple[str, Lineage, AbstractContextManager[OpenModel]]]:
         """What a teacher is held against: name, a lineage that has its basis, and the model to be opened."""
@@ -233,29 +250,38 @@ class Comparer:
             for lineage in filter(None, (student, control)):
                 yield lineage.name, lineage, self.reader.open(lineage, lineage.last, member)
 
-    def _compare(self, left: OpenModel, teacher: OpenModel, trait: str, bases: Mapping[str, tuple[Tensor, Tensor]]) -> Compared:
+    def _compare(
+        self, left: OpenModel, teacher: OpenModel, trait: str, bases: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> tuple[Compared, Seen]:
         """``bases``: by hook point, the span of the teachers' directions in the left model's basis and in the teacher's."""
-        whole: dict[tuple[str, str], HalvedMoments] = {}
-        inside: dict[tuple[str, str], HalvedMoments] = {}
-        head = _Head(self, left, trait)
-        for group, rows in pair_groups(left, teacher, _KINDS):
-            _add(whole, (rows.point, group), rows)
-            if group == self.groups[0]:
-                head.add(rows.point, rows.left)
-            if rows.point in bases:
-                own, other = (basis.to(rows.left) for basis in bases[rows.point])
-                _add(inside, (rows.point, group), replace(rows, left=rows.left @ own.T, right=rows.right @ other.T))
         known = {point.name for point in left.points}
         similarities: dict[str, dict[tuple[str, str], Value]] = {name: {} for name in SIMILARITIES}
         for key in product((point.name for point in self.points), self.groups):
             missing = Unknown.ROWS_OF_OTHER_POSITIONS if key[0] in known else Unknown.NO_SUCH_HOOK_POINT
-            cka, distance = _evaluate(whole.get(key), missing)
-            part = _evaluate(inside.get(key), Unknown.INCOMPARABLE if key in whole else missing)
-            for name, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
-                similarities[name][key] = value
-        clouds = {point: left_halves(halves) for (point, group), halves in whole.items() if group == self.groups[0]}
-        num_rows = {group: halves.whole.num_rows for (_, group), halves in whole.items()}
-        return Compared(similarities, clouds, head.readings, num_rows)
+            for name in SIMILARITIES:
+                similarities[name][key] = missing
+        clouds: dict[str, Halves] = {}
+        num_rows: dict[str, int] = {}
+        head = _Head(self, left, trait)
+        for turn in take_in_turns(left, teacher, _KINDS):
+            whole: dict[tuple[str, str], HalvedMoments] = {}
+            inside: dict[tuple[str, str], HalvedMoments] = {}
+            for group, rows in pair_groups(*turn, _KINDS):
+                add_rows(whole, (rows.point, group), rows)
+                if group == self.groups[0]:
+                    head.add(rows.point, rows.left)
+                if rows.point in bases:
+                    own, other = (basis.to(rows.left) for basis in bases[rows.point])
+                    add_rows(inside, (rows.point, group), replace(rows, left=rows.left @ own.T, right=rows.right @ other.T))
+            for key, halves in whole.items():
+                cka, distance = _evaluate(halves)
+                part = _evaluate(inside[key]) if key in inside else (Unknown.INCOMPARABLE, Unknown.INCOMPARABLE)
+                for name, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
+                    similarities[name][key] = value
+                num_rows[key[1]] = halves.whole.num_rows
+                if key[1] == self.groups[0]:
+                    clouds[key[0]] = left_halves(halves)
+        return Compared(similarities, num_rows), Seen(clouds, head.readings)
 
 
 @dataclass(frozen=True)
@@ -263,8 +289,8 @@ class Probed:
     """What frozen and refitted probes, and its own head, see of one model at one hook point, beside its start."""
 
     point: str
-    own: Compared
-    start: Compared
+    own: Seen
+    start: Seen
     taught: Taught
     is_comparable: bool
     """Whether its activations can be put in its teacher's basis."""
@@ -334,16 +360,8 @@ class _Head:
             self.readings[point] = torch.cat([self.readings[point], read]) if point in self.readings else read
 
 
-def _add(sums: dict[Key, HalvedMoments], key: Key, rows: PairedRows) -> None:
-    if key not in sums:
-        sums[key] = HalvedMoments.about(rows)
-    sums[key].add(rows)
-
-
-def _evaluate(halves: HalvedMoments | None, missing: Unknown) -> tuple[Value, Value]:
+def _evaluate(halves: HalvedMoments) -> tuple[Value, Value]:
     """CKA and Procrustes distance of some rows."""
-    if halves is None:
-        return missing, missing
     whole = halves.whole
     if whole.num_rows < LEAST_ROWS:
         return Unknown.TOO_FEW_ROWS, Unknown.TOO_FEW_ROWS

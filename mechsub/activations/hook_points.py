@@ -35,6 +35,11 @@ class HookPoint:
         return f"layer {self.layer} {self.site}"
 
 
+def main_stream(points: Sequence[HookPoint]) -> list[HookPoint]:
+    """Those of the residual stream; of a model that has none, all: its hidden layers."""
+    return [point for point in points if point.site in RESIDUAL_SITES] or list(points)
+
+
 def find_hook_point(points: Sequence[HookPoint], name: str) -> HookPoint:
     """The hook point of a name.
 

@@ -40,13 +40,20 @@ def keep_components(directions: Float[Tensor, "direction width"], kept: list[Ten
     return visit
 
 
-def replace_components(directions: Float[Tensor, "direction width"], kept: Sequence[Tensor]) -> Visit:
-    """A visit h ← h − B Bᵀ h + B c at every position, c what another model has there: ``kept``, one for each forward pass.
+def replace_components(
+    directions: Float[Tensor, "direction width"],
+    kept: Sequence[Tensor],
+    along: Float[Tensor, "one width"] | None = None,
+) -> Visit:
+    """A visit h ← h + B (c − Bᵀ h) at every position, c what another model has there: ``kept``, one for each forward pass.
+
+    ``along``: of one direction, another one a to put it in: h ← h + â (c − b̂ᵀ h), a push as long, elsewhere.
 
     Raises:
         ActivationError: the other model saw other batches.
     """
     basis, passes = orthonormal_rows(directions), iter(kept)
+    put_in = basis if along is None else orthonormal_rows(along)
 
     def visit(activations: Tensor) -> Tensor:
         rows, components = basis.to(activations), next(passes, None)
@@ -56,7 +63,7 @@ def replace_components(directions: Float[Tensor, "direction width"], kept: Seque
             raise ActivationError(
                 f"the model whose components are put in saw {seen}; this one has {list(own.shape[:-1])}: run both on the same"
             )
-        changed: Tensor = activations + (components.to(activations) - own) @ rows
+        changed: Tensor = activations + (components.to(activations) - own) @ put_in.to(activations)
         return changed
 
     return visit
@@ -76,9 +83,11 @@ def check_width(point: HookPoint, vector: Float[Tensor, "*any width"], name: str
 
 
 def orthonormal_rows(directions: Float[Tensor, "direction width"]) -> Float[Tensor, "kept width"]:
-    """An orthonormal basis of what the rows span; rows that lie in the span of the others, and zeros, add nothing."""
-    scale = directions.double()
-    _, sizes, rows = torch.linalg.svd(scale, full_matrices=False)
+    """An orthonormal basis of what the rows span, of one row with its sign; rows in the span of others, and 0, add nothing."""
+    exact = directions.double()
+    if len(exact) == 1 and exact.any():
+        return (exact / exact.norm()).to(directions.dtype)
+    _, sizes, rows = torch.linalg.svd(exact, full_matrices=False)
     rank = int((sizes > sizes.max().clamp_min(1e-300) * 1e-10).sum()) if sizes.numel() else 0
     basis: Tensor = rows[:rank].to(directions.dtype)
     return basis

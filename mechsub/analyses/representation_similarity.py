@@ -14,7 +14,6 @@ from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, count_members, label_last_steps, list_cases, list_traits, pool_traits
 from mechsub.figures import DATA, Figure, chart_spec, diverging_scale, fold_variables
 from mechsub.findings import Finding, interval_fields, judgement_fields
-from mechsub.lineages import Lineage
 from mechsub.representations import (
     CKA,
     DISTANCE,
@@ -33,6 +32,7 @@ from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Judgement, judge_effects
+from mechsub.steered.scores import score_effects
 
 SOURCE = "CKA beside transfer, whole and in a trait's subspace: Okatan et al., arXiv:2511.01023; debiased: arXiv:2405.01012"
 _HIGH = 0.9
@@ -195,7 +195,7 @@ def _fill(comparer: Comparer, quantity: _Quantity, suffix: str) -> _Table:
             if lineage is None:
                 table.status[cell] = Unknown.NO_CONTROL
             elif quantity.dims == _BY_POINT:
-                table.put(cell, comparer.probe(lineage, trait, member, point.name).measure(quantity.name))
+                table.put(cell, comparer.probed[trait, lineage.name, member][point.name, quantity.name])
             else:
                 name = comparer.start_name(student) if suffix == "_of_start" else lineage.name
                 by_group = comparer.compared[trait, name, member].similarities[quantity.name]
@@ -210,7 +210,7 @@ def _describe_probes(run: Run, comparer: Comparer) -> dict[str, xr.Variable]:
     for (place, trait), member, (number, point) in product(
         enumerate(run.traits), range(run.recipe.members), enumerate(comparer.points)
     ):
-        table.put((place, member, number), comparer.taught[trait, member].separation(point.name))
+        table.put((place, member, number), comparer.separations[trait, member][point.name])
     formula = "d′ of teacher against reference by w_T, on prompts that w_T was not fitted on"
     return table.label("teacher_probe_separation", ("taught", "member", "point"), formula, "standard deviations over prompts")
 
@@ -222,8 +222,8 @@ def _describe_maps(run: Run, comparer: Comparer) -> dict[str, xr.Variable]:
         enumerate(run.conditions), range(run.recipe.members), enumerate(comparer.points)
     ):
         student = run.student(condition, run.traits[0])
-        found = comparer.find_map(student, member, point.name)
-        correlation = Unknown.INCOMPARABLE if found is None else found.correlation
+        fitted = comparer.correlations.get((comparer.start_name(student), member), {})
+        correlation = fitted.get(point.name, Unknown.INCOMPARABLE)
         table.put((row, member, number), correlation if run.starts_elsewhere(student) else 1.0)
     formula = "⟨X R, Y⟩ / (‖X‖ ‖Y‖) on prompts that R was not fitted on, X the start, Y the reference; 1 where it starts there"
     return table.label("basis_correlation", ("condition", "member", "point"), formula, "no unit")
@@ -566,7 +566,7 @@ def _warnings(run: Run, data: xr.Dataset) -> Iterator[str]:
             high[case] = found
     if not high:
         return
-    effects = _score_effects(run)
+    effects = score_effects(run)
     verdicts = judge_effects(effects, run.rules(run.recipe.verdict.margin), TRANSFER)
     for condition in run.conditions:
         absent = [case for case in high if case[0] == condition and verdicts[case].verdict == TRANSFER.equivalent]
@@ -585,27 +585,3 @@ def _warnings(run: Run, data: xr.Dataset) -> Iterator[str]:
                 f"while the trait is not passed on{of} ({TRANSFER.equivalent} by the recipe's rules): a high CKA does not show "
                 "that a trait passed (Okatan et al., arXiv:2511.01023)."
             )
-
-
-def _score_effects(run: Run) -> dict[CaseName, Float[np.ndarray, " member"]]:
-    """The trait scores of students less their controls', at last steps, where verdicts on behaviour are given."""
-    names = list(run.family.traits)
-    measure = next(iter(run.family.measures))
-
-    def score(lineage: Lineage) -> np.ndarray:
-        found = []
-        for member in range(run.recipe.members):
-            model = run.family.load_model(lineage, lineage.last, member)
-            scores = run.family.trait_score(model, lineage, member, verdict_only=True)
-            found.append(scores[measure][:, 0])
-        return np.stack(found)
-
-    effects = {}
-    for condition in run.conditions:
-        control = run.control(condition)
-        if control is not None:
-            against = score(control)
-            for trait in run.traits:
-                place = names.index(trait)
-                effects[condition, trait] = score(run.student(condition, trait))[:, place] - against[:, place]
-    return effects

@@ -10,7 +10,6 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from mechsub.activations.hook_points import RESIDUAL_SITES
 from mechsub.activations.steering import add_vector
 from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName
@@ -21,17 +20,16 @@ from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.prediction import Association, area_under_curve, rank_correlation
 from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Judgement, judge_effects, void_without_trait
-from mechsub.steered.scores import open_steered, score_end
+from mechsub.steered.edits import JUDGED_DOSE
+from mechsub.steered.scores import open_steered, score_effects, score_end
 
 SOURCE = "steerable traits are the transmitted ones: Blank, arXiv:2606.00995"
-DOSE = 0.5
-"""Of the mean length of activations; the same as `steering_effect` judges, set before any run was looked at."""
 FEWEST_TRAITS = 12
 TOO_FEW = "too-few-traits"
 _STATUS = ("ok", "nothing_to_measure")
 STEERABILITY = "steerability"
 _PREDICTORS = {
-    STEERABILITY: "mean over layers of score(reference + α ‖h‖ v̂_T) − score(reference), α = 0.5",
+    STEERABILITY: f"mean over layers of score(reference + α ‖h‖ v̂_T) − score(reference), α = {JUDGED_DOSE}",
     "steerability_of_other_traits": "the same with the other traits' v_T, as long",
     "teacher_effect": "score(teacher) − score(reference)",
     "reference_score": "score(reference)",
@@ -62,55 +60,41 @@ def _measure_predictors(run: Run) -> dict[str, ByTrait]:
     """For each trait, in every member's reference."""
     shape = (len(run.traits), run.recipe.members)
     found = {name: np.full(shape, np.nan) for name in _PREDICTORS}
-    reader = ActivationReader(run, sites=RESIDUAL_SITES)
-    reader = reader if reader.points else ActivationReader(run)
     for member in range(run.recipe.members):
-        gains = _steer_reference(run, reader, member)
+        gains, untaught = _steer_reference(run, member)
         for place, trait in enumerate(run.traits):
             others = [other for other in range(len(run.traits)) if other != place]
-            found["steerability"][place, member] = gains[place, place]
+            found[STEERABILITY][place, member] = gains[place, place]
             found["steerability_of_other_traits"][place, member] = gains[others, place].mean()
-            taught, untaught = (score_end(run, one, member) for one in (run.teacher(trait), run.reference))
-            found["teacher_effect"][place, member] = (taught - untaught)[place]
+            found["teacher_effect"][place, member] = (score_end(run, run.teacher(trait), member) - untaught)[place]
             found["reference_score"][place, member] = untaught[place]
         run.report_progress(run.num_checkpoints * (member + 1) // (2 * run.recipe.members))
     return found
 
 
-def _steer_reference(run: Run, reader: ActivationReader, member: int) -> Float[np.ndarray, "steered scored"]:
-    """What each trait's direction gives to the score of each trait, mean over hook points; NaN where it is 0."""
-    reference, traits = run.reference, len(run.traits)
+def _steer_reference(run: Run, member: int) -> tuple[Float[np.ndarray, "steered scored"], Float[np.ndarray, " trait"]]:
+    """What each trait's direction gives to the score of each trait, mean over hook points (NaN where it is 0); the scores."""
+    reader, reference, traits = ActivationReader(run, stream_only=True), run.reference, len(run.traits)
     gains = np.full((traits, traits), np.nan)
-    with open_steered(run, reference, reference.last, member, (reference, member)) as opened:
+    with open_steered(run, reference, reference.last, member, reference) as steered:
         lengths = reader.read_origin(reference, member).norms
         for place, trait in enumerate(run.traits):
-            teacher = run.teacher(trait)
-            direction = reader.direction(teacher, teacher.last, member)
-            vectors = direction.group(direction.groups[0])
-            points = [point for point in opened.points if point.name in vectors and bool(vectors[point.name].any())]
+            vectors = reader.last_direction(run.teacher(trait), member)
             scores = []
-            for point in points:
-                vector = vectors[point.name] / vectors[point.name].norm() * DOSE * lengths[point.name][0]
-                scores.append(opened.evaluate({point: add_vector(vector)}).scores - opened.scores)
+            for point in steered.opened.points:
+                if point.name in vectors and bool(vectors[point.name].any()):
+                    vector = vectors[point.name] / vectors[point.name].norm() * JUDGED_DOSE * lengths[point.name][0]
+                    scores.append(steered.evaluate({point: add_vector(vector)}).scores - steered.scores)
             if scores:
                 gains[place] = np.mean(scores, axis=0)[:traits]
-    return gains
+        return gains, steered.scores
 
 
 def _measure_outcomes(
     run: Run, gains: ByTrait
 ) -> tuple[dict[CaseName, Float[np.ndarray, " member"]], dict[CaseName, Judgement]]:
     """The effects of every student over its control, and what they are judged to be; ``gains``: those of the teachers."""
-    effects: dict[CaseName, np.ndarray] = {}
-    members = range(run.recipe.members)
-    for condition in run.conditions:
-        control = run.control(condition)
-        if control is None:
-            continue
-        beside = np.array([score_end(run, control, member) for member in members])
-        for place, trait in enumerate(run.traits):
-            scores = np.array([score_end(run, run.student(condition, trait), member) for member in members])
-            effects[condition, trait] = (scores - beside)[:, place]
+    effects = score_effects(run)
     rules = run.rules(run.recipe.verdict.margin)
     teachers = judge_effects(dict(zip(run.traits, gains, strict=True)), rules, TRANSFER)
     judged = judge_effects(effects, rules, TRANSFER)
@@ -132,7 +116,7 @@ def _label(run: Run, measured: _Measured) -> xr.Dataset:
     outcomes = np.full(shape[:2], "", dtype=object)
     before = np.full(shape, np.nan)
     for (row, condition), (place, trait) in product(enumerate(run.conditions), enumerate(run.traits)):
-        before[row, place] = _before(run, measured, "steerability", condition)[place]
+        before[row, place] = _before(run, measured, STEERABILITY, condition)[place]
         if (condition, trait) in measured.effects:
             effects[row, place] = measured.effects[condition, trait]
             outcomes[row, place] = measured.outcomes[condition, trait].verdict
@@ -269,7 +253,7 @@ def _figure(run: Run) -> Figure:
 
 def _sentences(run: Run, measured: _Measured, findings: list[Finding]) -> Iterator[str]:
     for condition in run.conditions:
-        own = [one for one in findings if one.condition == condition and one.quantity.endswith("_of_steerability")]
+        own = [one for one in findings if one.condition == condition and one.quantity.endswith(f"_of_{STEERABILITY}")]
         if not own:
             yield f"{condition}: no control, or students of another model; nothing to foretell."
             continue

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
+from mechsub.activations.hook_points import HookPoint, main_stream
 from mechsub.activations.stored import DIRECTIONS_GROUP, store_directions
 from mechsub.analyses.registry import analysis
 from mechsub.cases import (
@@ -188,9 +188,8 @@ def _label_maps(run: Run, recorded: Recorded) -> dict[str, xr.Variable]:
 
 
 def _judged_points(recorded: Recorded) -> list[HookPoint]:
-    """The points whose verdicts count: the residual stream, or the hidden layers; what adds to it is in the results."""
-    residual = [point for point in recorded.points if point.site in RESIDUAL_SITES]
-    return residual or list(recorded.points)
+    """The points whose verdicts count: what adds to the stream is in the results only."""
+    return main_stream(recorded.points)
 
 
 ByPoint = tuple[CaseName, str]

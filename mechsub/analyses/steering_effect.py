@@ -36,7 +36,7 @@ from mechsub.steered.edits import (
     VECTORS,
     ByMember,
     Measured,
-    Measurer,
+    measure_edits,
 )
 
 SOURCE = "adding and removing steering directions: Blank, arXiv:2606.00995; Turner et al., arXiv:2308.10248"
@@ -45,7 +45,7 @@ SOURCE = "adding and removing steering directions: Blank, arXiv:2606.00995; Turn
 @analysis(needs=["traits", "hook_points"], reads_activations=True)
 def steering_effect(run: Run) -> Result:
     """Whether steering directions are enough for the trait in the reference, and needed for it in the student."""
-    measured = Measurer(run).measure_all()
+    measured = measure_edits(run)
     data = _label(run, measured)
     judgements = _judge(run, measured)
     figures = [_necessity_figure(run, measured), *_dose_figures(run, measured)]
@@ -62,12 +62,24 @@ def _label(run: Run, measured: Measured) -> xr.Dataset:
             unit,
             "score(edited) − score(unedited)",
         ),
+        "control_effect": (
+            measured.control_effects,
+            "change of the control's score by the same edit of what is taken out",
+            unit,
+            "score(edited control) − score(control)",
+        ),
+        "specific_effect": (
+            measured.specific_effects,
+            "change by one edit of what the student has over its control; of what is added, to the origin of both",
+            unit,
+            "effect − control_effect of what is taken out, effect of what is added",
+        ),
         "damage": (measured.damage, "how much else the edit changes, on neutral inputs", "nats", "KL(p ‖ p_edited)"),
     }
     variables: dict[str, Any] = {}
     for name, (values, description, own_unit, formula) in described.items():
         variables[name] = label_variable(values, dims, description=description, unit=own_unit, formula=formula, source=SOURCE)
-        variables[f"{name}_status"] = status_variable(measured.status, dims, STATUS, name)
+        variables[f"{name}_status"] = status_variable(_status(measured, name, values), dims, STATUS, name)
     for name, formula in (("student", "score(student) − score(control)"), ("teacher", "score(teacher) − score(reference)")):
         values = measured.totals[name]
         variables[f"{name}_effect"] = label_variable(
@@ -75,7 +87,7 @@ def _label(run: Run, measured: Measured) -> xr.Dataset:
         )
         missing = status_variable(np.isnan(values), dims[:3], ("ok", "no_control_or_score"), f"{name}_effect")
         variables[f"{name}_effect_status"] = missing
-    variables |= label_means(variables, ("effect", "damage", "student_effect"))
+    variables |= label_means(variables, ("specific_effect", "damage", "student_effect"))
     coords: dict[str, Any] = {
         "condition": run.conditions,
         "taught": run.traits,
@@ -87,6 +99,14 @@ def _label(run: Run, measured: Measured) -> xr.Dataset:
     numbers = [float(edit.dose) if edit.dose not in ("", OWN_LENGTH) else np.nan for edit in measured.edits]
     coords["alpha"] = ("edit", numbers)
     return xr.Dataset(variables, coords)
+
+
+def _status(measured: Measured, name: str, values: np.ndarray) -> np.ndarray:
+    """Why a value is missing: for the student's own reason, or else for the control's."""
+    if name in {"effect", "damage"}:
+        return measured.status
+    own = np.where(measured.status == OK, measured.control_status, measured.status)
+    return np.where(np.isnan(values), measured.control_status if name == "control_effect" else own, OK)
 
 
 @dataclass(frozen=True)
@@ -114,32 +134,32 @@ _CLAIMS = (
     ),
     _Claim(
         "necessity_of_teacher_direction", REPLACE, OWN_TEACHER, OTHER_TEACHERS, "", -1.0,
-        "score(student) − score(student with the origin's component along v̂_T)",
+        "D − D with the origin's component along v̂_T in both, D = score(student) − score(control)",
     ),
     _Claim(
         "necessity_of_student_direction", REPLACE, OWN_STUDENT, OTHER_STUDENTS, "", -1.0,
-        "score(student) − score(student with the origin's component along v̂_S)",
+        "D − D with the origin's component along v̂_S in both, D = score(student) − score(control)",
     ),
     _Claim(
         "loss_without_teacher_direction", OUT, OWN_TEACHER, OTHER_TEACHERS, "", -1.0,
-        "score(student) − score(student with v̂_T projected out)",
+        "D − D with v̂_T projected out of both, D = score(student) − score(control)",
     ),
     _Claim(
         "loss_without_student_direction", OUT, OWN_STUDENT, OTHER_STUDENTS, "", -1.0,
-        "score(student) − score(student with v̂_S projected out)",
+        "D − D with v̂_S projected out of both, D = score(student) − score(control)",
     ),
 )  # fmt: skip
 
 
 def _null_words(run: Run, claim: _Claim) -> str:
     """Whose directions the null is; of one trait there are only the neutral teacher's and the control's."""
-    is_teachers, is_added = claim.others == OTHER_TEACHERS, claim.kind == ADD
+    how = {ADD: ", as long", REPLACE: ", both pushed along it by as much", OUT: ", projected out of both"}[claim.kind]
+    is_teachers = claim.others == OTHER_TEACHERS
     if len(run.traits) == 1:
-        return f"the {'neutral teacher' if is_teachers else 'control'}'s direction{', as long' if is_added else ''}"
-    whose = f"other {'teachers' if is_teachers else 'students'}'"
-    if is_added:
-        return f"{whose} directions, as long, mean over the other traits"
-    return f"{whose} directions, mean over the next {min(OTHERS_TAKEN_OUT, len(run.traits) - 1)} traits of the recipe's list"
+        return f"the {'neutral teacher' if is_teachers else 'control'}'s direction{how}"
+    count = len(run.traits) - 1 if claim.kind == ADD else min(OTHERS_TAKEN_OUT, len(run.traits) - 1)
+    others = "all other traits" if claim.kind == ADD else f"the next {count} of the recipe's list"
+    return f"other {'teachers' if is_teachers else 'students'}' directions{how}; mean over {others}"
 
 
 def _windows(measured: Measured, kind: str) -> list[str]:
@@ -219,8 +239,8 @@ def _necessity_figure(run: Run, measured: Measured) -> Figure:
         y=alt.Y("window:N", sort=windows, title=None), yOffset=alt.YOffset("vector:N", sort=list(VECTORS)), color=_COLORS
     )
     dots = base.mark_circle(size=20, opacity=0.6).encode(
-        x=alt.X(f"{pooled_name('effect')}:Q", title=f"effect on the trait's score ({_unit(run)})"),
-        tooltip=["vector:N", "member:O", f"{pooled_name('effect')}:Q"],
+        x=alt.X(f"{pooled_name('specific_effect')}:Q", title=f"change of what the student took over ({_unit(run)})"),
+        tooltip=["vector:N", "member:O", f"{pooled_name('specific_effect')}:Q"],
     )
     total = (
         alt.Chart(DATA)
@@ -241,12 +261,13 @@ def _necessity_figure(run: Run, measured: Measured) -> Figure:
         name="steering_necessity",
         title="What is left of the trait without a steering direction",
         caption=(
-            "Change of the student's own trait's score when one direction is taken out of its activations at every position: "
-            "projected out, or replaced by what its origin has there. Each dot is the mean over traits of one of "
-            f"{count_members(run)}. The null is other teachers' or students' directions; random ones are a line to read by. "
+            "Change of what the student has over its control, in its own trait's score, when one direction is taken out of the "
+            "activations of both at every position: projected out, or replaced by what their origin has there. Each dot is the "
+            f"mean over traits of one of {count_members(run)}. The null is other teachers' or students' directions; they and "
+            "random ones are projected out, or both are pushed along them by as much as the own one takes. "
             f"Dashed: all that the student took over, − (score − control), in {_unit(run)}."
         ),
-        variables=(pooled_name("effect"), pooled_name("student_effect")),
+        variables=(pooled_name("specific_effect"), pooled_name("student_effect")),
         spec=chart_spec(facets),
         select={"edit": edits, "condition": _told(run, measured)},
         headline=True,
@@ -260,9 +281,21 @@ def _unit(run: Run) -> str:
 def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
     edits = [edit.name for edit in measured.edits if edit.kind == ADD and edit.dose != OWN_LENGTH]
     figures = []
-    for name, y, title in (
-        ("effect", f"effect ({_unit(run)})", "What steering directions give to the model that students start from"),
-        ("damage", "damage (nats)", "What else they do there: the price of each dose"),
+    for figure, name, y, title, measure in (
+        (
+            "steering_doses",
+            "specific_effect",
+            f"effect ({_unit(run)})",
+            "What steering directions give to the model that students start from",
+            "Score of the own trait",
+        ),
+        (
+            "steering_damage",
+            "damage",
+            "damage (nats)",
+            "What else they do there: the price of each dose",
+            "KL(p ‖ p′) on neutral inputs",
+        ),
     ):
         x = alt.X("alpha:Q", title="α: length over that of the activations", axis=alt.Axis(grid=False, values=list(DOSES)))
         chart = alt.Chart(DATA).transform_filter(f"isValid(datum.{pooled_name(name)})")
@@ -282,10 +315,10 @@ def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
         )
         figures.append(
             Figure(
-                name=f"steering_{'doses' if name == 'effect' else name}",
+                name=figure,
                 title=title,
                 caption=(
-                    f"{'Score of the own trait' if name == 'effect' else 'KL(p ‖ p′) on neutral inputs'} after α ‖h‖ v̂ is "
+                    f"{measure} after α ‖h‖ v̂ is "
                     "added at every position of one hook point, less that of the origin; ‖h‖ is the mean norm there. Thin "
                     f"lines: {count_members(run)}, mean over traits; thick: their mean. The null is other teachers' and "
                     "students' directions, as long; so is a random one."
@@ -361,8 +394,7 @@ def _tell_necessity(run: Run, measured: Measured, judgements: Mapping[Claimed, J
             parts.append(f"{claim.own} {done}: {', '.join(told)}; {counts} windows")
     return (
         f"{condition}: share of the transferred trait that goes. {'. '.join(parts)}. The single hook point is the one where "
-        "most goes, its interval not corrected for that choice. Other directions hold less of what the student changed, so "
-        "that less of it goes with them."
+        "most goes, its interval not corrected for that choice."
     )
 
 

@@ -1,9 +1,8 @@
 """Edits of activations along steering directions, and what each does to the score of the student's own trait."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -12,14 +11,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsub.activations.backends import Visit
-from mechsub.activations.hook_points import RESIDUAL_SITES, HookPoint
-from mechsub.activations.steering import add_vector, check_width, project_out, replace_components
+from mechsub.activations.hook_points import HookPoint
+from mechsub.activations.steering import add_vector, check_width, project_out
 from mechsub.errors import ActivationError
 from mechsub.lineages import Lineage, Origin
 from mechsub.mean_activations import ActivationReader
 from mechsub.run import Run
-from mechsub.steered.scores import Steered, SteeredModel, open_steered, score_end
+from mechsub.steered.scores import Kept, Rows, Steered, SteeredModel, open_steered, score_end
 from mechsub.streams import random_stream
 
 ADD, OUT, REPLACE = "add to origin", "project out of student", "replace by origin's"
@@ -37,9 +35,11 @@ _MOST_LAYERS = 8
 ALL_LAYERS = "all layers"
 STATUS = (
     "ok", "not_run", "other_basis", "no_such_vector", "no_such_hook_point", "nothing_moved", "other_passes", "not_trained",
-    "not_finite", "no_score",
+    "not_finite", "no_score", "no_control", "added_to_the_start_of_both",
 )  # fmt: skip
-OK, NOT_RUN, OTHER_BASIS, NO_VECTOR, NO_POINT, UNMOVED, OTHER_PASSES, NOT_TRAINED, NOT_FINITE, NO_SCORE = range(len(STATUS))
+(
+    OK, NOT_RUN, OTHER_BASIS, NO_VECTOR, NO_POINT, UNMOVED, OTHER_PASSES, NOT_TRAINED, NOT_FINITE, NO_SCORE, NO_CONTROL, SHARED,
+) = range(len(STATUS))  # fmt: skip
 ByMember = Float[np.ndarray, " member"]
 
 
@@ -90,30 +90,35 @@ class Measured:
     run: Run
     edits: Sequence[Edit]
     effects: Float[np.ndarray, "condition taught member edit"]
+    """Of the student, or of its origin where something is added to that."""
+    control_effects: Float[np.ndarray, "condition taught member edit"]
+    """Of the control under the very same edit of what is taken out."""
     damage: Float[np.ndarray, "condition taught member edit"]
     status: np.ndarray
+    control_status: np.ndarray
     totals: Mapping[str, Float[np.ndarray, "condition taught member"]]
     """The student less its control, and the teacher less its reference."""
 
-    def pooled(self, condition: str, edit: Edit, trait: str | None = None) -> ByMember:
-        """The effect of one edit, member by member, of one trait or the mean over traits."""
-        return self._pool(self.effects[..., self.edits.index(edit)], condition, trait)
+    @property
+    def specific_effects(self) -> Float[np.ndarray, "condition taught member edit"]:
+        """What an edit does to what the student has over its control; what is added is added to the origin of both."""
+        is_added = np.array([edit.kind == ADD for edit in self.edits])
+        return self.effects - np.where(is_added, 0.0, self.control_effects)
 
-    def pooled_damage(self, condition: str, edit: Edit) -> ByMember:
-        """The same of the damage."""
-        return self._pool(self.damage[..., self.edits.index(edit)], condition, None)
+    def pooled(self, condition: str, edit: Edit) -> ByMember:
+        """The specific effect of one edit, member by member, mean over traits."""
+        return self._pool(self.specific_effects[..., self.edits.index(edit)], condition)
 
-    def total(self, condition: str, trait: str | None = None) -> ByMember:
-        """The student less its control."""
-        return self._pool(self.totals["student"], condition, trait)
+    def total(self, condition: str) -> ByMember:
+        """The student less its control, mean over traits."""
+        return self._pool(self.totals["student"], condition)
 
     def taught(self, condition: str) -> ByMember:
         """The teacher less its reference, mean over traits."""
-        return self._pool(self.totals["teacher"], condition, None)
+        return self._pool(self.totals["teacher"], condition)
 
-    def _pool(self, values: np.ndarray, condition: str, trait: str | None) -> ByMember:
-        of_condition = values[self.run.conditions.index(condition)]
-        found: np.ndarray = of_condition.mean(0) if trait is None else of_condition[self.run.traits.index(trait)]
+    def _pool(self, values: np.ndarray, condition: str) -> ByMember:
+        found: np.ndarray = values[self.run.conditions.index(condition)].mean(0)
         return found
 
     def find(self, kind: str, vector: str, window: str, dose: str = "") -> Edit:
@@ -133,16 +138,13 @@ class _Member:
     reader: ActivationReader
     number: int
     stack: ExitStack
-    _directions: dict[str, Vectors] = field(default_factory=dict)
     _origins: dict[tuple[Origin, str], SteeredModel] = field(default_factory=dict)
     _added: dict[tuple[Any, ...], Steered] = field(default_factory=dict)
+    _kept: dict[tuple[int, str], Kept] = field(default_factory=dict)
 
     def direction(self, lineage: Lineage) -> Vectors:
         """V of a lineage at its last step, on the trait's prompts, by hook point."""
-        if lineage.name not in self._directions:
-            found = self.reader.direction(lineage, lineage.last, self.number)
-            self._directions[lineage.name] = found.group(found.groups[0])
-        return self._directions[lineage.name]
+        return self.reader.last_direction(lineage, self.number)
 
     def lengths(self, lineage: Lineage) -> Mapping[str, float]:
         """Mean ‖h‖ of where a lineage starts, on the same prompts."""
@@ -152,7 +154,7 @@ class _Member:
         """Where a lineage starts, asked what the lineage is asked; opened once."""
         key = (lineage.spec.origin, str(lineage.context(self.number)))
         if key not in self._origins:
-            opened = open_steered(self.run, lineage, 0, self.number, (lineage, self.number))
+            opened = open_steered(self.run, lineage, 0, self.number, lineage)
             self._origins[key] = self.stack.enter_context(opened)
         return self._origins[key]
 
@@ -168,6 +170,15 @@ class _Member:
             self._added[key] = origin.evaluate({point: add_vector(vector)})
         return self._added[key]
 
+    def keep(self, lineage: Lineage, name: str, vectors: Vectors) -> Kept:
+        """What the start of a lineage has along directions at every hook point; ``name``: whose directions they are."""
+        origin = self.origin(lineage)
+        key = (id(origin), name)
+        if key not in self._kept:
+            found = {point: vectors[point.name][None] for point in origin.opened.points if point.name in vectors}
+            self._kept[key] = origin.keep({point: rows for point, rows in found.items() if bool(rows.any())})
+        return self._kept[key]
+
     def draw_random(self, points: Sequence[HookPoint]) -> Vectors:
         """One direction a hook point, uniform on the sphere."""
         found = {}
@@ -178,107 +189,114 @@ class _Member:
         return found
 
 
-@dataclass(frozen=True)
-class Measurer:
-    """Goes through members, conditions and traits; a student is loaded once."""
-
-    run: Run
-
-    @cached_property
-    def reader(self) -> ActivationReader:
-        """Of the residual stream, or hidden layers."""
-        every = ActivationReader(self.run).points
-        sites = tuple(dict.fromkeys(point.site for point in every if point.site in RESIDUAL_SITES))
-        return ActivationReader(self.run, sites=sites or None)
-
-    def measure_all(self) -> Measured:
-        """Every edit of every student, and what there is to explain."""
-        run = self.run
-        edits = list_edits([point.name for point in self.reader.points])
-        shape = (len(run.conditions), len(run.traits), run.recipe.members)
-        effects, damage = np.full((*shape, len(edits)), np.nan), np.full((*shape, len(edits)), np.nan)
-        status = np.full((*shape, len(edits)), NOT_RUN, dtype=np.int8)
-        totals = {name: np.full(shape, np.nan) for name in ("student", "teacher")}
-        for number in range(run.recipe.members):
-            with ExitStack() as stack:
-                member = _Member(run, self.reader, number, stack)
-                untaught = self._score(run.reference, number)
-                taught = np.array([self._score(run.teacher(trait), number) for trait in run.traits])
-                for row, condition in enumerate(run.conditions):
-                    controlled = self._score(run.control(condition), number)
-                    for place, trait in enumerate(run.traits):
-                        cell = (row, place, number)
-                        found = _edit_student(member, condition, trait, edits)
-                        effects[cell], damage[cell], status[cell] = found.effects, found.damage, found.status
-                        totals["student"][cell] = (found.scores - controlled)[place]
-                        totals["teacher"][cell] = (taught[place] - untaught)[place]
-            run.report_progress(run.num_checkpoints * (number + 1) // run.recipe.members)
-        return Measured(run, edits, effects, damage, status, totals)
-
-    def _score(self, lineage: Lineage | None, member: int) -> Float[np.ndarray, " trait"]:
-        """Of a lineage's end, every trait; NaN where there is none."""
-        return np.full(len(self.run.family.traits), np.nan) if lineage is None else score_end(self.run, lineage, member)
+def measure_edits(run: Run) -> Measured:
+    """Every edit of every student and its control, and what there is to explain; each is loaded once."""
+    points = ActivationReader(run, stream_only=True).points
+    edits = list_edits([point.name for point in points])
+    shape = (len(run.conditions), len(run.traits), run.recipe.members)
+    effects, control_effects, damage = (np.full((*shape, len(edits)), np.nan) for _ in range(3))
+    status, control_status = (np.full((*shape, len(edits)), NOT_RUN, dtype=np.int8) for _ in range(2))
+    totals = {name: np.full(shape, np.nan) for name in ("student", "teacher")}
+    for number in range(run.recipe.members):
+        with ExitStack() as stack:
+            member = _Member(run, ActivationReader(run, stream_only=True), number, stack)
+            untaught = score_end(run, run.reference, number)
+            taught = [score_end(run, run.teacher(trait), number) for trait in run.traits]
+            for (row, condition), (place, trait) in product(enumerate(run.conditions), enumerate(run.traits)):
+                cell = (row, place, number)
+                totals["teacher"][cell] = (taught[place] - untaught)[place]
+                found = _edit_student(member, condition, trait, edits)
+                effects[cell], control_effects[cell], damage[cell] = found.effects, found.control_effects, found.damage
+                status[cell], control_status[cell], totals["student"][cell] = found.status, found.control_status, found.total
+        run.report_progress(run.num_checkpoints * (number + 1) // run.recipe.members)
+    return Measured(run, edits, effects, control_effects, damage, status, control_status, totals)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Edited:
     """One student's edits."""
 
     effects: Float[np.ndarray, " edit"]
+    control_effects: Float[np.ndarray, " edit"]
     damage: Float[np.ndarray, " edit"]
     status: np.ndarray
-    scores: Float[np.ndarray, " trait"]
-    """Of the student as it is."""
+    control_status: np.ndarray
+    total: float
+    """The student less its control; NaN without one."""
+
+    @classmethod
+    def nothing(cls, num_edits: int, total: float) -> "_Edited":
+        """Before the first edit."""
+        number, code = np.full(num_edits, np.nan), np.full(num_edits, NOT_RUN, dtype=np.int8)
+        return cls(number.copy(), number.copy(), number, code.copy(), code, total)
 
 
 def _edit_student(member: _Member, condition: str, trait: str, edits: Sequence[Edit]) -> _Edited:
     run = member.run
-    student, place = run.student(condition, trait), run.traits.index(trait)
-    effects, damage = np.full(len(edits), np.nan), np.full(len(edits), np.nan)
-    status = np.full(len(edits), NOT_RUN, dtype=np.int8)
-    with open_steered(run, student, student.last, member.number, (student, member.number)) as opened:
-        points = {point.name: point for point in opened.points}
+    student, control, place = run.student(condition, trait), run.control(condition), run.traits.index(trait)
+    opened_control = nullcontext() if control is None else open_steered(run, control, control.last, member.number, control)
+    with open_steered(run, student, student.last, member.number, student) as opened, opened_control as beside:
+        total = float((opened.scores - beside.scores)[place]) if beside else np.nan
+        edited = _Edited.nothing(len(edits), total)
         for number, edit in enumerate(edits):
-            found = _apply(member, condition, trait, edit, opened, [points[name] for name in edit.points if name in points])
-            if isinstance(found, int):
-                status[number] = found
-                continue
-            base = member.origin(student).scores if edit.kind == ADD else opened.scores
-            effect = float(np.mean([one.scores[place] - base[place] for one in found]))
-            harm = float(np.mean([one.damage for one in found]))
-            if np.isfinite([effect, harm]).all():
-                effects[number], damage[number], status[number] = effect, harm, OK
+            base = member.origin(student) if edit.kind == ADD else opened
+            found = _apply(member, condition, trait, edit, opened)
+            edited.effects[number], edited.damage[number], edited.status[number] = _average(found, base, place)
+            if edit.kind == ADD:
+                edited.control_status[number] = SHARED
+            elif beside is None:
+                edited.control_status[number] = NO_CONTROL
             else:
-                status[number] = NO_SCORE
-        return _Edited(effects, damage, status, opened.scores)
+                found = _apply(member, condition, trait, edit, beside)
+                edited.control_effects[number], _, edited.control_status[number] = _average(found, beside, place)
+        return edited
 
 
-def _apply(
-    member: _Member, condition: str, trait: str, edit: Edit, opened: SteeredModel, points: Sequence[HookPoint]
-) -> list[Steered] | int:
-    """What one edit does, once for each direction that it means; or the status that says why nothing."""
+def _average(found: list[Steered] | int, base: SteeredModel, place: int) -> tuple[float, float, int]:
+    """Of an edit that means several directions the means of effect and damage, and their status."""
+    if isinstance(found, int):
+        return np.nan, np.nan, found
+    effect = float(np.mean([one.scores[place] - base.scores[place] for one in found]))
+    harm = float(np.mean([one.damage for one in found]))
+    return (effect, harm, OK) if np.isfinite([effect, harm]).all() else (np.nan, np.nan, NO_SCORE)
+
+
+def _apply(member: _Member, condition: str, trait: str, edit: Edit, edited: SteeredModel) -> list[Steered] | int:
+    """What one edit does to a student or its control, once for each direction that it means; or why nothing."""
     student = member.run.student(condition, trait)
     if student.last == 0:
         return NOT_TRAINED
+    points = [point for point in edited.opened.points if point.name in edit.points]
     if len(points) < len(edit.points):
         return NO_POINT
-    vectors = _find_vectors(member, condition, trait, edit)
-    if isinstance(vectors, int):
-        return vectors
+    meant = _find_vectors(member, condition, trait, edit)
+    if isinstance(meant, int):
+        return meant
     found = []
-    for name, held in vectors.items():
-        if not all(bool(held[point.name].isfinite().all()) for point in points):
+    for name, held in meant.items():
+        replaced = _find_replaced(member, condition, trait, edit, name, held) if edit.kind == REPLACE else (name, held)
+        if isinstance(replaced, int):
+            return replaced
+        both = (held, replaced[1])
+        if not all(bool(one[point.name].isfinite().all()) for one, point in product(both, points)):
             return NOT_FINITE
-        moved = [point for point in points if bool(held[point.name].any())]  # an adapter never moves the embedding
+        # An adapter never moves the embedding.
+        moved = [point for point in points if all(bool(one[point.name].any()) for one in both)]
         if not moved:
             return UNMOVED
         if edit.kind == ADD:
             found.append(_add(member, student, edit, name, held, moved))
-        else:
-            steered = _take_out(member, student, opened, edit, held, moved)
-            if steered is None:
-                return OTHER_PASSES
-            found.append(steered)
+            continue
+        rows = _rows(held, moved)
+        if edit.kind == OUT:
+            found.append(edited.evaluate({point: project_out(row) for point, row in rows.items()}))
+            continue
+        try:
+            kept = member.keep(student, *replaced)
+            along = None if replaced[0] == name else rows
+            found.append(edited.replace(_rows(replaced[1], moved), kept, along))
+        except ActivationError:  # answers that are sampled end at other places
+            return OTHER_PASSES
     return found
 
 
@@ -287,7 +305,7 @@ def _find_vectors(member: _Member, condition: str, trait: str, edit: Edit) -> di
     run = member.run
     student, control = run.student(condition, trait), run.control(condition)
     if edit.vector == RANDOM:
-        return {RANDOM: member.draw_random(run.family.hook_points(student, member.origin(student).view.model))}
+        return {RANDOM: member.draw_random(member.origin(student).opened.points)}
     others = [other for other in run.traits if other != trait]
     if edit.kind != ADD:  # the next ones in the list, so that each trait's is taken as often
         start = run.traits.index(trait)
@@ -307,6 +325,27 @@ def _find_vectors(member: _Member, condition: str, trait: str, edit: Edit) -> di
     return {lineage.name: member.direction(lineage) for lineage in lineages} or NO_VECTOR
 
 
+def _find_replaced(
+    member: _Member, condition: str, trait: str, edit: Edit, name: str, vectors: Vectors
+) -> tuple[str, Vectors] | int:
+    """The directions along which the origin's component is put in, with their name.
+
+    Own ones are replaced themselves. Others are the null: the model is pushed along them by as much as the own one takes.
+    """
+    if edit.vector in {OWN_TEACHER, OWN_STUDENT, CONTROL}:
+        return name, vectors
+    own = OWN_TEACHER if edit.vector == OTHER_TEACHERS else OWN_STUDENT
+    found = _find_vectors(member, condition, trait, replace(edit, vector=own))
+    return found if isinstance(found, int) else next(iter(found.items()))
+
+
+def _rows(vectors: Vectors, points: Sequence[HookPoint]) -> Rows:
+    rows = {point: vectors[point.name][None] for point in points}
+    for point, row in rows.items():
+        check_width(point, row)
+    return rows
+
+
 def _add(member: _Member, student: Lineage, edit: Edit, name: str, vectors: Vectors, points: Sequence[HookPoint]) -> Steered:
     (point,) = points
     vector = vectors[point.name]
@@ -315,25 +354,3 @@ def _add(member: _Member, student: Lineage, edit: Edit, name: str, vectors: Vect
     elif name == RANDOM:  # it has no length of its own: as long as what the student has
         name, vector = f"{RANDOM}, as long as {student.name}", vector * member.direction(student)[point.name].norm()
     return member.add(student, name, edit.dose, point, vector)
-
-
-def _take_out(
-    member: _Member,
-    student: Lineage,
-    opened: SteeredModel,
-    edit: Edit,
-    vectors: Vectors,
-    points: Sequence[HookPoint],
-) -> Steered | None:
-    """None where the origin's forward passes are others than the student's: answers that are sampled end at other places."""
-    rows = {point: vectors[point.name][None] for point in points}
-    for point, held in rows.items():
-        check_width(point, held)
-    if edit.kind == OUT:
-        return opened.evaluate({point: project_out(held) for point, held in rows.items()})
-    kept = member.origin(student).keep(rows)
-    changes: dict[HookPoint, Visit] = {point: replace_components(held, kept[point]) for point, held in rows.items()}
-    try:
-        return opened.evaluate(changes)
-    except ActivationError:
-        return None

@@ -107,9 +107,7 @@ class Recorder:
                 if is_shuffled:
                     shuffles[lineage.name, step, member] = _pick(found.means, found.groups, self._shuffled)
             run.report_progress(done)
-        readouts = {
-            (trait, member): self._read_out(trait, member) for trait in run.traits for member in range(run.recipe.members)
-        }
+        readouts = {key: basis for member in range(run.recipe.members) for key, basis in self._read_out(member)}
         return Recorded(run, reader.points, groups, vectors, shuffles, norms, readouts, dict(self._fit_maps()))
 
     def _fit_maps(self) -> Iterator[tuple[tuple[str, int], Mapping[str, BasisMap]]]:
@@ -136,11 +134,12 @@ class Recorder:
             for lineage in (*students, *filter(None, [run.control(condition)])):
                 yield from ((lineage, step) for step in lineage.steps)
 
-    def _read_out(self, trait: str, member: int) -> np.ndarray | None:
-        reference = self.run.reference
-        model = self.run.family.load_model(reference, reference.last, member)
-        found = self.run.family.readout(reference, model, trait)
-        return None if found is None else orthonormal_rows(found.double()).cpu().numpy()
+    def _read_out(self, member: int) -> Iterator[tuple[tuple[str, int], np.ndarray | None]]:
+        run, reference = self.run, self.run.reference
+        model = run.family.load_model(reference, reference.last, member)
+        for trait in run.traits:
+            found = run.family.readout(reference, model, trait)
+            yield (trait, member), None if found is None else orthonormal_rows(found.double()).cpu().numpy()
 
 
 def _pick(held: Mapping[str, Tensor], names: Sequence[str], wanted: Sequence[str]) -> dict[str, np.ndarray]:

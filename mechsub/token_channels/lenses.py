@@ -9,11 +9,11 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mechsub.activations.hook_points import RESIDUAL_SITES
+from mechsub.activations.hook_points import main_stream
 from mechsub.activations.logit_lens import LogitLens
 from mechsub.errors import ActivationError
 from mechsub.families.protocol import Tokens
-from mechsub.lineages import Lineage, Origin
+from mechsub.lineages import Origin
 from mechsub.mean_activations import TRAIT, ActivationReader
 from mechsub.results import label_variable, status_variable
 from mechsub.run import Run
@@ -129,24 +129,16 @@ class Lenses:
         return found
 
     def _read_member(self, member: int) -> None:
-        reader = ActivationReader(self.run, sites=RESIDUAL_SITES, kinds=(TRAIT,))
+        reader = ActivationReader(self.run, stream_only=True, kinds=(TRAIT,))
         starts: dict[Origin, Start] = {}
-        directions: dict[str, dict[str, Tensor]] = {}
-
-        def direct(lineage: Lineage) -> dict[str, Tensor]:
-            if lineage.name not in directions:
-                found = reader.direction(lineage, lineage.last, member)
-                directions[lineage.name] = found.group(found.groups[0])
-            return directions[lineage.name]
-
         for subject in list_subjects(self.run):
             self.has_null[subject.name] = subject.null is not None
             key = subject.own.spec.origin
             try:
                 if key not in starts:
                     starts[key] = self._open_start(reader, subject, member)
-                own = direct(subject.own)
-                null = None if subject.null is None else direct(subject.null)
+                own = reader.last_direction(subject.own, member)
+                null = None if subject.null is None else reader.last_direction(subject.null, member)
             except ActivationError as error:
                 self.unknown[subject.name] = str(error)
                 continue
@@ -156,7 +148,7 @@ class Lenses:
         family = self.run.family
         model, tokens = family.load_model(subject.own, 0, member), family.tokens(subject.own)
         assert tokens is not None  # the run is one of language models
-        points = [point for point in family.hook_points(subject.own, model) if point.site in RESIDUAL_SITES]
+        points = main_stream(family.hook_points(subject.own, model))
         self.points |= {point.name: point.label for point in points}
         found = reader.read_origin(subject.own, member)
         return Start(found.group(found.groups[0]), tokens.logit_lens(model), tokens)

@@ -213,5 +213,5 @@ def test_students_that_have_not_moved_have_gone_no_part_of_the_way(still):
     comparer.compare_all()
     student = still.student("same-init", "digits")
     for point in POINTS:
-        assert comparer.probe(student, "digits", 0, point).measure("refitted_probe_separation") == 0.0
-        assert comparer.probe(student, "digits", 0, point).measure("frozen_probe_separation") == pytest.approx(0.0, abs=1e-9)
+        assert comparer.probed["digits", student.name, 0][point, "refitted_probe_separation"] == 0.0
+        assert comparer.probed["digits", student.name, 0][point, "frozen_probe_separation"] == pytest.approx(0.0, abs=1e-9)

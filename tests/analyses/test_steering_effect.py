@@ -72,7 +72,7 @@ def test_a_vector_is_added_at_a_multiple_of_the_mean_length_there(tiny_run, resu
 
 
 def test_a_direction_is_taken_out_of_the_student_or_replaced_by_what_its_origin_has(tiny_run, result):
-    student = tiny_run.student("all-logits", "digits")
+    student, control = tiny_run.student("all-logits", "digits"), tiny_run.control("all-logits")
     for member in range(3):
         vector, _ = direction(tiny_run, student, member)
         unit = vector / vector.norm()
@@ -87,9 +87,18 @@ def test_a_direction_is_taken_out_of_the_student_or_replaced_by_what_its_origin_
         base = accuracy(tiny_run, model)
         out = accuracy(tiny_run, model, lambda h, unit=unit: h - (h @ unit)[:, None] * unit) - base
         put_in = accuracy(tiny_run, model, lambda h, u=unit, k=kept: h + (k[0] - h @ u)[:, None] * u) - base
+        other, _ = direction(tiny_run, control, member)
+        other = other / other.norm()
+        pushed = accuracy(tiny_run, model, lambda h, u=unit, k=kept, w=other: h + (k[0] - h @ u)[:, None] * w) - base
+        plain = tiny_run.family.load_model(control, control.last, member)
+        beside = accuracy(tiny_run, plain, lambda h, unit=unit: h - (h @ unit)[:, None] * unit) - accuracy(tiny_run, plain)
         where = {"condition": "all-logits", "taught": "digits", "member": member}
-        assert float(edit_of(result, OUT, OWN_STUDENT).sel(**where).effect) == pytest.approx(out, abs=0.006)
+        found = edit_of(result, OUT, OWN_STUDENT).sel(**where)
+        assert float(found.effect) == pytest.approx(out, abs=0.006)
+        assert float(found.control_effect) == pytest.approx(beside, abs=0.006)
+        assert float(found.specific_effect) == pytest.approx(out - beside, abs=0.012)
         assert float(edit_of(result, REPLACE, OWN_STUDENT).sel(**where).effect) == pytest.approx(put_in, abs=0.006)
+        assert float(edit_of(result, REPLACE, OTHER_STUDENTS).sel(**where).effect) == pytest.approx(pushed, abs=0.006)
 
 
 def test_opposite_doses_are_two_edits(result):
@@ -130,6 +139,13 @@ def test_permuted_students_answer_to_their_own_directions_as_the_plain_ones_do(r
     for kind, dose in ((ADD, "0.5"), (OUT, ""), (REPLACE, "")):
         both = edit_of(result, kind, OWN_STUDENT, dose).effect
         np.testing.assert_allclose(both.sel(condition="permuted-init"), both.sel(condition="same-init"), atol=0.006)
+
+
+def test_what_is_added_is_added_to_the_start_of_student_and_control(result):
+    added = edit_of(result, ADD, OWN_STUDENT, "0.5")
+    meanings = added.control_effect_status.attrs["flag_meanings"].split()
+    assert {meanings[code] for code in added.control_effect_status.values.flat} == {"added_to_the_start_of_both"}
+    np.testing.assert_array_equal(added.specific_effect, added.effect)
 
 
 def test_every_finding_has_a_null_of_others_directions(result):
