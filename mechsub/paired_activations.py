@@ -1,8 +1,8 @@
 """A run's models side by side: two of them on one member's prompts in lockstep, and maps between two bases of activations."""
 
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -26,7 +26,7 @@ from mechsub.run import Run
 
 _LEAST_EXPLAINED = 0.5
 _MOST_BYTES = 4 * 2**30
-"""Of memory for moments at a time."""
+"""Of memory for what is held of activations at a time."""
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -54,14 +54,21 @@ class PairReader:
     run: Run
     stream_only: bool = False
     """Only hook points of the residual stream, or hidden layers."""
+    names: frozenset[str] | None = None
+    """Only hook points of these names; None takes all."""
 
     def open(self, lineage: Lineage, step: int, member: int) -> AbstractContextManager[OpenModel]:
         """One member of a lineage, on its own prompts."""
-        return open_model(self.run, lineage, step, member, stream_only=self.stream_only)
+        return self._open(lineage, step, member, lineage)
 
     def open_start(self, lineage: Lineage, member: int) -> AbstractContextManager[OpenModel]:
         """Where one member of a lineage starts, on prompts without what stands in the lineage's."""
-        return open_model(self.run, lineage, 0, member, asked=lineage.origin, stream_only=self.stream_only)
+        return self._open(lineage, 0, member, lineage.origin)
+
+    @contextmanager
+    def _open(self, lineage: Lineage, step: int, member: int, asked: Lineage) -> Iterator[OpenModel]:
+        with open_model(self.run, lineage, step, member, asked=asked, stream_only=self.stream_only) as opened:
+            yield replace(opened, points=[one for one in opened.points if self.names is None or one.name in self.names])
 
     def fit_basis_maps(self, lineage: Lineage, member: int) -> dict[str, BasisMap]:
         """Rotations from where one member of a lineage starts to its member's reference, by hook point.
@@ -74,33 +81,34 @@ class PairReader:
         kinds = (NEUTRAL, TRAIT)
         maps: dict[str, BasisMap] = {}
         with self.open_start(lineage, member) as start, self.open(reference, reference.last, member) as own:
-            for turn in take_in_turns(start, own, kinds):
+            num_groups = sum(len(own.prompts.estimate[kind].policies) for kind in kinds)
+            for turn in split_points(own.points, lambda point: num_groups * moments_bytes(point)):
                 sums: dict[tuple[str, str], HalvedMoments] = {}
-                for _, rows in pair_groups(*turn, kinds):
+                for _, rows in pair_groups(start, replace(own, points=turn), kinds):
                     add_rows(sums, (rows.point, rows.policy), rows)
                 for (point, _), halves in sums.items():
-                    correlation, num_rows = try_procrustes(halves, procrustes_correlation), halves.whole.num_rows
-                    if not math.isnan(correlation) and (point not in maps or num_rows > maps[point].num_rows):
-                        maps[point] = BasisMap(fit_procrustes(halves.whole).cpu(), correlation, num_rows)
+                    correlation = try_procrustes(halves, procrustes_correlation) if halves.is_finite else math.nan
+                    if not math.isnan(correlation) and (point not in maps or halves.num_rows > maps[point].num_rows):
+                        maps[point] = BasisMap(fit_procrustes(halves.whole).cpu(), correlation, halves.num_rows)
         return maps
 
 
-def take_in_turns(left: OpenModel, right: OpenModel, kinds: Sequence[str]) -> Iterator[tuple[OpenModel, OpenModel]]:
-    """Both models with some hook points at a time, as many as there is room for the moments of, see `HalvedMoments`."""
-    wide = {point.name: point.width for point in right.points}
-    num_groups = sum(len(left.prompts.estimate[kind].policies) for kind in kinds)
-    turn: list[HookPoint] = []
+def moments_bytes(point: HookPoint) -> int:
+    """What `HalvedMoments` of two models take at a hook point, for one group of rows."""
+    return 2 * 8 * (2 * point.width) ** 2
+
+
+def split_points(points: Sequence[HookPoint], bytes_of: Callable[[HookPoint], int]) -> list[list[HookPoint]]:
+    """Hook points in as few turns as there is room for; one at least a turn."""
+    turns: list[list[HookPoint]] = []
     used = 0
-    for point in left.points:
-        if point.name in wide:
-            needed = 2 * num_groups * 8 * (point.width + wide[point.name]) ** 2
-            if turn and used + needed > _MOST_BYTES:
-                yield replace(left, points=turn), right
-                turn, used = [], 0
-            turn.append(point)
-            used += needed
-    if turn:
-        yield replace(left, points=turn), right
+    for point in points:
+        if not turns or used + bytes_of(point) > _MOST_BYTES:
+            turns.append([])
+            used = 0
+        turns[-1].append(point)
+        used += bytes_of(point)
+    return turns
 
 
 def pair_groups(left: OpenModel, right: OpenModel, kinds: Iterable[str]) -> Iterator[tuple[str, PairedRows]]:

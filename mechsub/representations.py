@@ -1,5 +1,6 @@
 """A run's models held against their teachers: similarity of activations, and what frozen and refitted probes see of them."""
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from mechsub.cases import list_cases
 from mechsub.lineages import Lineage
 from mechsub.mean_activations import NEUTRAL, TRAIT, group_name
 from mechsub.open_models import OpenModel
-from mechsub.paired_activations import BasisMap, PairReader, add_rows, pair_groups, take_in_turns
+from mechsub.paired_activations import BasisMap, PairReader, add_rows, moments_bytes, pair_groups, split_points
 from mechsub.run import Run
 
 CKA, INSIDE, DISTANCE, INSIDE_DISTANCE = SIMILARITIES = (
@@ -67,6 +68,8 @@ class Unknown(IntEnum):
     """The probe does not tell the teacher from the reference on prompts that it was not fitted on."""
     NO_READOUT = 9
     """It is not known what the head reads the trait from, or it does not read there."""
+    NOT_FINITE = 10
+    """A model's activations hold NaN or ∞."""
 
 
 STATUS = tuple(reason.name.lower() for reason in Unknown)
@@ -76,11 +79,11 @@ Value = float | Unknown
 
 @dataclass(frozen=True)
 class Compared:
-    """One model beside a teacher, on one member's prompts."""
+    """One model beside a teacher, on one member's prompts; it grows by some hook points at a time."""
 
-    similarities: Mapping[str, Mapping[tuple[str, str], Value]]
+    similarities: dict[str, dict[tuple[str, str], Value]]
     """By measure, then by hook point and group."""
-    num_rows: Mapping[str, int]
+    num_rows: dict[str, int]
     """By group."""
 
 
@@ -102,11 +105,15 @@ class Taught:
     reference: Mapping[str, Halves]
     probes: Mapping[str, Sequence[Float[Tensor, " width"]]]
     """Of teacher against reference, fitted on even and on odd prompts."""
+    broken: frozenset[str]
+    """Hook points at which the teacher or the reference has NaN; they are in none of those before."""
     teacher_readings: Mapping[str, Float[Tensor, "row direction"]]
     reference_readings: Mapping[str, Float[Tensor, "row direction"]]
 
     def separation(self, point: str) -> Value:
         """Of teacher and reference, on held-out prompts."""
+        if point in self.broken:
+            return Unknown.NOT_FINITE
         if point not in self.probes:
             return Unknown.ROWS_OF_OTHER_POSITIONS
         return _or_else(try_separation(self.probes[point], self.teacher[point], self.reference[point]), Unknown.NO_SPREAD)
@@ -123,26 +130,21 @@ class Comparer:
     run: Run
     compared: dict[tuple[str, str, int], Compared] = field(default_factory=dict)
     """By trait, lineage (or start) and member."""
-    probed: dict[tuple[str, str, int], Mapping[tuple[str, str], Value]] = field(default_factory=dict)
+    probed: dict[tuple[str, str, int], dict[tuple[str, str], Value]] = field(default_factory=lambda: defaultdict(dict))
     """By trait, lineage and member: by hook point and measure, one of `PROBES`."""
-    separations: dict[tuple[str, int], Mapping[str, Value]] = field(default_factory=dict)
+    separations: dict[tuple[str, int], dict[str, Value]] = field(default_factory=lambda: defaultdict(dict))
     """By trait and member: how well probes tell the teacher from its reference, by hook point."""
-    correlations: dict[tuple[str, int], Mapping[str, float]] = field(default_factory=dict)
+    correlations: dict[tuple[str, int], dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
     """By start and member, of starts elsewhere: how well their basis is mapped, by hook point."""
     _seen: dict[tuple[str, str], Seen] = field(default_factory=dict, repr=False)
-    """Of one member at a time, because it is large: by trait and lineage (or start)."""
+    """Of one member at some hook points at a time, because it is large: by trait and lineage (or start)."""
     _taught: dict[str, Taught] = field(default_factory=dict, repr=False)
     _maps: dict[str, Mapping[str, BasisMap]] = field(default_factory=dict, repr=False)
 
     @cached_property
-    def reader(self) -> PairReader:
-        """Of the residual stream, or of hidden layers."""
-        return PairReader(self.run, stream_only=True)
-
-    @cached_property
     def points(self) -> Sequence[HookPoint]:
-        """The references' hook points."""
-        with self._open_reference(0) as reference:
+        """The references' hook points in the residual stream, or hidden layers."""
+        with self._open_reference(PairReader(self.run, stream_only=True), 0) as reference:
             return reference.points
 
     @cached_property
@@ -154,23 +156,34 @@ class Comparer:
     def compare_all(self) -> None:
         """Every student, control and start against its member's teacher of every trait."""
         run = self.run
-        starts = {self.start_name(student): student for student in (run.student(*case) for case in list_cases(run))}
+        turns = split_points(self.points, self._bytes_of)
         for member in range(run.recipe.members):
-            for held in (self._seen, self._taught, self._maps):
-                held.clear()
-            self._record_teachers(member)
-            for name, student in starts.items():
-                if run.starts_elsewhere(student):
-                    self._maps[name] = self.reader.fit_basis_maps(student, member)
-                    found = self._maps[name].items()
-                    self.correlations[name, member] = {point: fitted.correlation for point, fitted in found}
-            taught = self._taught.values()
-            known = set.intersection(*(set(one.probes) for one in taught))
-            spans = {point: orthonormal_rows(torch.stack([one.shift(point) for one in taught])) for point in known}
-            for trait in run.traits:
-                self._compare_with(trait, member, spans)
-                self._probe_with(trait, member)
+            for turn in turns:
+                reader = PairReader(run, stream_only=True, names=frozenset(point.name for point in turn))
+                self._compare_member(reader, member, turn)
             run.report_progress(run.num_checkpoints * (member + 1) // run.recipe.members)
+
+    def _bytes_of(self, point: HookPoint) -> int:
+        """What is held of one hook point at a time: moments of one pair of models, and the clouds of all."""
+        num_models = 2 + 3 * len(self.run.conditions)  # teacher and reference; student, control and start
+        return len(self.groups) * moments_bytes(point) + len(self.run.traits) * num_models * 2 * 8 * point.width**2
+
+    def _compare_member(self, reader: PairReader, member: int, turn: Sequence[HookPoint]) -> None:
+        """Everything of one member at some hook points."""
+        run = self.run
+        for held in (self._seen, self._taught, self._maps):
+            held.clear()
+        self._record_teachers(reader, member)
+        for name, student in {self.start_name(run.student(*case)): run.student(*case) for case in list_cases(run)}.items():
+            if run.starts_elsewhere(student):
+                self._maps[name] = reader.fit_basis_maps(student, member)
+                self.correlations[name, member] |= {point: one.correlation for point, one in self._maps[name].items()}
+        taught = self._taught.values()
+        known = set.intersection(*(set(one.probes) for one in taught))
+        spans = {point: orthonormal_rows(torch.stack([one.shift(point) for one in taught])) for point in known}
+        for trait in run.traits:
+            self._compare_with(reader, trait, member, turn, spans)
+            self._probe_with(trait, member, turn)
 
     def start_name(self, lineage: Lineage) -> str:
         """Where a lineage starts; lineages of one start share a name."""
@@ -183,50 +196,51 @@ class Comparer:
         found = self._maps.get(self.start_name(lineage), {}).get(point)
         return found.rotation if found is not None and found.is_sound else None
 
-    def _probe_with(self, trait: str, member: int) -> None:
+    def _probe_with(self, trait: str, member: int, turn: Sequence[HookPoint]) -> None:
         """What one teacher's probes see of its students and controls at their last steps."""
         run, taught = self.run, self._taught[trait]
-        self.separations[trait, member] = {point.name: taught.separation(point.name) for point in self.points}
+        self.separations[trait, member] |= {point.name: taught.separation(point.name) for point in turn}
         lineages = [one for condition in run.conditions for one in (run.student(condition, trait), run.control(condition))]
         for lineage in filter(None, lineages):
             own, start = (self._seen[trait, name] for name in (lineage.name, self.start_name(lineage)))
-            values: dict[tuple[str, str], Value] = {}
-            for point in (point.name for point in self.points):
+            for point in (point.name for point in turn):
                 rotation = self._find_rotation(lineage, point)
                 is_comparable = rotation is not None or not run.starts_elsewhere(lineage)
                 probed = Probed(point, own, start, taught, is_comparable, rotation)
-                values |= {(point, name): probed.measure(name) for name in PROBES}
-            self.probed[trait, lineage.name, member] = values
+                self.probed[trait, lineage.name, member] |= {(point, name): probed.measure(name) for name in PROBES}
 
-    def _open_reference(self, member: int) -> AbstractContextManager[OpenModel]:
+    def _open_reference(self, reader: PairReader, member: int) -> AbstractContextManager[OpenModel]:
         reference = self.run.reference
-        return self.reader.open(reference, reference.last, member)
+        return reader.open(reference, reference.last, member)
 
-    def _record_teachers(self, member: int) -> None:
+    def _record_teachers(self, reader: PairReader, member: int) -> None:
         """What each teacher moved, and probes that tell it from its reference."""
         run = self.run
-        with self._open_reference(member) as reference:
+        with self._open_reference(reader, member) as reference:
             for trait in run.traits:
                 teacher = run.teacher(trait)
                 halves: dict[str, HalvedMoments] = {}
-                with self.reader.open(teacher, teacher.last, member) as model:
+                with reader.open(teacher, teacher.last, member) as model:
                     heads = [_Head(self, one, trait) for one in (model, reference)]
-                    for turn in take_in_turns(model, reference, (TRAIT,)):
-                        for group, rows in pair_groups(*turn, (TRAIT,)):
-                            if group == self.groups[0]:
-                                add_rows(halves, rows.point, rows)
-                                for head, seen in zip(heads, (rows.left, rows.right), strict=True):
-                                    head.add(rows.point, seen)
+                    for group, rows in pair_groups(model, reference, (TRAIT,)):
+                        if group == self.groups[0]:
+                            add_rows(halves, rows.point, rows)
+                            for head, seen in zip(heads, (rows.left, rows.right), strict=True):
+                                head.add(rows.point, seen)
+                broken = frozenset(point for point, found in halves.items() if not found.is_finite)
+                halves = {point: found for point, found in halves.items() if point not in broken}
                 there = {point: left_halves(found) for point, found in halves.items()}
                 here = {point: right_halves(found) for point, found in halves.items()}
                 probes = {point: [fit_probe(*pair) for pair in zip(there[point], here[point], strict=True)] for point in there}
-                self._taught[trait] = Taught(there, here, probes, *(head.readings for head in heads))
+                self._taught[trait] = Taught(there, here, probes, broken, *(head.readings for head in heads))
 
-    def _compare_with(self, trait: str, member: int, spans: Mapping[str, Tensor]) -> None:
+    def _compare_with(
+        self, reader: PairReader, trait: str, member: int, turn: Sequence[HookPoint], spans: Mapping[str, Tensor]
+    ) -> None:
         """One teacher's models: starts, students and controls, one after the other beside it."""
         teacher = self.run.teacher(trait)
-        with self.reader.open(teacher, teacher.last, member) as model:
-            for name, lineage, opened in self._list_models(trait, member):
+        with reader.open(teacher, teacher.last, member) as model:
+            for name, lineage, opened in self._list_models(reader, trait, member):
                 rotations = {point: self._find_rotation(lineage, point) for point in spans}
                 if not self.run.starts_elsewhere(lineage):
                     bases = {point: (span, span) for point, span in spans.items()}
@@ -234,9 +248,11 @@ class Comparer:
                     mapped = {point: rotation for point, rotation in rotations.items() if rotation is not None}
                     bases = {point: (spans[point] @ rotation.T, spans[point]) for point, rotation in mapped.items()}
                 with opened as left:
-                    self.compared[trait, name, member], self._seen[trait, name] = self._compare(left, model, trait, bases)
+                    self._compare(left, model, (trait, name, member), turn, bases)
 
-    def _list_models(self, trait: str, member: int) -> Iterator[tuple[str, Lineage, AbstractContextManager[OpenModel]]]:
+    def _list_models(
+        self, reader: PairReader, trait: str, member: int
+    ) -> Iterator[tuple[str, Lineage, AbstractContextManager[OpenModel]]]:
         """What a teacher is held against: name, a lineage that has its basis, and the model to be opened."""
         run = self.run
         named: set[str] = set()
@@ -245,43 +261,45 @@ class Comparer:
             start = self.start_name(student)
             if start not in named:
                 is_own = start == run.reference.name
-                yield start, student, self._open_reference(member) if is_own else self.reader.open_start(student, member)
+                yield start, student, self._open_reference(reader, member) if is_own else reader.open_start(student, member)
             named.add(start)
             for lineage in filter(None, (student, control)):
-                yield lineage.name, lineage, self.reader.open(lineage, lineage.last, member)
+                yield lineage.name, lineage, reader.open(lineage, lineage.last, member)
 
     def _compare(
-        self, left: OpenModel, teacher: OpenModel, trait: str, bases: Mapping[str, tuple[Tensor, Tensor]]
-    ) -> tuple[Compared, Seen]:
+        self,
+        left: OpenModel,
+        teacher: OpenModel,
+        key: tuple[str, str, int],
+        turn: Sequence[HookPoint],
+        bases: Mapping[str, tuple[Tensor, Tensor]],
+    ) -> None:
         """``bases``: by hook point, the span of the teachers' directions in the left model's basis and in the teacher's."""
-        known = {point.name for point in left.points}
-        similarities: dict[str, dict[tuple[str, str], Value]] = {name: {} for name in SIMILARITIES}
-        for key in product((point.name for point in self.points), self.groups):
-            missing = Unknown.ROWS_OF_OTHER_POSITIONS if key[0] in known else Unknown.NO_SUCH_HOOK_POINT
-            for name in SIMILARITIES:
-                similarities[name][key] = missing
-        clouds: dict[str, Halves] = {}
-        num_rows: dict[str, int] = {}
+        trait, name, _ = key
+        whole: dict[tuple[str, str], HalvedMoments] = {}
+        inside: dict[tuple[str, str], HalvedMoments] = {}
         head = _Head(self, left, trait)
-        for turn in take_in_turns(left, teacher, _KINDS):
-            whole: dict[tuple[str, str], HalvedMoments] = {}
-            inside: dict[tuple[str, str], HalvedMoments] = {}
-            for group, rows in pair_groups(*turn, _KINDS):
-                add_rows(whole, (rows.point, group), rows)
-                if group == self.groups[0]:
-                    head.add(rows.point, rows.left)
-                if rows.point in bases:
-                    own, other = (basis.to(rows.left) for basis in bases[rows.point])
-                    add_rows(inside, (rows.point, group), replace(rows, left=rows.left @ own.T, right=rows.right @ other.T))
-            for key, halves in whole.items():
-                cka, distance = _evaluate(halves)
-                part = _evaluate(inside[key]) if key in inside else (Unknown.INCOMPARABLE, Unknown.INCOMPARABLE)
-                for name, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
-                    similarities[name][key] = value
-                num_rows[key[1]] = halves.whole.num_rows
-                if key[1] == self.groups[0]:
-                    clouds[key[0]] = left_halves(halves)
-        return Compared(similarities, num_rows), Seen(clouds, head.readings)
+        for group, rows in pair_groups(left, teacher, _KINDS):
+            add_rows(whole, (rows.point, group), rows)
+            if group == self.groups[0]:
+                head.add(rows.point, rows.left)
+            if rows.point in bases:
+                own, other = (basis.to(rows.left) for basis in bases[rows.point])
+                add_rows(inside, (rows.point, group), replace(rows, left=rows.left @ own.T, right=rows.right @ other.T))
+        found = self.compared.setdefault(key, Compared({measure: {} for measure in SIMILARITIES}, {}))
+        known = {point.name for point in left.points}
+        broken = frozenset[str]().union(*(taught.broken for taught in self._taught.values()))
+        for place in product((point.name for point in turn), self.groups):
+            missing = Unknown.ROWS_OF_OTHER_POSITIONS if place[0] in known else Unknown.NO_SUCH_HOOK_POINT
+            cka, distance = _evaluate(whole[place]) if place in whole else (missing, missing)
+            if place in whole:
+                missing = Unknown.NOT_FINITE if place[0] in broken else Unknown.INCOMPARABLE
+            part = _evaluate(inside[place]) if place in inside else (missing, missing)
+            for measure, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
+                found.similarities[measure][place] = value
+        found.num_rows.update({group: halves.num_rows for (_, group), halves in whole.items()})
+        clouds = {point: left_halves(halves) for (point, group), halves in whole.items() if group == self.groups[0]}
+        self._seen[trait, name] = Seen(clouds, head.readings)
 
 
 @dataclass(frozen=True)
@@ -302,6 +320,8 @@ class Probed:
         if name == READOUT:
             return self._share_of_readings()
         own, start = (one.clouds.get(self.point) for one in (self.own, self.start))
+        if self.point in self.taught.broken or not all(cloud.is_finite for held in (own, start) for cloud in held or ()):
+            return Unknown.NOT_FINITE
         if own is None or start is None or self.point not in self.taught.probes:
             return Unknown.NO_SUCH_HOOK_POINT
         if name == REFITTED:
@@ -332,7 +352,9 @@ class Probed:
         if own is None or start is None or teacher is None or reference is None or own.shape != teacher.shape:
             return Unknown.NO_READOUT
         way = teacher - reference
-        return float(((own - start) * way).sum() / way.square().sum()) if way.any() else Unknown.TEACHER_NOT_TOLD_APART
+        if not way.any():
+            return Unknown.TEACHER_NOT_TOLD_APART
+        return _or_else(float(((own - start) * way).sum() / way.square().sum()), Unknown.NOT_FINITE)
 
 
 class _Head:
@@ -362,6 +384,8 @@ class _Head:
 
 def _evaluate(halves: HalvedMoments) -> tuple[Value, Value]:
     """CKA and Procrustes distance of some rows."""
+    if not halves.is_finite:
+        return Unknown.NOT_FINITE, Unknown.NOT_FINITE
     whole = halves.whole
     if whole.num_rows < LEAST_ROWS:
         return Unknown.TOO_FEW_ROWS, Unknown.TOO_FEW_ROWS

@@ -1,6 +1,7 @@
 """A tiny experiment that every test may use: all conditions, three members, a few steps."""
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -70,19 +71,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     return base if worker_id == "master" else base.parent
 
 
-def make_once(out: Path, recipe: str | Path, workers: int | None = None) -> Run:
+def make_once(out: Path, recipe: str | Path) -> Run:
     """A finished and analysed run, made by the first process that asks for it."""
     with FileLock(out.with_suffix(".lock")):
         if not (out / "findings.json").is_file():
-            run_experiment(recipe, out, device="cpu", workers=workers)
-            analyze_run(out, device="cpu", workers=workers)
+            run_experiment(recipe, out, device="cpu")
+            analyze_run(out, device="cpu")
     return open_run(out)
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A finished and analysed run; tests leave it as it is, but may hold its locks."""
-    return make_once(tmp_path_factory.mktemp("runs") / "tiny", tiny_recipe, workers=0)
+def tiny_run(tiny_recipe: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished and analysed run; tests leave it as it is, but may hold its locks: each process has its own copy."""
+    made = make_once(shared / "tiny", tiny_recipe)
+    return open_run(shutil.copytree(made.path, tmp_path_factory.mktemp("runs") / "tiny"))
 
 
 @pytest.fixture(scope="session")

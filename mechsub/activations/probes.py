@@ -24,6 +24,11 @@ class Cloud:
     covariance: Float[Tensor, "width width"]
     num_rows: int
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no row holds NaN or ∞."""
+        return bool(self.mean.isfinite().all())
+
     def rotate(self, rotation: Float[Tensor, "width other_width"]) -> "Cloud":
         """In another basis, h ↦ h R."""
         return Cloud(self.mean @ rotation, rotation.T @ self.covariance @ rotation, self.num_rows)

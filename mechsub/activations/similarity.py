@@ -111,6 +111,11 @@ class PairedMoments:
         """No sums yet, about the means of some rows, as those of a first batch."""
         return cls(left.double().mean(0), right.double().mean(0))
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no row of either model holds NaN or ∞."""
+        return bool(self._fourth.isfinite().all())
+
     def empty_copy(self) -> "PairedMoments":
         """No sums yet, about the same shifts."""
         return PairedMoments(self.left_shift, self.right_shift)
@@ -232,6 +237,16 @@ class HalvedMoments:
     def whole(self) -> PairedMoments:
         """Of all prompts."""
         return self.even + self.odd
+
+    @property
+    def num_rows(self) -> int:
+        """Of all prompts."""
+        return self.even.num_rows + self.odd.num_rows
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no row of either model holds NaN or ∞."""
+        return self.even.is_finite and self.odd.is_finite
 
 
 def debiased_cka(moments: PairedMoments) -> float:

@@ -86,8 +86,9 @@ def orthonormal_rows(directions: Float[Tensor, "direction width"]) -> Float[Tens
     """An orthonormal basis of what the rows span, of one row with its sign; rows in the span of others, and 0, add nothing."""
     exact = directions.double()
     if len(exact) == 1 and exact.any():
-        return (exact / exact.norm()).to(directions.dtype)
-    _, sizes, rows = torch.linalg.svd(exact, full_matrices=False)
-    rank = int((sizes > sizes.max().clamp_min(1e-300) * 1e-10).sum()) if sizes.numel() else 0
-    basis: Tensor = rows[:rank].to(directions.dtype)
+        rows = exact / exact.norm()
+    else:
+        _, sizes, rows = torch.linalg.svd(exact, full_matrices=False)
+        rows = rows[: int((sizes > sizes.max().clamp_min(1e-300) * 1e-10).sum()) if sizes.numel() else 0]
+    basis: Tensor = rows.to(directions.dtype)
     return basis
