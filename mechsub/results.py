@@ -125,6 +125,22 @@ def find_results(directory: RunDirectory) -> tuple[dict[str, Path], list[str]]:
     return dict(sorted(current.items())), sorted(outgrown)
 
 
+def find_result(directory: RunDirectory, analysis: str, what: str) -> Path:
+    """The result file of one analysis of what the run is now, whole; ``what`` is wanted of it, in words.
+
+    Raises:
+        RunDirectoryError: the run was not analysed yet, has changed since, or the file is damaged.
+    """
+    path = find_results(directory)[0].get(analysis)
+    if path is None:
+        raise RunDirectoryError(
+            f"{directory.path} has no {what} of what its lineages are now; "
+            f"`mechsub analyze {directory.path} --only {analysis}` makes them"
+        )
+    directory.check_files([path.relative_to(directory.path).as_posix()])
+    return path
+
+
 def _check_reasons(data: xr.Dataset) -> None:
     """No data is NaN with a reason: a variable without its status may hold no NaN."""
     for name, variable in data.data_vars.items():

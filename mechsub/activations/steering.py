@@ -1,6 +1,7 @@
 """Steering: what a visit can do to activations while a model runs: add a vector, take directions out, put others' parts in.
 
-`ModelView.visiting` takes one visit for each hook point; the model is as it was when it closes.
+`ModelView.visiting` takes one visit for each hook point; the model is as it was when it closes. A visit refuses activations of
+another width than its vectors with an `ActivationError`.
 """
 
 from collections.abc import Sequence
@@ -10,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsub.activations.backends import Visit
-from mechsub.activations.hook_points import HookPoint
 from mechsub.errors import ActivationError
 
 
 def add_vector(vector: Float[Tensor, " width"]) -> Visit:
     """A visit h ← h + v at every position."""
-    return lambda activations: activations + vector.to(activations)
+    return lambda activations: activations + _fit(vector, activations)
 
 
 def project_out(directions: Float[Tensor, "direction width"]) -> Visit:
@@ -24,7 +24,7 @@ def project_out(directions: Float[Tensor, "direction width"]) -> Visit:
     basis = orthonormal_rows(directions)
 
     def visit(activations: Tensor) -> Tensor:
-        rows = basis.to(activations)
+        rows = _fit(basis, activations)
         return activations - activations @ rows.T @ rows
 
     return visit
@@ -35,7 +35,7 @@ def keep_components(directions: Float[Tensor, "direction width"], kept: list[Ten
     basis = orthonormal_rows(directions)
 
     def visit(activations: Tensor) -> None:
-        kept.append((activations @ basis.to(activations).T).detach())
+        kept.append((activations @ _fit(basis, activations).T).detach())
 
     return visit
 
@@ -56,30 +56,17 @@ def replace_components(
     put_in = basis if along is None else orthonormal_rows(along)
 
     def visit(activations: Tensor) -> Tensor:
-        rows, components = basis.to(activations), next(passes, None)
+        rows, components = _fit(basis, activations), next(passes, None)
         own = activations @ rows.T
         if components is None or components.shape != own.shape:
             seen = "fewer batches" if components is None else f"a batch of {list(components.shape[:-1])} positions"
             raise ActivationError(
                 f"the model whose components are put in saw {seen}; this one has {list(own.shape[:-1])}: run both on the same"
             )
-        changed: Tensor = activations + (components.to(activations) - own) @ put_in.to(activations)
+        changed: Tensor = activations + (components.to(activations) - own) @ _fit(put_in, activations)
         return changed
 
     return visit
-
-
-def check_width(point: HookPoint, vector: Float[Tensor, "*any width"], name: str = "the vector") -> None:
-    """Refuse a vector of another width than the activations at a hook point.
-
-    Raises:
-        ActivationError: with both widths.
-    """
-    if vector.shape[-1] != point.width:
-        raise ActivationError(
-            f"{name} has {vector.shape[-1]} numbers, activations at {point.name} have {point.width}: it belongs to another "
-            "model, or to another site"
-        )
 
 
 def orthonormal_rows(directions: Float[Tensor, "direction width"]) -> Float[Tensor, "kept width"]:
@@ -92,3 +79,17 @@ def orthonormal_rows(directions: Float[Tensor, "direction width"]) -> Float[Tens
         rows = rows[: int((sizes > sizes.max().clamp_min(1e-300) * 1e-10).sum()) if sizes.numel() else 0]
     basis: Tensor = rows.to(directions.dtype)
     return basis
+
+
+def _fit(vectors: Float[Tensor, "*any width"], activations: Tensor) -> Tensor:
+    """The vectors where activations are, in their dtype.
+
+    Raises:
+        ActivationError: they have another width.
+    """
+    if vectors.shape[-1] != activations.shape[-1]:
+        raise ActivationError(
+            f"the vector has {vectors.shape[-1]} numbers, activations here have {activations.shape[-1]}: it belongs to another "
+            "model, or to another site"
+        )
+    return vectors.to(activations)

@@ -19,7 +19,7 @@ from mechsub.findings import findings_document
 from mechsub.parameters.stored import GRAM_GROUP, Directions
 from mechsub.recipe import Recipe, complete_recipe, dump_recipe, load_recipe
 from mechsub.reporting.html import render_report
-from mechsub.results import find_results, read_group, read_result
+from mechsub.results import find_result, find_results, read_group, read_result
 from mechsub.run import DEFAULT_BACKEND, Run
 from mechsub.rundir import SCHEMA_VERSION, RunDirectory, atomic_write, is_unused, write_json
 from mechsub.settings import nearest_name
@@ -135,13 +135,7 @@ def open_directions(run_dir: str | Path) -> Directions:
         RunDirectoryError: the run was not analysed yet, has changed since, or the file is damaged.
     """
     directory = RunDirectory.open(run_dir)
-    path = find_results(directory)[0].get("parameter_alignment")
-    if path is None:
-        raise RunDirectoryError(
-            f"{directory.path} has no inner products of what its lineages are now; "
-            f"`mechsub analyze {directory.path} --only parameter_alignment` makes them"
-        )
-    return Directions(read_group(path, GRAM_GROUP))
+    return Directions(read_group(find_result(directory, "parameter_alignment", "inner products"), GRAM_GROUP))
 
 
 def plan_analyses(run_dir: str | Path, only: Sequence[str] = (), backend: str = DEFAULT_BACKEND) -> list[Stage]:

@@ -8,11 +8,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechsub.activations.stored import DIRECTIONS_GROUP, SteeringDirections
-from mechsub.errors import RunDirectoryError
-from mechsub.results import find_results, read_group
+from mechsub.results import find_result, read_group
 from mechsub.rundir import RunDirectory, atomic_write
-
-_ANALYSIS = "steering_directions"
 
 
 def open_steering_directions(run_dir: str | Path) -> SteeringDirections:
@@ -22,13 +19,7 @@ def open_steering_directions(run_dir: str | Path) -> SteeringDirections:
         RunDirectoryError: the run was not analysed yet, has changed since, or the file is damaged.
     """
     directory = RunDirectory.open(run_dir)
-    path = find_results(directory)[0].get(_ANALYSIS)
-    if path is None:
-        raise RunDirectoryError(
-            f"{directory.path} has no steering directions of what its lineages are now; "
-            f"`mechsub analyze {directory.path} --only {_ANALYSIS}` makes them"
-        )
-    directory.check_files([path.relative_to(directory.path).as_posix()])
+    path = find_result(directory, "steering_directions", "steering directions")
     return SteeringDirections(read_group(path, DIRECTIONS_GROUP), str(directory.path))
 
 

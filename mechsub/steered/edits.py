@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechsub.activations.hook_points import HookPoint
-from mechsub.activations.steering import add_vector, check_width, project_out
+from mechsub.activations.steering import add_vector, project_out
 from mechsub.errors import ActivationError
 from mechsub.lineages import Lineage, Origin
 from mechsub.mean_activations import ActivationReader
@@ -163,7 +163,6 @@ class _Member:
 
         ``name``: whose direction it is, and ``dose`` how long: together they say which vector.
         """
-        check_width(point, vector, name)
         origin = self.origin(lineage)
         key = (id(origin), name, dose, point.name)
         if key not in self._added:
@@ -340,10 +339,7 @@ def _find_replaced(
 
 
 def _rows(vectors: Vectors, points: Sequence[HookPoint]) -> Rows:
-    rows = {point: vectors[point.name][None] for point in points}
-    for point, row in rows.items():
-        check_width(point, row)
-    return rows
+    return {point: vectors[point.name][None] for point in points}
 
 
 def _add(member: _Member, student: Lineage, edit: Edit, name: str, vectors: Vectors, points: Sequence[HookPoint]) -> Steered:

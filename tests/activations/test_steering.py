@@ -4,10 +4,8 @@ import pytest
 import torch
 
 from mechsub.activations.backends import open_backend
-from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.steering import (
     add_vector,
-    check_width,
     keep_components,
     orthonormal_rows,
     project_out,
@@ -108,9 +106,27 @@ def test_steering_keeps_the_models_own_type():
         assert visit(activations).dtype == torch.bfloat16
 
 
-def test_a_vector_of_another_width_is_refused_with_both_widths():
-    point = HookPoint("blocks.1.hook_resid_post", 1, "resid_post", "transformer.h.1", "output", WIDTH)
-    check_width(point, torch.zeros(WIDTH))
-    check_width(point, torch.zeros(3, WIDTH))
-    with pytest.raises(ActivationError, match=r"v_T has 12 numbers, activations at blocks.1.hook_resid_post have 16"):
-        check_width(point, torch.zeros(12), "v_T")
+def test_a_vector_of_another_width_is_refused_with_both_widths(model):
+    narrow = torch.ones(12)
+    visits = (
+        add_vector(narrow),
+        project_out(narrow[None]),
+        keep_components(narrow[None], []),
+        replace_components(narrow[None], [torch.zeros(2, 5, 1)]),
+    )
+    for visit in visits:
+        with pytest.raises(ActivationError, match="has 12 numbers, activations here have 16"):
+            visit(torch.zeros(2, 5, WIDTH))
+    point = list_hook_points(model)[0]
+    with pytest.raises(ActivationError, match="it belongs to another model, or to another site"):
+        logits(model, {point: add_vector(torch.ones(1))})
+
+
+def test_a_push_along_another_direction_is_as_long_and_has_the_sign_of_what_is_replaced():
+    activations, other = (torch.randn(2, 5, WIDTH, dtype=torch.float64) for _ in range(2))
+    for sign, scale in ((1, 1.0), (-1, 3.0)):
+        kept: list[torch.Tensor] = []
+        keep_components(sign * scale * DIRECTIONS[:1], kept)(other)
+        pushed = replace_components(sign * scale * DIRECTIONS[:1], kept, along=DIRECTIONS[1:2])(activations)
+        unit, along = (sign * DIRECTIONS[0] / DIRECTIONS[0].norm(), DIRECTIONS[1] / DIRECTIONS[1].norm())
+        torch.testing.assert_close(pushed, activations + ((other - activations) @ unit)[..., None] * along)
