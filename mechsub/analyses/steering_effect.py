@@ -166,6 +166,11 @@ def _windows(measured: Measured, kind: str) -> list[str]:
     return list(dict.fromkeys(edit.window for edit in measured.edits if edit.kind == kind))
 
 
+def _single_windows(measured: Measured) -> list[str]:
+    """Those of one hook point."""
+    return list(dict.fromkeys(edit.window for edit in measured.edits if len(edit.points) == 1))
+
+
 Claimed = tuple[str, str, str]
 """A claim's quantity, a condition and a window."""
 
@@ -279,7 +284,7 @@ def _unit(run: Run) -> str:
 
 
 def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
-    edits = [edit.name for edit in measured.edits if edit.kind == ADD and edit.dose != OWN_LENGTH]
+    edits = [edit.name for edit in measured.edits if edit.kind == ADD and edit.dose != OWN_LENGTH and len(edit.points) == 1]
     figures = []
     for figure, name, y, title, measure in (
         (
@@ -310,7 +315,7 @@ def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
             .properties(width=230, height=130)
             .facet(
                 row=alt.Row("condition:N", sort=run.conditions, title=None),
-                column=alt.Column("window:N", sort=_windows(measured, ADD), title=None),
+                column=alt.Column("window:N", sort=_single_windows(measured), title=None),
             )
         )
         figures.append(
@@ -359,7 +364,7 @@ def _tell_sufficiency(run: Run, measured: Measured, judgements: Mapping[Claimed,
             own, others = (_interval(run, values) for values in effects[most])
             counts = _count([judgements[claim.quantity, condition, window].verdict for window in windows])
             told = f"{claim.own} gives {own} at {most}, where it gives most, uncorrected for that choice (others {others})"
-            parts.append(f"{told}; {counts} hook points")
+            parts.append(f"{told}; {counts} hook points and windows")
     teacher, given = _interval(run, measured.taught(condition)), "; ".join(parts) or "nothing was judged"
     return (
         f"{condition}: added to where students start, α = {JUDGED_DOSE:g}: {given}. The teacher itself gained {teacher}, "
@@ -383,7 +388,7 @@ def _tell_necessity(run: Run, measured: Measured, judgements: Mapping[Claimed, J
             if np.isfinite((share := _share(run, measured, condition, claim, claim.own, window)).estimate)
         }
         if shares:
-            single = [window for window in shares if window in _windows(measured, ADD)]
+            single = [window for window in shares if window in _single_windows(measured)]
             shown = dict.fromkeys([*(set(shares) & {ALL_LAYERS}), max(single, key=lambda window: shares[window].estimate)])
             told = [
                 f"{shares[one]} at {one} (others {_share(run, measured, condition, claim, claim.others, one)})" for one in shown

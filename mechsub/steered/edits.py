@@ -54,7 +54,8 @@ class Edit:
     """A hook point, or several."""
     points: tuple[str, ...]
     dose: str
-    """Length of what is added, as a multiple of the mean ‖h‖ there; ``own length``: as it is. Empty where nothing is added."""
+    """Length of what is added, as a multiple of the mean ‖h‖ there, in equal parts over the hook points of a window; ``own
+    length``: as it is. Empty where nothing is added."""
 
     @property
     def name(self) -> str:
@@ -63,7 +64,7 @@ class Edit:
 
 
 def list_edits(points: Sequence[str]) -> list[Edit]:
-    """Single layers for what is added, which is there in the next layers too; windows as well for what is taken out.
+    """Single layers and windows; what is added in windows, which is there in the next layers too, at the judged dose only.
 
     ``points``: all hook points of the stream, which the windows are made of; of a deep model some stand for all as single ones.
     """
@@ -75,7 +76,11 @@ def list_edits(points: Sequence[str]) -> list[Edit]:
     if len(points) > 3:
         windows |= {"earlier half": tuple(points[:halves]), "later half": tuple(points[halves:])}
     doses = [*map(str, DOSES), OWN_LENGTH]
-    added = [Edit(ADD, vector, point, (point,), dose) for vector, point, dose in product(VECTORS, single, doses)]
+    added = [
+        Edit(ADD, vector, window, held, dose)
+        for vector, (window, held), dose in product(VECTORS, windows.items(), doses)
+        if len(held) == 1 or dose == str(JUDGED_DOSE)
+    ]
     taken = [
         Edit(kind, vector, window, held, "")
         for kind, vector, (window, held) in product((OUT, REPLACE), VECTORS, windows.items())
@@ -158,15 +163,15 @@ class _Member:
             self._origins[key] = self.stack.enter_context(opened)
         return self._origins[key]
 
-    def add(self, lineage: Lineage, name: str, dose: str, point: HookPoint, vector: Tensor) -> Steered:
-        """A vector added to where a lineage starts; what many conditions add there is added once.
+    def add(self, lineage: Lineage, name: str, dose: str, vectors: Mapping[HookPoint, Tensor]) -> Steered:
+        """Vectors added to where a lineage starts; what many conditions add there is added once.
 
-        ``name``: whose direction it is, and ``dose`` how long: together they say which vector.
+        ``name``: whose direction it is, and ``dose`` how long: together they say which vectors.
         """
         origin = self.origin(lineage)
-        key = (id(origin), name, dose, point.name)
+        key = (id(origin), name, dose, *vectors)
         if key not in self._added:
-            self._added[key] = origin.evaluate({point: add_vector(vector)})
+            self._added[key] = origin.evaluate({point: add_vector(vector) for point, vector in vectors.items()})
         return self._added[key]
 
     def keep(self, lineage: Lineage, name: str, vectors: Vectors) -> Kept:
@@ -343,10 +348,12 @@ def _rows(vectors: Vectors, points: Sequence[HookPoint]) -> Rows:
 
 
 def _add(member: _Member, student: Lineage, edit: Edit, name: str, vectors: Vectors, points: Sequence[HookPoint]) -> Steered:
-    (point,) = points
-    vector = vectors[point.name]
     if edit.dose != OWN_LENGTH:
-        vector = vector / vector.norm() * float(edit.dose) * member.lengths(student)[point.name]
-    elif name == RANDOM:  # it has no length of its own: as long as what the student has
-        name, vector = f"{RANDOM}, as long as {student.name}", vector * member.direction(student)[point.name].norm()
-    return member.add(student, name, edit.dose, point, vector)
+        lengths, part = member.lengths(student), float(edit.dose) / len(points)
+        scaled = {point: vectors[point.name] / vectors[point.name].norm() * part * lengths[point.name] for point in points}
+        return member.add(student, name, edit.dose, scaled)
+    if name != RANDOM:
+        return member.add(student, name, edit.dose, {point: vectors[point.name] for point in points})
+    own = member.direction(student)  # a random one has no length of its own: as long as what the student has
+    named = f"{RANDOM}, as long as {student.name}"
+    return member.add(student, named, edit.dose, {point: vectors[point.name] * own[point.name].norm() for point in points})

@@ -71,6 +71,27 @@ def test_a_vector_is_added_at_a_multiple_of_the_mean_length_there(tiny_run, resu
         assert float(found.effect) == pytest.approx(expected, abs=0.006)  # rounding can turn one image of 360, or two
 
 
+def test_a_dose_is_split_over_the_hook_points_of_a_window(tiny_run, result):
+    teacher, data = tiny_run.teacher("digits"), result.data
+    chosen = (data.kind == ADD) & (data.vector == OWN_TEACHER) & (data.window == "all layers")
+    (edit,) = np.flatnonzero(chosen.values)
+    assert data.dose.values[edit] == "0.5"
+    images, labels = tiny_run.family._images, tiny_run.family._labels["digits"]
+    (batch,) = tiny_run.family.prompts(tiny_run.reference, 1).estimate["trait"].batches
+    moved, start = (tiny_run.family.load_model(teacher, step, 1) for step in (teacher.last, 0))
+    steered = rows = images
+    ends, starts = batch.arguments["images"], batch.arguments["images"]
+    with torch.no_grad():
+        for taught, layer in zip(moved.layers, start.layers, strict=True):
+            ends, starts = torch.relu(taught(ends)), torch.relu(layer(starts))
+            vector = ends.mean(0) - starts.mean(0)
+            steered = torch.relu(layer(steered)) + vector / vector.norm() * 0.25 * starts.norm(dim=-1).mean()
+            rows = torch.relu(layer(rows))
+        scores = [float((start.class_head(features).argmax(-1) == labels).double().mean()) for features in (steered, rows)]
+    found = data.effect.isel(edit=edit).sel(condition="same-init", taught="digits", member=1)
+    assert float(found) == pytest.approx(scores[0] - scores[1], abs=0.006)
+
+
 def test_a_direction_is_taken_out_of_the_student_or_replaced_by_what_its_origin_has(tiny_run, result):
     student, control = tiny_run.student("all-logits", "digits"), tiny_run.control("all-logits")
     for member in range(3):
@@ -166,9 +187,10 @@ def test_deep_models_are_edited_in_single_layers_in_halves_and_in_all_of_them():
     edits = list_edits(points)
     windows = {edit.window: edit.points for edit in edits if edit.kind == OUT}
     assert windows["earlier half"] + windows["later half"] == windows["all layers"] == tuple(points)
-    assert {edit.window for edit in edits if edit.kind == ADD} == set(points)
+    assert {edit.window for edit in edits if edit.kind == ADD and edit.dose == "0.5"} == set(windows)
+    assert {edit.window for edit in edits if edit.kind == ADD and edit.dose == "1.0"} == set(points)
     assert len({edit.name for edit in edits}) == len(edits)
     deep = list_edits([f"blocks.{layer}.hook_resid_post" for layer in range(29)])
     assert max(len(edit.points) for edit in deep if edit.window == "all layers") == 29
-    assert len({edit.window for edit in deep if edit.kind == ADD}) == 8
+    assert len({edit.window for edit in deep if edit.kind == ADD and edit.dose == "1.0"}) == 8
     assert {edit.vector for edit in edits} >= {OWN_TEACHER, OTHER_TEACHERS, OWN_STUDENT, OTHER_STUDENTS, RANDOM}
