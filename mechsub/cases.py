@@ -1,6 +1,5 @@
 """Cases: what stands against what in a run's parameter space, as directions; every analysis of it compares these."""
 
-from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -24,9 +23,6 @@ from mechsub.run import Run
 
 CaseName = tuple[str, str]
 """A condition and the trait of the student's teacher."""
-ALL_TRAITS = "mean over traits"
-"""In the place of a trait: of each member the mean over all that are taught."""
-_POOLED = "_over_traits"
 
 
 def moved_steps(lineage: Lineage) -> list[int]:
@@ -65,33 +61,6 @@ def list_directions(run: Run) -> list[Direction]:
 def list_cases(run: Run) -> list[CaseName]:
     """Every condition with every trait that is taught."""
     return list(product(run.conditions, run.traits))
-
-
-def pool_traits(run: Run, condition: str) -> CaseName:
-    """The case that stands for all traits of a condition; of one trait it is that one."""
-    return condition, ALL_TRAITS if len(run.traits) > 1 else run.traits[0]
-
-
-def list_traits(run: Run, case: CaseName) -> list[str]:
-    """The traits that a case stands for."""
-    return run.traits if case[1] == ALL_TRAITS else [case[1]]
-
-
-def pooled_name(name: str) -> str:
-    """How `label_means` calls the mean of a variable over traits."""
-    return f"{name}{_POOLED}"
-
-
-def label_means(variables: Mapping[str, xr.Variable], names: Sequence[str]) -> dict[str, xr.Variable]:
-    """Variables' means over the traits that are taught, with a status: to draw, where a trait a line would be too many."""
-    found = {}
-    for name in names:
-        mean = variables[name].mean("taught", skipna=False)
-        mean.attrs = {**variables[name].attrs, "long_name": f"{variables[name].attrs['long_name']}, mean over traits"}
-        codes, dims = np.isnan(mean.values), [str(dim) for dim in mean.dims]
-        found[pooled_name(name)] = mean
-        found[f"{pooled_name(name)}_status"] = status_variable(codes, dims, ("ok", "see_the_traits_own"), pooled_name(name))
-    return found
 
 
 def count_members(run: Run) -> str:

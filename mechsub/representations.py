@@ -293,7 +293,8 @@ class Comparer:
             missing = Unknown.ROWS_OF_OTHER_POSITIONS if place[0] in known else Unknown.NO_SUCH_HOOK_POINT
             cka, distance = _evaluate(whole[place]) if place in whole else (missing, missing)
             if place in whole:
-                missing = Unknown.NOT_FINITE if place[0] in broken else Unknown.INCOMPARABLE
+                is_whole = whole[place].is_finite and place[0] not in broken
+                missing = Unknown.INCOMPARABLE if is_whole else Unknown.NOT_FINITE
             part = _evaluate(inside[place]) if place in inside else (missing, missing)
             for measure, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
                 found.similarities[measure][place] = value
@@ -320,13 +321,15 @@ class Probed:
         if name == READOUT:
             return self._share_of_readings()
         own, start = (one.clouds.get(self.point) for one in (self.own, self.start))
-        if self.point in self.taught.broken or not all(cloud.is_finite for held in (own, start) for cloud in held or ()):
-            return Unknown.NOT_FINITE
-        if own is None or start is None or self.point not in self.taught.probes:
+        if own is None or start is None:
             return Unknown.NO_SUCH_HOOK_POINT
+        if not all(cloud.is_finite for cloud in (*own, *start)):
+            return Unknown.NOT_FINITE
         if name == REFITTED:
             probes = [fit_probe(*pair) for pair in zip(own, start, strict=True)]
             return _or_else(try_separation(probes, own, start), Unknown.NO_SPREAD)
+        if self.point not in self.taught.probes:
+            return Unknown.NOT_FINITE if self.point in self.taught.broken else Unknown.NO_SUCH_HOOK_POINT
         if not self.is_comparable:
             return Unknown.INCOMPARABLE
         own, start = self._turn(own), self._turn(start)

@@ -30,7 +30,7 @@ FLOORS = [
     {"recipe", "recipes"},
     {"run"},
     {"cases", "open_models"},
-    {"mean_activations"},
+    {"mean_activations", "pooling"},
     {"relations", "token_channels", "paired_activations"},
     {"steered"},
     {"sweeps", "representations"},

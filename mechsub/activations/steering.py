@@ -4,7 +4,7 @@
 another width than its vectors with an `ActivationError`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -41,32 +41,46 @@ def keep_components(directions: Float[Tensor, "direction width"], kept: list[Ten
 
 
 def replace_components(
-    directions: Float[Tensor, "direction width"],
-    kept: Sequence[Tensor],
-    along: Float[Tensor, "one width"] | None = None,
+    directions: Float[Tensor, "direction width"], kept: Sequence[Tensor], pushes: list[Tensor] | None = None
 ) -> Visit:
     """A visit h ← h + B (c − Bᵀ h) at every position, c what another model has there: ``kept``, one for each forward pass.
 
-    ``along``: of one direction, another one a to put it in: h ← h + â (c − b̂ᵀ h), a push as long, elsewhere.
+    ``pushes``: grows by c − Bᵀ h of each pass, for `push_along`.
 
     Raises:
-        ActivationError: the other model saw other batches.
+        OtherPassesError: the other model saw other batches.
     """
     basis, passes = orthonormal_rows(directions), iter(kept)
-    put_in = basis if along is None else orthonormal_rows(along)
 
     def visit(activations: Tensor) -> Tensor:
-        rows, components = _fit(basis, activations), next(passes, None)
+        rows = _fit(basis, activations)
         own = activations @ rows.T
-        if components is None or components.shape != own.shape:
-            seen = "fewer batches" if components is None else f"a batch of {list(components.shape[:-1])} positions"
-            raise ActivationError(
-                f"the model whose components are put in saw {seen}; this one has {list(own.shape[:-1])}: run both on the same"
-            )
-        changed: Tensor = activations + (components.to(activations) - own) @ _fit(put_in, activations)
+        push = _next_pass(passes, own).to(activations) - own
+        if pushes is not None:
+            pushes.append(push.detach())
+        changed: Tensor = activations + push @ rows
         return changed
 
     return visit
+
+
+def push_along(direction: Float[Tensor, " width"], pushes: Sequence[Tensor]) -> Visit:
+    """A visit h ← h + p v̂ at every position, p what `replace_components` moved another direction by, pass by pass.
+
+    Raises:
+        OtherPassesError: that model saw other batches.
+    """
+    unit, passes = orthonormal_rows(direction[None]), iter(pushes)
+
+    def visit(activations: Tensor) -> Tensor:
+        push = _next_pass(passes, activations[..., :1])
+        return activations + push.to(activations) @ _fit(unit, activations)
+
+    return visit
+
+
+class OtherPassesError(ActivationError):
+    """Two models were run on other batches, so that what one has belongs to nothing in the other."""
 
 
 def orthonormal_rows(directions: Float[Tensor, "direction width"]) -> Float[Tensor, "kept width"]:
@@ -93,3 +107,14 @@ def _fit(vectors: Float[Tensor, "*any width"], activations: Tensor) -> Tensor:
             "model, or to another site"
         )
     return vectors.to(activations)
+
+
+def _next_pass(passes: Iterator[Tensor], own: Tensor) -> Tensor:
+    """What was kept of the next forward pass, if it is as large as what is there now."""
+    kept = next(passes, None)
+    if kept is None or kept.shape != own.shape:
+        seen = "fewer batches" if kept is None else f"a batch of {list(kept.shape[:-1])} positions"
+        raise OtherPassesError(
+            f"the model whose components are put in saw {seen}; this one has {list(own.shape[:-1])}: run both on the same"
+        )
+    return kept

@@ -11,9 +11,10 @@ import xarray as xr
 from jaxtyping import Float
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import CaseName, count_members, label_last_steps, list_cases, list_traits, pool_traits
+from mechsub.cases import CaseName, count_members, label_last_steps, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, diverging_scale, fold_variables
 from mechsub.findings import Finding, interval_fields, judgement_fields
+from mechsub.pooling import list_traits, pool_traits, say_statuses
 from mechsub.representations import (
     CKA,
     DISTANCE,
@@ -529,8 +530,7 @@ def _summarise(run: Run, data: xr.Dataset, judgements: Judgements, condition: st
 
 def _why(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -> str:
     found = data[f"{name}_status"].sel(condition=case[0], taught=list_traits(run, case), point=point)
-    codes = found.isel(group=0).values if "group" in found.dims else found.values
-    return ", ".join(STATUS[code].replace("_", " ") for code in sorted({int(code) for code in codes.flat}))
+    return say_statuses((found.isel(group=0) if "group" in found.dims else found).values.flat, STATUS)
 
 
 def _conclude(judgements: Judgements, case: CaseName) -> str:

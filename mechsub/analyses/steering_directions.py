@@ -12,18 +12,10 @@ from jaxtyping import Float
 from mechsub.activations.hook_points import HookPoint, main_stream
 from mechsub.activations.stored import DIRECTIONS_GROUP, store_directions
 from mechsub.analyses.registry import analysis
-from mechsub.cases import (
-    CaseName,
-    count_members,
-    label_last_steps,
-    label_means,
-    list_cases,
-    list_traits,
-    pool_traits,
-    pooled_name,
-)
+from mechsub.cases import CaseName, count_members, label_last_steps, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
+from mechsub.pooling import label_means, list_traits, pool_traits, pooled_name, say_statuses
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -34,7 +26,6 @@ from mechsub.steered.alignments import (
     BARE,
     BARE_NULL,
     INCOMPARABLE,
-    NO_GROUP,
     NO_MAP,
     NOT_RUN,
     OK,
@@ -44,8 +35,6 @@ from mechsub.steered.alignments import (
     RAW_OTHERS,
     SPECIFIC,
     STATUS,
-    UNMOVED,
-    ByGroup,
     Cell,
 )
 from mechsub.steered.records import Recorded, Recorder
@@ -90,9 +79,9 @@ def _measure(run: Run, recorded: Recorded) -> xr.Dataset:
                 found = why if cell is None else quantity.measure(cell)
                 if isinstance(found, int):
                     status[quantity.name][where] = found
-                else:
+                elif cell is not None:
                     values[quantity.name][where] = found
-                    status[quantity.name][where] = _explain(found, cell)
+                    status[quantity.name][where] = cell.explain(found)
     return _label(run, recorded, values, status, steps)
 
 
@@ -122,14 +111,8 @@ def _build_cell(run: Run, recorded: Recorded, condition: str, trait: str, step: 
         neutral=neutral,
         origin_norm=recorded.stack_norms(student, point),
         shuffles=recorded.stack_shuffles(student, step, point) if step == student.last else None,
+        lacks=recorded.lacks([student, control, run.neutral, *map(run.teacher, run.traits)]),
     )
-
-
-def _explain(found: ByGroup, cell: Cell | None) -> np.ndarray:
-    """Why values are NaN: prompts that this lineage was not run on, or nothing that moved."""
-    absent = np.zeros(found.shape, dtype=bool) if cell is None else np.isnan(cell.student).any(-1)
-    codes: np.ndarray = np.where(np.isfinite(found), OK, np.where(absent, NO_GROUP, UNMOVED))
-    return codes
 
 
 def _label(
@@ -421,14 +404,14 @@ def _sentences(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappi
         elif condition in _told(run, data):
             yield _summarise(run, data, recorded, judgements, condition)
         else:
-            yield f"{condition}: nothing moved, so there is no steering direction."
+            yield f"{condition}: no steering direction can be held against the teacher's ({_why(data, condition)})."
 
 
 def _summarise(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mapping[ByPoint, Judgement], condition: str) -> str:
     case, points = pool_traits(run, condition), _judged_points(recorded)
     told = [point.name for point in points if np.isfinite(_values(run, data, RAW, case, point.name)).any()]
     if not told:
-        return f"{condition}: nothing moved where it could be compared, so there is no cosine."
+        return f"{condition}: there is no cosine at students' last steps ({_why(data, condition)})."
     verdicts = [judgements[case, name].verdict for name in told if (case, name) in judgements]
     counts = ", ".join(f"{verdict} at {verdicts.count(verdict)} of {len(points)}" for verdict in dict.fromkeys(verdicts))
     last = told[-1]
@@ -452,6 +435,11 @@ def _summarise(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappi
         f"{mean(RAW)} and {mean(RAW_OTHERS)}{elsewhere}. ‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ "
         f"{mean('teacher_shift')}."
     )
+
+
+def _why(data: xr.Dataset, condition: str) -> str:
+    """Why there is no cosine on the first kind of prompts, in words."""
+    return say_statuses(data[f"{RAW}_status"].sel(condition=condition).isel(group=0).values.flat, STATUS)
 
 
 def _map_words(run: Run, data: xr.Dataset, condition: str) -> str:

@@ -10,19 +10,20 @@ import numpy as np
 import xarray as xr
 
 from mechsub.analyses.registry import analysis
-from mechsub.cases import count_members, label_means, pool_traits, pooled_name
+from mechsub.cases import count_members
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
+from mechsub.pooling import label_means, pool_traits, pooled_name, say_statuses
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, fieller_interval, student_interval
 from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, judge_effects
+from mechsub.steered.editor import measure_edits
 from mechsub.steered.edits import (
     ADD,
     ALL_LAYERS,
     DOSES,
     JUDGED_DOSE,
-    NOT_TRAINED,
     OK,
     OTHER_STUDENTS,
     OTHER_TEACHERS,
@@ -36,7 +37,6 @@ from mechsub.steered.edits import (
     VECTORS,
     ByMember,
     Measured,
-    measure_edits,
 )
 
 SOURCE = "adding and removing steering directions: Blank, arXiv:2606.00995; Turner et al., arXiv:2308.10248"
@@ -126,11 +126,11 @@ class _Claim:
 _CLAIMS = (
     _Claim(
         "sufficiency_of_teacher_direction", ADD, OWN_TEACHER, OTHER_TEACHERS, str(JUDGED_DOSE), 1.0,
-        "score(origin + α ‖h‖ v̂_T) − score(origin)",
+        "score(origin + Σ_l (α/L) ‖h_l‖ v̂_T,l) − score(origin), l the L hook points of the window",
     ),
     _Claim(
         "sufficiency_of_student_direction", ADD, OWN_STUDENT, OTHER_STUDENTS, str(JUDGED_DOSE), 1.0,
-        "score(origin + α ‖h‖ v̂_S) − score(origin)",
+        "score(origin + Σ_l (α/L) ‖h_l‖ v̂_S,l) − score(origin), l the L hook points of the window",
     ),
     _Claim(
         "necessity_of_teacher_direction", REPLACE, OWN_TEACHER, OTHER_TEACHERS, "", -1.0,
@@ -163,7 +163,9 @@ def _null_words(run: Run, claim: _Claim) -> str:
 
 
 def _windows(measured: Measured, kind: str) -> list[str]:
-    return list(dict.fromkeys(edit.window for edit in measured.edits if edit.kind == kind))
+    """By depth; then windows of several hook points, all layers last. The last comes first where one stands for all."""
+    found = dict.fromkeys(edit.window for edit in measured.edits if edit.kind == kind)
+    return sorted(found, key=lambda window: (window not in _single_windows(measured), window == ALL_LAYERS))
 
 
 def _single_windows(measured: Measured) -> list[str]:
@@ -197,13 +199,13 @@ def _compare(measured: Measured, claim: _Claim, condition: str, window: str) -> 
 def _findings(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgement]) -> Iterator[Finding]:
     verdict = run.recipe.verdict
     for claim, condition in product(_CLAIMS, run.conditions):
-        # All layers first, then the last: tables that show one finding of a kind show that one.
-        for window in sorted(reversed(_windows(measured, claim.kind)), key=lambda window: window != ALL_LAYERS):
+        for window in _windows(measured, claim.kind)[::-1]:
             own, others = _compare(measured, claim, condition, window)
             if not np.isfinite(own).any():
                 continue
             against = student_interval(others, verdict.confidence)
-            dose = f", α = {claim.dose}" if claim.dose else ""
+            split = " in equal parts over its hook points" if window not in _single_windows(measured) else ""
+            dose = f", α = {claim.dose}{split}" if claim.dose else ""
             yield Finding(
                 analysis="steering_effect",
                 quantity=claim.quantity,
@@ -343,9 +345,8 @@ def _sentences(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgem
     )
     for condition in run.conditions:
         if condition not in _told(run, measured):
-            untrained = (measured.status[run.conditions.index(condition)] == NOT_TRAINED).any()
-            why = "its students are not trained: what they have stands in their prompts" if untrained else "nothing moved there"
-            yield f"{condition}: nothing was edited; {why}."
+            why = say_statuses(measured.status[run.conditions.index(condition)].flat, STATUS)
+            yield f"{condition}: nothing was edited ({why})."
             continue
         yield _tell_sufficiency(run, measured, judgements, condition)
         yield _tell_necessity(run, measured, judgements, condition)
@@ -378,6 +379,8 @@ def _count(verdicts: Sequence[str]) -> str:
 
 def _tell_necessity(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgement], condition: str) -> str:
     """What share of the transferred trait goes with each direction: over all layers, and of single ones where most does."""
+    if not np.isfinite(measured.total(condition)).any():
+        return f"{condition}: what is taken out has no control to be told against, so that no share of anything is given."
     if not _interval(run, measured.total(condition)).low > 0:
         return f"{condition}: what its students took over is not told from 0, so no share of it is given."
     parts = []
@@ -399,7 +402,7 @@ def _tell_necessity(run: Run, measured: Measured, judgements: Mapping[Claimed, J
             parts.append(f"{claim.own} {done}: {', '.join(told)}; {counts} windows")
     return (
         f"{condition}: share of the transferred trait that goes. {'. '.join(parts)}. The single hook point is the one where "
-        "most goes, its interval not corrected for that choice."
+        "most goes, its interval not corrected for that choice. Both student and control are edited."
     )
 
 

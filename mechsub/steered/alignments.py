@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
 STATUS = (
     "ok", "nothing_moved", "not_run", "incomparable", "no_control", "no_other_teacher", "no_readout", "not_this_group",
-    "no_map_between_bases",
+    "no_map_between_bases", "not_finite",
 )  # fmt: skip
-OK, UNMOVED, NOT_RUN, INCOMPARABLE, NO_CONTROL, NO_OTHER, NO_READOUT, NO_GROUP, NO_MAP = range(len(STATUS))
+OK, UNMOVED, NOT_RUN, INCOMPARABLE, NO_CONTROL, NO_OTHER, NO_READOUT, NO_GROUP, NO_MAP, NOT_FINITE = range(len(STATUS))
 _ROUNDING = 1e-6
 """Of a vector: what is left of it where all of it was taken out."""
 ByGroup = Float[np.ndarray, "member group"]
@@ -32,6 +32,16 @@ class Cell:
     origin_norm: ByGroup
     shuffles: Float[np.ndarray, "member shuffle width"] | None
     """Of the student at its last step, on the prompts of the first group."""
+    lacks: Bool[np.ndarray, " group"]
+    """Groups that one of these lineages was not run on; NaN elsewhere is of the models."""
+
+    def explain(self, found: ByGroup) -> Int[np.ndarray, "member group"]:
+        """The status of values of a quantity."""
+        held = [self.student, self.teacher, *self.others, *(one for one in (self.control, self.neutral) if one is not None)]
+        is_damaged = np.any([np.isnan(vectors).any(-1) for vectors in held], axis=0)
+        why = np.where(self.lacks, NO_GROUP, np.where(is_damaged, NOT_FINITE, UNMOVED))
+        codes: np.ndarray = np.where(np.isfinite(found), OK, why)
+        return codes
 
     @property
     def adjusted(self) -> Vectors | None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,6 +37,8 @@ class Recorded:
     """By trait and member: an orthonormal basis of what the head of the member's reference reads it from."""
     maps: Mapping[tuple[str, int], Mapping[str, BasisMap]]
     """Of lineages that start elsewhere, by lineage and member: into the reference's basis."""
+    lacking: Mapping[str, frozenset[str]]
+    """By lineage, the groups that its prompts do not have."""
 
     def stack(self, lineage: Lineage, step: int, point: HookPoint) -> Vectors:
         """The directions of all members in the teachers' basis; NaN of one that has none there."""
@@ -50,6 +52,11 @@ class Recorded:
         """The same of the shuffled labels."""
         members = range(lineage.spec.num_members)
         return np.stack([self._map(lineage, m, point, self.shuffles[lineage.name, step, m][point.name]) for m in members])
+
+    def lacks(self, lineages: Sequence[Lineage | None]) -> Bool[np.ndarray, " group"]:
+        """Which groups one of these lineages does not have."""
+        missing = frozenset[str]().union(*(self.lacking[lineage.name] for lineage in lineages if lineage is not None))
+        return np.array([group in missing for group in self.groups])
 
     def has_map(self, lineage: Lineage, point: HookPoint) -> bool:
         """Whether a lineage's directions at a hook point can be held against the teachers', in all members."""
@@ -98,17 +105,19 @@ class Recorder:
         vectors: dict[Key, dict[str, np.ndarray]] = {}
         shuffles: dict[Key, dict[str, np.ndarray]] = {}
         norms: dict[tuple[str, int], dict[str, np.ndarray]] = {}
+        lacking: dict[str, frozenset[str]] = {}
         for done, (lineage, step) in enumerate(self._list_models(), 1):
             is_shuffled = lineage.spec.role == "student" and step == lineage.last
             for member in range(run.recipe.members):
                 found = reader.direction(lineage, step, member, shuffled=is_shuffled)
                 vectors[lineage.name, step, member] = _pick(found.means, found.groups, groups)
+                lacking[lineage.name] = frozenset(groups) - frozenset(found.groups)
                 norms[lineage.name, member] = _pick(found.norms, found.groups, groups)
                 if is_shuffled:
                     shuffles[lineage.name, step, member] = _pick(found.means, found.groups, self._shuffled)
             run.report_progress(done)
         readouts = {key: basis for member in range(run.recipe.members) for key, basis in self._read_out(member)}
-        return Recorded(run, reader.points, groups, vectors, shuffles, norms, readouts, dict(self._fit_maps()))
+        return Recorded(run, reader.points, groups, vectors, shuffles, norms, readouts, dict(self._fit_maps()), lacking)
 
     def _fit_maps(self) -> Iterator[tuple[tuple[str, int], Mapping[str, BasisMap]]]:
         """One a condition and member, for its students and its control, which start at the same place."""

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from mechsub.activations.backends import Visit
 from mechsub.activations.hook_points import HookPoint
-from mechsub.activations.steering import keep_components, replace_components
+from mechsub.activations.steering import OtherPassesError, keep_components, push_along, replace_components
 from mechsub.cases import CaseName
-from mechsub.errors import ActivationError
 from mechsub.lineages import Lineage
 from mechsub.open_models import OpenModel, open_model
 from mechsub.run import Run
@@ -43,6 +42,14 @@ class Kept:
     components: Mapping[str, list[Tensor]]
     """By hook point."""
     inputs: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What a model does with another one's components, and by how much these moved it at each hook point, pass by pass."""
+
+    steered: Steered
+    pushes: Mapping[str, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -74,19 +81,32 @@ class SteeredModel:
         found = self.evaluate({point: keep_components(rows, kept[point.name]) for point, rows in directions.items()})
         return Kept(kept, found.inputs)
 
-    def replace(self, directions: Rows, kept: Kept, along: Rows | None = None) -> Steered:
+    def replace(self, directions: Rows, kept: Kept) -> Replaced:
         """With another model's components along directions in the place of its own; see `replace_components`.
 
         Raises:
-            ActivationError: the other model was given other inputs.
+            OtherPassesError: the other model was given other inputs.
         """
+        pushes: dict[str, list[Tensor]] = {point.name: [] for point in directions}
         changes = {
-            point: replace_components(rows, kept.components[point.name], along[point] if along else None)
+            point: replace_components(rows, kept.components[point.name], pushes[point.name])
             for point, rows in directions.items()
         }
+        return Replaced(self._evaluate_on(kept.inputs, changes), pushes)
+
+    def push(self, directions: Rows, replaced: Replaced) -> Steered:
+        """Pushed along other directions by what `replace` of this model moved; see `push_along`.
+
+        Raises:
+            OtherPassesError: it is given other inputs.
+        """
+        changes = {point: push_along(rows[0], replaced.pushes[point.name]) for point, rows in directions.items()}
+        return self._evaluate_on(replaced.steered.inputs, changes)
+
+    def _evaluate_on(self, inputs: tuple[bytes, ...], changes: Mapping[HookPoint, Visit]) -> Steered:
         found = self.evaluate(changes)
-        if found.inputs != kept.inputs:
-            raise ActivationError("the model whose components are put in was given other inputs: run both on the same")
+        if found.inputs != inputs:
+            raise OtherPassesError("the model whose components are put in was given other inputs: run both on the same")
         return found
 
     @cached_property

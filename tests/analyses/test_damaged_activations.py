@@ -68,3 +68,9 @@ def test_nan_in_a_checkpoint_is_nan_in_its_own_member_only(small, whole, damage,
     np.testing.assert_allclose(after.sel(member=others), before.sel(member=others), rtol=1e-6, atol=1e-9)
     lost = np.isnan(after.sel(member=BROKEN)) & ~np.isnan(before.sel(member=BROKEN))
     assert lost.any() and not (~np.isnan(after) & np.isnan(before)).any()
+    codes = found.data[f"{name}_status"].sel(member=BROKEN)
+    meanings = codes.attrs["flag_meanings"].split()
+    assert {meanings[code] for code in codes.values[lost.values]} <= {"not_finite", "no_score"}
+    if analysis is steering_effect:
+        total = "teacher_effect" if lineage == "teacher" else "student_effect"
+        assert np.isnan(found.data[total].sel(member=BROKEN)).all()

@@ -135,7 +135,7 @@ def plant(stream, planted, members=5, traits=5, width=64):
         control, student = drift + noise(), drift + noise() + planted * teachers[place]
         cell = Cell(
             student, teachers[place], [one for other, one in enumerate(teachers) if other != place], [None], control, None,
-            np.ones((members, 1)), None,
+            np.ones((members, 1)), None, np.zeros(1, dtype=bool),
         )  # fmt: skip
         effects.append(measure[ADJUSTED](cell) - measure[ADJUSTED_OTHERS](cell))
     return np.mean(effects, axis=0)[:, 0]

@@ -122,6 +122,55 @@ def test_a_direction_is_taken_out_of_the_student_or_replaced_by_what_its_origin_
         assert float(edit_of(result, REPLACE, OTHER_STUDENTS).sel(**where).effect) == pytest.approx(pushed, abs=0.006)
 
 
+@pytest.mark.parametrize("name", ["student.all-logits", "control.all-logits"])
+def test_over_layers_others_directions_are_pushed_by_what_replacing_the_own_one_moves(tiny_run, result, name):
+    """Not by the whole gap at every layer: replacing closes it at the first."""
+    student, control = tiny_run.student("all-logits", "digits"), tiny_run.control("all-logits")
+    images, labels = tiny_run.family._images, tiny_run.family._labels["digits"]
+    lineage, member = tiny_run.lineages[name], 1
+    (batch,) = tiny_run.family.prompts(tiny_run.reference, member).estimate["trait"].batches
+
+    def units(other):
+        ends = starts = batch.arguments["images"]
+        moved, start = (tiny_run.family.load_model(other, step, member) for step in (other.last, 0))
+        found = []
+        for taught, layer in zip(moved.layers, start.layers, strict=True):
+            ends, starts = torch.relu(taught(ends)), torch.relu(layer(starts))
+            found.append((ends.mean(0) - starts.mean(0)) / (ends.mean(0) - starts.mean(0)).norm())
+        return found
+
+    def run(model, change):
+        features = images
+        for depth, layer in enumerate(model.layers):
+            features = change(depth, torch.relu(layer(features)))
+        return float((model.class_head(features).argmax(-1) == labels).double().mean())
+
+    pushes, kept = [], []
+    with torch.no_grad():
+        own, others = units(student), units(control)
+        origin, model = (
+            tiny_run.family.load_model(student, 0, member),
+            tiny_run.family.load_model(lineage, lineage.last, member),
+        )
+
+        def replace(depth, h):
+            pushes.append(kept[depth] - h @ own[depth])
+            return h + pushes[-1][:, None] * own[depth]
+
+        run(origin, lambda depth, h: kept.append(h @ own[depth]) or h)
+        scores = [
+            run(model, replace),
+            run(model, lambda depth, h: h + pushes[depth][:, None] * others[depth]),
+            run(model, lambda depth, h: h),
+        ]
+    data = result.data.sel(condition="all-logits", taught="digits", member=member)
+    variable = "effect" if name.startswith("student") else "control_effect"
+    for vector, score in ((OWN_STUDENT, scores[0]), (OTHER_STUDENTS, scores[1])):
+        chosen = (data.kind == REPLACE) & (data.vector == vector) & (data.window == "all layers")
+        (edit,) = np.flatnonzero(chosen.values)
+        assert float(data[variable].isel(edit=edit)) == pytest.approx(score - scores[2], abs=0.006)
+
+
 def test_opposite_doses_are_two_edits(result):
     """Of one length, so that nothing kept of one may stand for the other."""
     for vector in (OWN_TEACHER, OWN_STUDENT):

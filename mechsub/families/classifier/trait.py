@@ -10,9 +10,9 @@ def compute_accuracy(
 ) -> Float[Tensor, " trait"]:
     """Share of the images whose largest class logit is the label, for each trait's labels.
 
-    In [0, 1]; chance is 1 / classes.
+    In [0, 1]; chance is 1 / classes. NaN where a logit is NaN or infinite.
     """
     with torch.no_grad():
-        chosen = model(images)[:, :num_classes].argmax(-1)
-    shares: Tensor = (chosen == labels).double().mean(-1)
-    return shares
+        logits = model(images)[:, :num_classes]
+    shares: Tensor = (logits.argmax(-1) == labels).double().mean(-1)
+    return shares if bool(logits.isfinite().all()) else torch.full_like(shares, float("nan"))

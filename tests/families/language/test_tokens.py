@@ -4,6 +4,7 @@ import torch
 
 from mechsub.families.language.chat import ChatTokenizer, Row
 from mechsub.families.language.divergence import find_diverging_tokens
+from mechsub.families.language.hook_points import find_final_norm
 from mechsub.families.language.layout import carrier_files
 from mechsub.families.language.rows import read_rows
 from mechsub.token_channels.subjects import THE_TEACHER
@@ -18,6 +19,23 @@ def test_the_tensors_with_a_row_for_each_token_are_the_vocabulary(nano_run, toke
     assert tokens.tensors == {"transformer.wte.weight", "lm_head.weight"}  # not the positions
     other = nano_run.family.tokens(nano_run.lineages["reference.nano-qwen2"])
     assert other.tensors == {"model.embed_tokens.weight", "lm_head.weight"}
+
+
+@pytest.mark.parametrize("name", ["reference", "reference.nano-qwen2"])
+def test_the_readout_is_what_the_targets_logit_over_the_mean_logit_is_read_along(nano_run, name):
+    lineage = nano_run.lineages[name]
+    model = nano_run.family.load_model(lineage, 0, 0).double()
+    with torch.no_grad():  # norms start at 1 and 0, where nothing would be seen of them
+        norm = find_final_norm(model)
+        for parameter in norm.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+        (row,) = nano_run.family.readout(lineage, model, "owl").double()
+        token = ChatTokenizer.load(nano_run.path / "data" / lineage.spec.model["name"], "nano").answer_token("owl")
+        head, hidden = model.get_output_embeddings().weight, torch.randn(5, len(row), dtype=torch.float64)
+        read = (norm(hidden) - norm(torch.zeros_like(hidden))) @ (head[token] - head.mean(0))
+    centred = hidden - hidden.mean(-1, keepdim=True) if isinstance(norm, torch.nn.LayerNorm) else hidden
+    lengths = centred.square().mean(-1).sqrt()
+    torch.testing.assert_close(read * lengths, hidden @ row, rtol=1e-4, atol=1e-5)
 
 
 def test_choices_and_texts_are_those_of_the_tokenizer(nano_run, tokens):
