@@ -218,10 +218,10 @@ def _apply(member: _Member, condition: str, trait: str, edit: Edit, patient: _Pa
         return meant
     found = []
     for name, held in meant.items():
-        own = _find_own(member, condition, trait, edit) if edit.kind == REPLACE else (name, held)
+        own = _find_own(member, condition, trait, edit) if edit.kind == REPLACE else None
         if isinstance(own, int):
             return own
-        own_name, own_held = (name, held) if own is None else own
+        own_name, own_held = own or (name, held)
         if not all(bool(one[point.name].isfinite().all()) for one, point in product((held, own_held), points)):
             return NOT_FINITE
         moved = [point for point in points if bool(own_held[point.name].any())]  # an adapter never moves the embedding
