@@ -24,8 +24,9 @@ class TracedView:
 
     model: nn.Module
     envoy: Any
-    save: Any
-    """`nnsight.save`, which keeps a value beyond its trace."""
+    keep: Any
+    """`nnsight.save`, which keeps a value beyond its trace. Not named so here: nnsight gives every object a ``save``, which a
+    dataclass would take for a default."""
     order: Mapping[tuple[str, str], int]
     """When a module is entered and left: a trace asks for values in the order in which they come about."""
     _visits: list[tuple[HookPoint, Visit]] = field(default_factory=list)
@@ -50,7 +51,7 @@ class TracedView:
         with self.envoy.trace(*inputs, fn=forward, **arguments) as tracer:
             for point, visit in self._visits:
                 _visit(self.envoy.get(point.module), point.side, visit)
-            output = self.save(tracer.result)
+            output = self.keep(tracer.result)
         return output
 
 

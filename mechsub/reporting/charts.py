@@ -87,10 +87,21 @@ def _name_parts(svg: str, figure: str) -> str:
 
 
 def _write_spec(spec: dict[str, Any]) -> Markup:
-    """The spec as JSON for a script element. Its rows are lists under one line of names: they would repeat in every row."""
+    """The spec as JSON for a script element.
+
+    Its rows are lists under one line of names, and texts are places in a list of their column's: else they would repeat in every
+    row.
+    """
     rows = spec["datasets"]["data"]
     columns = list(rows[0]) if rows else []
-    compact = {**spec, "config": THEME, "datasets": {"columns": columns, "rows": [[*row.values()] for row in rows]}}
+    texts = {
+        name: list(dict.fromkeys(row[name] for row in rows))
+        for name in columns
+        if any(isinstance(row[name], str) for row in rows)
+    }
+    places = {name: {text: place for place, text in enumerate(known)} for name, known in texts.items()}
+    short = [[places[name][value] if name in places else value for name, value in row.items()] for row in rows]
+    compact = {**spec, "config": THEME, "datasets": {"columns": columns, "texts": texts, "rows": short}}
     # "</" inside a script element would end it.
     return Markup(json.dumps(compact, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/"))
 

@@ -1,6 +1,8 @@
 """Three backends reach the same activations, and leave the model as it was."""
 
 import importlib.util
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -281,3 +283,10 @@ def test_a_backend_that_is_not_known_or_not_installed_is_refused(monkeypatch):
     for backend in OTHERS:
         with pytest.raises(ActivationError, match=r"pip install 'mechsub\[backends\]'"):
             open_backend(backend)
+
+
+def test_the_adapter_can_be_imported_after_the_library_itself():
+    """Which by then has given every object a method ``save``."""
+    program = "import nnsight; from mechsub.activations.backends import open_backend; print(open_backend('nnsight').name)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "nnsight", done.stderr

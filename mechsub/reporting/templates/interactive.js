@@ -37,7 +37,9 @@
 
   for (const figure of document.querySelectorAll("figure")) {
     const spec = JSON.parse(figure.querySelector("script.spec").textContent);
-    const { columns, rows } = spec.datasets;
+    const { columns, texts } = spec.datasets;
+    const known = columns.map((name) => texts[name]);
+    const rows = spec.datasets.rows.map((row) => row.map((value, place) => (known[place] ? known[place][value] : value)));
     spec.datasets = { data: rows.map((row) => Object.fromEntries(columns.map((name, column) => [name, row[column]]))) };
     const still = figure.querySelector(".still");
     const tools = document.createElement("div");
