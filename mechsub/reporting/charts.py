@@ -89,8 +89,7 @@ def _name_parts(svg: str, figure: str) -> str:
 def _write_spec(spec: dict[str, Any]) -> Markup:
     """The spec as JSON for a script element.
 
-    Its rows are lists under one line of names, and texts are places in a list of their column's: else they would repeat in every
-    row.
+    Its rows are lists under one line of names, and texts are places in a list of their column's: they would repeat in each.
     """
     rows = spec["datasets"]["data"]
     columns = list(rows[0]) if rows else []
