@@ -427,11 +427,12 @@ def _summarise(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappi
         return (
             f"{condition}: at {last} v_S has cosine {mean(RAW)} with its own teacher's v_T; there is no control to judge it by."
         )
+    others = "other teachers'" if len(run.traits) > 1 else "the neutral teacher's"
     bare = mean(BARE)
     without = f" ({bare} without the target's unembedding, others {mean(BARE_NULL)})" if np.isfinite(bare.estimate) else ""
     return (
         f"{condition}: {counts or 'not judged'} hook points. At {last}, the last that can be compared, v_S − v_C has cosine "
-        f"{mean(ADJUSTED)} with its own teacher's v_T, {mean(ADJUSTED_OTHERS)} with other teachers'{without}; v_S alone "
+        f"{mean(ADJUSTED)} with its own teacher's v_T, {mean(ADJUSTED_OTHERS)} with {others}{without}; v_S alone "
         f"{mean(RAW)} and {mean(RAW_OTHERS)}{elsewhere}. ‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ "
         f"{mean('teacher_shift')}."
     )
