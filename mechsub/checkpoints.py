@@ -188,7 +188,9 @@ def _keep_open(checkpoint: Path, name: str) -> Any:
         state = path.stat()
         return _opened(path, (state.st_mtime_ns, state.st_size, state.st_ino))
     except (OSError, SafetensorError) as error:
-        raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+        raise RunDirectoryError(
+            f"{path} cannot be read ({error}); put a whole copy there; `mechsub verify` names what else of a run is damaged"
+        ) from None
 
 
 @lru_cache(maxsize=100)
@@ -202,7 +204,9 @@ def _open(path: Path, device: str = "cpu") -> Iterator[Any]:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except (OSError, SafetensorError) as error:
-        raise RunDirectoryError(f"{path} cannot be read ({error}); `mechsub verify` names every damaged file") from None
+        raise RunDirectoryError(
+            f"{path} cannot be read ({error}); put a whole copy there; `mechsub verify` names what else of a run is damaged"
+        ) from None
 
 
 def as_computed(tensor: Tensor) -> Tensor:

@@ -4,8 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from mechsub.cases import CaseName
+from mechsub.lineages import Lineage
 from mechsub.results import status_variable
 from mechsub.run import Run
 
@@ -39,6 +41,12 @@ def label_means(variables: Mapping[str, xr.Variable], names: Sequence[str]) -> d
         found[pooled_name(name)] = mean
         found[f"{pooled_name(name)}_status"] = status_variable(codes, dims, ("ok", "see_the_traits_own"), pooled_name(name))
     return found
+
+
+def distinct_members(run: Run, values: Float[np.ndarray, " member"], *lineages: Lineage) -> Float[np.ndarray, " distinct"]:
+    """Values of lineages alone; only the first where each of these is one model for all members: n copies have no interval."""
+    is_one = all(map(run.has_one_model, lineages)) and len(np.unique(values)) == 1
+    return values[:1] if is_one else values
 
 
 def say_statuses(codes: Iterable[int], meanings: Sequence[str]) -> str:

@@ -163,6 +163,12 @@ class Run:
         known = all(lineage.spec.model.get("steps_are_known", True) for lineage in (control, student))
         return step if known and step in control.steps and step != control.last else None
 
+    def has_one_model(self, lineage: Lineage) -> bool:
+        """Whether all members of a lineage are one model, so that what is measured of it alone is one number, not n."""
+        if lineage.spec.role == "reference":
+            return self.recipe.num_references() == 1
+        return bool(lineage.spec.model.get("is_shared", False))
+
     def rules(self, margin: float) -> Rules:
         """The recipe's rules of verdicts, with a margin in the unit of what is judged."""
         verdict = self.recipe.verdict

@@ -515,7 +515,7 @@ def _summarise(run: Run, data: xr.Dataset, judgements: Judgements, condition: st
             return f"{what}: none ({_why(run, data, name, case, point)})"
         judged = judgements.get((name, case))
         before = f", {start} before training" if start is not None else ""
-        verdict = f": {judged.verdict}" if judged is not None else ""
+        verdict = f" (difference {judged.interval}, n = {judged.interval.n}: {judged.verdict})" if judged is not None else ""
         return f"{what} {found}, its control {null}{before}{verdict}"
 
     told = [

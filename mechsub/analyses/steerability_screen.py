@@ -175,8 +175,9 @@ def _centre(values: ByTrait) -> ByTrait:
 def _decide(num_traits: int, curve: Association, passed: np.ndarray, counts: str) -> tuple[str, str]:
     """The verdict on an AUROC, with its reason."""
     if num_traits < FEWEST_TRAITS or passed.all() or not passed.any():
-        needed = f"{FEWEST_TRAITS} traits, of which some were judged {TRANSFER.above} and some {TRANSFER.equivalent}"
-        return TOO_FEW, f"{num_traits} traits: {counts}; a claim over traits needs {needed}"
+        needed = f"at least {FEWEST_TRAITS} traits, some of them judged {TRANSFER.above} and some {TRANSFER.equivalent}"
+        lacking = "too few traits" if num_traits < FEWEST_TRAITS else "one of the two outcomes is missing"
+        return TOO_FEW, f"{num_traits} traits: {counts}: {lacking}; a claim over traits needs {needed}"
     if not np.isfinite(curve.low):
         return AGAINST_NULL.undecided, f"{counts}; {curve.reason}"
     if curve.low > 0.5 or curve.high < 0.5:

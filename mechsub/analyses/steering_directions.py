@@ -15,7 +15,7 @@ from mechsub.analyses.registry import analysis
 from mechsub.cases import CaseName, count_members, label_last_steps, list_cases
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, diverging_scale, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
-from mechsub.pooling import label_means, list_traits, pool_traits, pooled_name, say_statuses
+from mechsub.pooling import distinct_members, label_means, list_traits, pool_traits, pooled_name, say_statuses
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
@@ -180,9 +180,11 @@ ByPoint = tuple[CaseName, str]
 
 
 def _judge(run: Run, data: xr.Dataset, recorded: Recorded) -> dict[ByPoint, Judgement]:
-    """Verdicts on cos(v_S − v_C, v_T) less the same with other teachers, at students' last steps.
+    """Verdicts at students' last steps, of several traits on cos(v_S − v_C, v_T) less the same with other teachers.
 
-    Where a student could as well be its control, this effect is as often under 0 as over it.
+    With one trait there is no other teacher but the neutral one, whose student is the control: v_S − v_C would hold what
+    the control took over from it. There it is cos(v_S, v_T) less the control's. Where a student could as well be its control,
+    either is as often under 0 as over it.
     Of the mean over traits Holm runs over conditions and layers, of single traits over conditions, traits and layers.
     """
     by_trait: dict[ByPoint, np.ndarray] = {}
@@ -190,14 +192,32 @@ def _judge(run: Run, data: xr.Dataset, recorded: Recorded) -> dict[ByPoint, Judg
     for condition, point in product(run.conditions, (point.name for point in _judged_points(recorded))):
         for cases, found in (([(condition, trait) for trait in run.traits], by_trait), ([pool_traits(run, condition)], pooled)):
             for case in cases:
-                effect = _values(run, data, ADJUSTED, case, point) - _values(run, data, ADJUSTED_OTHERS, case, point)
+                own, null = (_values(run, data, name, case, point) for name in _judged(run))
+                effect = own - null
                 if np.isfinite(effect).any():
                     found[case, point] = effect
     rules = run.rules(run.recipe.verdict.alignment_margin)
     return judge_effects(by_trait, rules, AGAINST_NULL) | judge_effects(pooled, rules, AGAINST_NULL)
 
 
-_REPORTED = {
+def _judged(run: Run) -> tuple[str, str]:
+    """The quantity that is judged, and the one that is its null."""
+    return (ADJUSTED, ADJUSTED_OTHERS) if len(run.traits) > 1 else (RAW, RAW_CONTROL)
+
+
+_NO_OTHERS = "none: the only other teacher is the neutral one, whose student the control is"
+_OF_ONE_TRAIT = {
+    RAW: (RAW_CONTROL, "the control: cos(v_C, v_T)", ""),
+    ADJUSTED: ("", _NO_OTHERS, "the student's cosine against its control's is judged"),
+    BARE: ("", _NO_OTHERS, "whole vectors are judged"),
+    SPECIFIC: (
+        "",
+        "0: a student that is exchangeable with its control",
+        "the student's cosine against its control's is judged",
+    ),
+    "student_shift": ("control_shift", "the control's own shift", "a size, not a direction"),
+}
+_OF_TRAITS = {
     ADJUSTED: (ADJUSTED_OTHERS, "other teachers from the same θ₀: cos(v_S − v_C, v_T′)", ""),
     BARE: (BARE_NULL, "other teachers, without their own targets' unembedding", "whole vectors are judged"),
     SPECIFIC: ("", "0: a student that is exchangeable with its control", "the cosine with other teachers as null is judged"),
@@ -207,13 +227,17 @@ _REPORTED = {
 """By quantity: the variable that is its null, the null in words, and why it has no verdict."""
 
 
+def _reported(run: Run) -> Mapping[str, tuple[str, str, str]]:
+    return _OF_TRAITS if len(run.traits) > 1 else _OF_ONE_TRAIT
+
+
 def _findings(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mapping[ByPoint, Judgement]) -> Iterator[Finding]:
     """Of the mean over traits all reported quantities, of single traits the judged one; the last hook point first.
 
     What is read there is what the answer is made of: tables that show one finding of a kind show that one.
     """
     for condition, point in product(run.conditions, reversed(_judged_points(recorded))):
-        for name in _REPORTED:
+        for name in _reported(run):
             cases = [pool_traits(run, condition)]
             if name == ADJUSTED and len(run.traits) > 1:
                 cases += [(condition, trait) for trait in run.traits]
@@ -226,7 +250,7 @@ def _finding(
     run: Run, data: xr.Dataset, recorded: Recorded, name: str, case: CaseName, point: HookPoint, judgement: Judgement | None
 ) -> Finding:
     verdict = run.recipe.verdict
-    null, null_words, reason = _REPORTED[name]
+    null, null_words, reason = _reported(run)[name]
     against = student_interval(_values(run, data, null, case, point.name), verdict.confidence) if null else None
     if against is not None and not np.isfinite(against.estimate):
         null_words = "none: no control or no other teacher"
@@ -247,7 +271,7 @@ def _finding(
         null_high=np.nan if against is None else against.high,
         num_references=run.recipe.num_references(case[0]),
         **judgement_fields(
-            judgement if name == ADJUSTED else None, verdict.alignment_margin, reason or "no control or no other teacher"
+            judgement if name == _judged(run)[0] else None, verdict.alignment_margin, reason or "no control or no other teacher"
         ),
         formula=quantity.formula,
         source=SOURCE,
@@ -266,12 +290,25 @@ def _values(run: Run, data: xr.Dataset, name: str, case: CaseName, point: str) -
     return mean
 
 
-_ADJUSTED_WHO = {ADJUSTED: "own teacher's v_T", ADJUSTED_OTHERS: "other teachers' (null)"}
-_RAW_WHO = {
-    pooled_name(RAW): "own teacher's v_T",
-    pooled_name(RAW_OTHERS): "other teachers' (null)",
-    pooled_name(RAW_CONTROL): "control with that teacher's",
-}
+def _judged_who(run: Run) -> dict[str, str]:
+    """The lines of what is judged, by variable."""
+    words = ("own teacher's v_T", "other teachers' (null)") if len(run.traits) > 1 else ("student", "control (null)")
+    return dict(zip(_judged(run), words, strict=True))
+
+
+def _raw_who(run: Run) -> dict[str, str]:
+    """The lines of what is drawn along training, by variable."""
+    names = (pooled_name(RAW), pooled_name(RAW_OTHERS), pooled_name(RAW_CONTROL))
+    of_traits = ("own teacher's v_T", "other teachers' (null)", "control with that teacher's")
+    of_one = ("own teacher's v_T", "neutral teacher's v_N", "control with v_T (null)")
+    return dict(zip(names, of_traits if len(run.traits) > 1 else of_one, strict=True))
+
+
+def _judged_words(run: Run) -> str:
+    """What is judged and its null, for captions."""
+    if len(run.traits) > 1:
+        return "cos(v_S − v_C, v_T); the null is the same with other teachers' v_T, from the same θ₀"
+    return "cos(v_S, v_T); the null is the control's, cos(v_C, v_T)"
 
 
 def _told(run: Run, data: xr.Dataset) -> list[str]:
@@ -282,13 +319,13 @@ def _told(run: Run, data: xr.Dataset) -> list[str]:
 def _layer_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
     points = [point.name for point in recorded.points]
     dots = (
-        fold_variables("cosine", _ADJUSTED_WHO)
+        fold_variables("cosine", _judged_who(run))
         .mark_circle(size=22, opacity=0.45)
         .encode(
             x=alt.X("cosine:Q", title="cosine of steering directions"),
             y=alt.Y("point:N", sort=points, title=None),
-            yOffset=alt.YOffset("who:N", sort=list(_ADJUSTED_WHO.values())),
-            color=color_by_who(_ADJUSTED_WHO),
+            yOffset=alt.YOffset("who:N", sort=list(_judged_who(run).values())),
+            color=color_by_who(_judged_who(run)),
             tooltip=["condition:N", "point:N", "taught:N", "who:N", "member:O", alt.Tooltip("cosine:Q", format=".3f")],
         )
         .transform_filter("datum.step == datum.last_step")
@@ -302,13 +339,13 @@ def _layer_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
         name="steering_alignment_by_layer",
         title="Do students' activations move where their own teachers' did?",
         caption=(
-            f"cos(v_S − v_C, v_T) at students' last steps, no unit, at every hook point; v is the mean activation less that of "
-            f"the lineage's own origin over {recorded.groups[0]} ({_describe_prompts(run)}). Each dot is one of "
-            f"{count_members(run)}. The null is other teachers' v_T, from the same θ₀. Random directions would scatter about 0 "
+            f"{_judged_words(run)}. At students' last steps, no unit, at every hook point; v is the mean activation less that "
+            f"of the lineage's own origin over {recorded.groups[0]} ({_describe_prompts(run)}). Each dot is one of "
+            f"{count_members(run)}. Random directions would scatter about 0 "
             f"by {float(data.random_cosine_sd.max()):.2f} (1/√d), students of shuffled labels by {_shuffled_words(run, data)}: "
             "lines to read by, not nulls."
         ),
-        variables=(*_ADJUSTED_WHO, "last_step"),
+        variables=(*_judged_who(run), "last_step"),
         spec=chart_spec(facets),
         select={"condition": _told(run, data), "group": [recorded.groups[0]]},
         headline=True,
@@ -326,7 +363,7 @@ def _shuffled_words(run: Run, data: xr.Dataset) -> str:
 
 def _training_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
     points = [point.name for point in _judged_points(recorded)]
-    chart, color = fold_variables("cosine", _RAW_WHO), color_by_who(_RAW_WHO)
+    chart, color = fold_variables("cosine", _raw_who(run)), color_by_who(_raw_who(run))
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(type="symlog"), axis=alt.Axis(grid=False))
     members = chart.mark_line(opacity=0.3, strokeWidth=1).encode(
         x=x, y=alt.Y("cosine:Q", title="cosine"), detail="member:N", color=color
@@ -344,10 +381,10 @@ def _training_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
         title="When it comes: the same along the students' training",
         caption=(
             f"cos(v_S(t), v_T), no unit, over {recorded.groups[0]}, in the residual stream or hidden layers. Thin lines "
-            f"are {count_members(run)}, their means over traits; thick ones the mean of all. The null is other teachers' v_T; "
-            "the control's line is the drift that the verdict's v_S − v_C leaves out. At step 0 nothing has moved."
+            f"are {count_members(run)}, their means over traits; thick ones the mean of all. The null is marked; the control's "
+            "line is the drift that any carrier causes. At step 0 nothing has moved."
         ),
-        variables=tuple(_RAW_WHO),
+        variables=tuple(_raw_who(run)),
         spec=chart_spec(facets),
         select={"condition": _told(run, data), "group": [recorded.groups[0]], "point": points},
     )
@@ -356,11 +393,12 @@ def _training_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
 def _group_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
     points, told = [point.name for point in recorded.points], _told(run, data)
     lasts = sorted({int(step) for step in data.last_step.values.flat})
-    shown = (data[ADJUSTED] - data[ADJUSTED_OTHERS]).sel(condition=told, step=lasts).mean(["member", "taught"])
+    own, null = _judged(run)
+    shown = (data[own] - data[null]).sel(condition=told, step=lasts).mean(["member", "taught"])
     chart = (
         alt.Chart(DATA)
-        .transform_filter(f"datum.step == datum.last_step && isValid(datum.{ADJUSTED}) && isValid(datum.{ADJUSTED_OTHERS})")
-        .transform_calculate(difference=f"datum.{ADJUSTED} - datum.{ADJUSTED_OTHERS}")
+        .transform_filter(f"datum.step == datum.last_step && isValid(datum.{own}) && isValid(datum.{null})")
+        .transform_calculate(difference=f"datum.{own} - datum.{null}")
         .mark_rect()
         .encode(
             x=alt.X("group:N", sort=list(recorded.groups), title=None, axis=alt.Axis(labelAngle=-35)),
@@ -379,10 +417,10 @@ def _group_figure(run: Run, data: xr.Dataset, recorded: Recorded) -> Figure:
         name="steering_alignment_prompts",
         title="Where it shows: on which prompts, at which positions and hook points",
         caption=(
-            f"cos(v_S − v_C, v_T) less its null, the same with other teachers' v_T; no unit, mean over {count_members(run)}, "
-            "at students' last steps. Every kind of prompts has its own directions of student and teacher."
+            f"{_judged_words(run)}. The first less the second, no unit, mean over {count_members(run)}, at students' last "
+            "steps. Every kind of prompts has its own directions of student and teacher."
         ),
-        variables=(ADJUSTED, ADJUSTED_OTHERS, "last_step"),
+        variables=(own, null, "last_step"),
         spec=chart_spec(chart.facet(facet=alt.Facet("condition:N", sort=run.conditions, title=None), columns=2)),
         select={"condition": told, "step": lasts},
     )
@@ -421,20 +459,31 @@ def _summarise(run: Run, data: xr.Dataset, recorded: Recorded, judgements: Mappi
 
     elsewhere = ""
     if run.starts_elsewhere(run.student(condition, run.traits[0])):
-        unmapped = f"; no sound map at the other {len(points) - len(told)} hook points" if len(told) < len(points) else ""
+        unmapped = f"; no sound map at the {len(points) - len(told)} other" if len(told) < len(points) else ""
         elsewhere = f"; rotated onto the teachers' base ({_map_words(run, data, condition)} on prompts not fitted on){unmapped}"
     if np.isnan(mean(ADJUSTED).estimate):
         return (
             f"{condition}: at {last} v_S has cosine {mean(RAW)} with its own teacher's v_T; there is no control to judge it by."
         )
-    others = "other teachers'" if len(run.traits) > 1 else "the neutral teacher's"
-    bare = mean(BARE)
-    without = f" ({bare} without the target's unembedding, others {mean(BARE_NULL)})" if np.isfinite(bare.estimate) else ""
+    judged = judgements.get((case, last))
+    difference = "" if judged is None else f" (difference {judged.interval}, n = {judged.interval.n})"
+    if len(run.traits) > 1:
+        bare = mean(BARE)
+        without = f"; without the target's unembedding {bare} and {mean(BARE_NULL)}" if np.isfinite(bare.estimate) else ""
+        told_last = (
+            f"v_S − v_C has cosine {mean(ADJUSTED)} with its own teacher's v_T, {mean(ADJUSTED_OTHERS)} with other "
+            f"teachers'{difference}{without}; v_S alone {mean(RAW)} and {mean(RAW_OTHERS)}"
+        )
+    else:
+        told_last = (
+            f"v_S has cosine {mean(RAW)} with its teacher's v_T, the control's v_C {mean(RAW_CONTROL)}{difference}; v_S − v_C "
+            f"{mean(ADJUSTED)}"
+        )
+    teachers = map(run.teacher, run.traits)
+    length = distinct_members(run, _values(run, data, "teacher_shift", case, last), run.reference, *teachers)
     return (
-        f"{condition}: {counts or 'not judged'} hook points. At {last}, the last that can be compared, v_S − v_C has cosine "
-        f"{mean(ADJUSTED)} with its own teacher's v_T, {mean(ADJUSTED_OTHERS)} with {others}{without}; v_S alone "
-        f"{mean(RAW)} and {mean(RAW_OTHERS)}{elsewhere}. ‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ "
-        f"{mean('teacher_shift')}."
+        f"{condition}: {counts or 'not judged'} hook points. At {last}, the last that can be compared, {told_last}{elsewhere}. "
+        f"‖v_S‖ is {mean('student_shift')} of ‖h‖, ‖v_T‖ {student_interval(length, run.recipe.verdict.confidence)}."
     )
 
 

@@ -8,12 +8,13 @@ from typing import Any
 import altair as alt
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from mechsub.analyses.registry import analysis
 from mechsub.cases import count_members
 from mechsub.figures import DATA, Figure, chart_spec, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
-from mechsub.pooling import label_means, pool_traits, pooled_name, say_statuses
+from mechsub.pooling import distinct_members, label_means, pool_traits, pooled_name, say_statuses
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, fieller_interval, student_interval
@@ -192,8 +193,12 @@ def _judge(run: Run, measured: Measured) -> dict[Claimed, Judgement]:
 
 def _compare(measured: Measured, claim: _Claim, condition: str, window: str) -> tuple[ByMember, ByMember]:
     """The own effect and others', mean over traits."""
-    own, others = (measured.find(claim.kind, vector, window, claim.dose) for vector in (claim.own, claim.others))
-    return claim.sign * measured.pooled(condition, own), claim.sign * measured.pooled(condition, others)
+    edits = (measured.find(claim.kind, vector, window, claim.dose) for vector in (claim.own, claim.others))
+    own, others = (claim.sign * measured.pooled(condition, edit) for edit in edits)
+    run = measured.run
+    if claim.kind == ADD and claim.own == OWN_TEACHER and len(np.unique(others)) == 1:
+        own = distinct_members(run, own, run.reference, *map(run.teacher, run.traits))
+    return own, others[: len(own)]
 
 
 def _findings(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgement]) -> Iterator[Finding]:
@@ -341,7 +346,8 @@ def _dose_figures(run: Run, measured: Measured) -> list[Figure]:
 def _sentences(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgement]) -> Iterator[str]:
     yield (
         "Directions are estimated on the trait's prompts at the position that they are read at, and added or taken out at "
-        "every position of other prompts, on which the score is taken."
+        "every position of other prompts, on which the score is taken. A direction is one mean vector: a trait that is another "
+        "answer to every input, as reading digits is, need not have one."
     )
     for condition in run.conditions:
         if condition not in _told(run, measured):
@@ -351,7 +357,10 @@ def _sentences(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgem
         yield _tell_sufficiency(run, measured, judgements, condition)
         yield _tell_necessity(run, measured, judgements, condition)
         if run.starts_elsewhere(run.student(condition, run.traits[0])) or not run.is_comparable(condition):
-            yield f"{condition}: its students start from another base, so that teachers' directions mean nothing there."
+            yield (
+                f"{condition}: its students start from another base, and teachers' directions are not rotated onto it here, so "
+                "only their own are tried."
+            )
 
 
 def _tell_sufficiency(run: Run, measured: Measured, judgements: Mapping[Claimed, Judgement], condition: str) -> str:
@@ -366,11 +375,16 @@ def _tell_sufficiency(run: Run, measured: Measured, judgements: Mapping[Claimed,
             counts = _count([judgements[claim.quantity, condition, window].verdict for window in windows])
             told = f"{claim.own} gives {own} at {most}, where it gives most, uncorrected for that choice (others {others})"
             parts.append(f"{told}; {counts} hook points and windows")
-    teacher, given = _interval(run, measured.taught(condition)), "; ".join(parts) or "nothing was judged"
+    teacher, given = _interval(run, _taught(measured, condition)), "; ".join(parts) or "nothing was judged"
     return (
-        f"{condition}: added to where students start, α = {JUDGED_DOSE:g}: {given}. The teacher itself gained {teacher}, "
+        f"{condition}: added to where students start, {JUDGED_DOSE:g} ‖h‖ long: {given}. The teacher itself gained {teacher}, "
         f"the student {_interval(run, measured.total(condition))} over its control ({_unit(run)})."
     )
+
+
+def _taught(measured: Measured, condition: str) -> Float[np.ndarray, " distinct"]:
+    run = measured.run
+    return distinct_members(run, measured.taught(condition), run.reference, *map(run.teacher, run.traits))
 
 
 def _count(verdicts: Sequence[str]) -> str:
@@ -402,7 +416,8 @@ def _tell_necessity(run: Run, measured: Measured, judgements: Mapping[Claimed, J
             parts.append(f"{claim.own} {done}: {', '.join(told)}; {counts} windows")
     return (
         f"{condition}: share of the transferred trait that goes. {'. '.join(parts)}. The single hook point is the one where "
-        "most goes, its interval not corrected for that choice. Both student and control are edited."
+        "most goes, its interval not corrected for that choice. Both student and control are edited; under 0 the "
+        "student is further from its control than before, over 1 the order is turned round."
     )
 
 

@@ -11,9 +11,10 @@ from mechsub.analyses.registry import analysis
 from mechsub.cases import count_members
 from mechsub.figures import DATA, Figure, chart_spec, color_by_who, fold_variables, zero_line
 from mechsub.findings import Finding, interval_fields, judgement_fields
+from mechsub.pooling import distinct_members
 from mechsub.results import Result
 from mechsub.run import Run
-from mechsub.statistics.intervals import Interval, fieller_interval, student_interval
+from mechsub.statistics.intervals import fieller_interval, student_interval
 from mechsub.statistics.verdicts import AGAINST_NULL, Judgement, judge_effects
 from mechsub.token_channels import carriers, lenses, swaps
 from mechsub.token_channels.carriers import Carriers
@@ -171,12 +172,14 @@ def _lens_findings(run: Run, subject: Subject, data: xr.Dataset) -> Iterator[Fin
     if len(there) == 0:
         return
     last, confidence = cell.isel(point=int(there[-1])), run.recipe.verdict.confidence
-    others = student_interval(last.lens_change_of_others.values, confidence)
+    alone = (subject.own, subject.own.origin)
+    others = student_interval(distinct_members(run, last.lens_change_of_others.values, *alone), confidence)
     spread = student_interval(last.lens_random_sd.values, confidence)
     for name, unit, null in (("lens_change", "logits", "lens_change_of_null"), ("lens_rank", "rank among all tokens", None)):
-        against = None if null is None else student_interval(last[null].values, confidence)
+        held = alone if subject.null is None else (subject.null, subject.null.origin)
+        against = None if null is None else student_interval(distinct_members(run, last[null].values, *held), confidence)
         words = f"{_null_words(subject)}; beside it the other choices have {others}, random directions a sd of {spread}"
-        values = last[name].values
+        values = distinct_members(run, last[name].values, *alone)
         yield Finding(
             quantity=f"{_prefix(subject)}{name}",
             context="questions that ask for the trait, none of them scored; last prompt token",
@@ -385,7 +388,7 @@ def _say_parts(run: Run, measured: Swaps, name: str) -> Iterator[str]:
         yield f"{name}{over}: that is not told from 0, so shares are not given."
     still = [part for part in PARTS if not any(part in measured.differing[name, trait] for trait in run.traits)]
     if still:
-        yield f"{name}: 0 by construction, since nothing of it differs from the start: {', '.join(still)}."
+        yield f"{name}: nothing of its {' and '.join(still)} differs from the start, so that to swap it changes nothing."
 
 
 def _over_traits(run: Run) -> str:
@@ -412,8 +415,12 @@ def _say_lenses(run: Run, read: Lenses, data: xr.Dataset) -> Iterator[str]:
         if len(there) == 0:
             continue
         last = cell.isel(point=int(there[-1]))
+        subjects = [subject for subject in list_subjects(run) if subject.name == name]
+        alone = [one for subject in subjects for one in (subject.own, subject.own.origin)]
         said = {
-            variable: _mean_over_traits(last[variable], confidence)
+            variable: student_interval(
+                distinct_members(run, last[variable].mean("taught", skipna=False).values, *alone), confidence
+            )
             for variable in (
                 "lens_change",
                 "lens_change_of_null",
@@ -428,10 +435,6 @@ def _say_lenses(run: Run, read: Lenses, data: xr.Dataset) -> Iterator[str]:
             f"other choices' by {said['lens_change_of_others']}; random directions as long have a standard deviation of "
             f"{said['lens_random_sd']}. Among the choices the target's rank is {said['lens_choice_rank']}."
         )
-
-
-def _mean_over_traits(values: xr.DataArray, confidence: float) -> Interval:
-    return student_interval(values.mean("taught", skipna=False).values, confidence)
 
 
 def _say_carriers(run: Run, held: Carriers) -> Iterator[str]:

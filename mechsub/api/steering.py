@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mechsub.activations.stored import DIRECTIONS_GROUP, SteeringDirections
+from mechsub.errors import RunDirectoryError
 from mechsub.results import find_result, read_group
 from mechsub.rundir import RunDirectory, atomic_write
 
@@ -45,10 +46,12 @@ def save_directions(run_dir: str | Path, file: str | Path) -> Path:
     Names are ``<lineage>/member-<number>/<group>/<hook point>``; the metadata says of which run.
 
     Raises:
-        RunDirectoryError: see `open_steering_directions`.
+        RunDirectoryError: see `open_steering_directions`; or ``file`` is a folder.
     """
     directions = open_steering_directions(run_dir)
     path = Path(file)
+    if path.is_dir():
+        raise RunDirectoryError(f"{path} is a folder; name the file to write, as {path / 'directions.safetensors'}")
     header = RunDirectory.open(run_dir).header
     metadata = {"run": str(header["name"]), "hook_points": json.dumps(directions.hook_points)}
     with atomic_write(path) as temporary:

@@ -85,6 +85,8 @@ class Swaps:
     differing: dict[Key, set[str]] = field(default_factory=dict)
     """The parts that are not the start's in any member of the subject or of its null; the others change nothing."""
     has_null: dict[Key, bool] = field(default_factory=dict)
+    distinct: dict[Key, int] = field(default_factory=dict)
+    """How many members have changes of their own: one where all are one model."""
 
     @classmethod
     def measure(cls, run: Run, report: Callable[[int, int], None]) -> "Swaps":
@@ -107,6 +109,12 @@ class Swaps:
         self.of_null[key] = _list_changes(null, place, self.run.recipe.members)
         self.differing[key] = {part for scores in (*own, *null) for part in scores.differing}
         self.has_null[key] = subject.null is not None
+        alone = [one for lineage in (subject.own, subject.null) if lineage is not None for one in (lineage, lineage.origin)]
+        both = np.concatenate([self.changes[key], self.of_null[key]])
+        is_one = all(map(self.run.has_one_model, alone)) and np.array_equal(
+            both, np.broadcast_to(both[:, :1], both.shape), equal_nan=True
+        )
+        self.distinct[key] = 1 if is_one else self.run.recipe.members
 
     def _score(self, lineage: Lineage) -> list[PartScores]:
         return [score_swaps(self.run, lineage, member) for member in range(self.run.recipe.members)]
@@ -118,12 +126,12 @@ class Swaps:
 
     def own_changes(self, key: Key, effect: str) -> Float[np.ndarray, " member"]:
         """A subject's own change of the score."""
-        found: np.ndarray = self.changes[key][EFFECTS.index(effect)]
+        found: np.ndarray = self.changes[key][EFFECTS.index(effect), : self.distinct.get(key)]
         return found
 
     def null_changes(self, key: Key, effect: str) -> Float[np.ndarray, " member"]:
         """The null's change of the score."""
-        found: np.ndarray = self.of_null[key][EFFECTS.index(effect)]
+        found: np.ndarray = self.of_null[key][EFFECTS.index(effect), : self.distinct.get(key)]
         return found
 
     def interval(self, key: Key, effect: str) -> Interval:

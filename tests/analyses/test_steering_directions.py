@@ -12,7 +12,7 @@ from mechsub.errors import ActivationError, RunDirectoryError
 from mechsub.recipe import load_recipe
 from mechsub.results import read_group, write_result
 from mechsub.statistics.verdicts import AGAINST_NULL, Rules, judge_effects
-from mechsub.steered.alignments import ADJUSTED, ADJUSTED_OTHERS, QUANTITIES, Cell
+from mechsub.steered.alignments import ADJUSTED, ADJUSTED_OTHERS, QUANTITIES, RAW, RAW_CONTROL, Cell
 
 POINT = "blocks.1.mlp.hook_post"
 GROUP = "trait: image"
@@ -107,8 +107,10 @@ def test_at_step_0_nothing_has_moved_and_the_status_says_so(result):
 
 def test_findings_have_a_null_and_a_verdict_and_say_what_is_mapped(result):
     found = {(one.quantity, one.condition, one.scope.split(",")[0]): one for one in result.findings}
-    one = found["control_adjusted_steering_alignment", "same-init", POINT]
+    one = found["steering_alignment", "same-init", POINT]
     assert one.verdict and np.isfinite([one.null_low, one.null_high]).all() and one.n == 3
+    assert one.null == "the control: cos(v_C, v_T)" and result.findings[0].quantity == "steering_alignment"
+    assert found["control_adjusted_steering_alignment", "same-init", POINT].verdict == ""
     assert "rotated by a fit of both starts" in found["control_adjusted_steering_alignment", "permuted-init", POINT].scope
     assert found["specific_steering_alignment", "same-init", POINT].verdict == ""
     assert [figure.headline for figure in result.figures] == [True, False, False]
@@ -148,6 +150,21 @@ def test_above_null_is_rare_with_nothing_planted_and_common_with_something(plant
     share = verdicts.count(AGAINST_NULL.above) / repeats
     # The one-sided level is 2.5 %; its binomial spread over 400 is 0.8 %.
     assert share > 0.99 if planted else share <= 0.025 + 3 * 0.008
+
+
+@pytest.mark.parametrize("planted", [0.0, 1.0])
+def test_with_one_trait_a_control_that_follows_the_neutral_teacher_makes_no_student_above_null(planted):
+    stream, rules, repeats, verdicts = np.random.default_rng(1), Rules(0.05, 5, 0.95, 0.05), 200, []
+    measure = {quantity.name: quantity.measure for quantity in QUANTITIES}
+    for _ in range(repeats):
+        shared, drift, own, ownless = (stream.standard_normal((5, 1, 64)) for _ in range(4))
+        teacher, neutral = shared + stream.standard_normal((5, 1, 64)), shared + stream.standard_normal((5, 1, 64))
+        student, control = drift + own + planted * teacher, drift + ownless + neutral
+        cell = Cell(student, teacher, [neutral], [None, None], control, neutral, np.ones((5, 1)), None, np.zeros(1, dtype=bool))
+        effect = (measure[RAW](cell) - measure[RAW_CONTROL](cell))[:, 0]
+        verdicts.append(judge_effects({"one": effect}, rules, AGAINST_NULL)["one"].verdict)
+    share = verdicts.count(AGAINST_NULL.above) / repeats
+    assert share > 0.9 if planted else share == 0.0
 
 
 def test_any_stored_direction_is_a_vector_to_add(tiny_run, tmp_path):
