@@ -33,6 +33,7 @@ from mechsub.steered.edits import (
     OWN_LENGTH,
     OWN_STUDENT,
     OWN_TEACHER,
+    RANDOM,
     REPLACE,
     STATUS,
     VECTORS,
@@ -373,7 +374,12 @@ def _tell_sufficiency(run: Run, measured: Measured, judgements: Mapping[Claimed,
             most = max(windows, key=lambda window: np.nan_to_num(effects[window][0].mean(), nan=-np.inf))
             own, others = (_interval(run, values) for values in effects[most])
             counts = _count([judgements[claim.quantity, condition, window].verdict for window in windows])
-            told = f"{claim.own} gives {own} at {most}, where it gives most, uncorrected for that choice (others {others})"
+            prices = (measured.price(condition, measured.find(ADD, one, most, claim.dose)) for one in (claim.own, RANDOM))
+            price, random = (_interval(run, values) for values in prices)
+            told = (
+                f"{claim.own} gives {own} at {most}, where it gives most, uncorrected for that choice (others {others}), at a "
+                f"price of {price} nats on neutral inputs (a random one {random})"
+            )
             parts.append(f"{told}; {counts} hook points and windows")
     teacher, given = _interval(run, _taught(measured, condition)), "; ".join(parts) or "nothing was judged"
     return (

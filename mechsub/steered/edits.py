@@ -106,6 +106,10 @@ class Measured:
         """The specific effect of one edit, member by member, mean over traits."""
         return self._pool(self.specific_effects[..., self.edits.index(edit)], condition)
 
+    def price(self, condition: str, edit: Edit) -> ByMember:
+        """The damage of one edit, member by member, mean over traits."""
+        return self._pool(self.damage[..., self.edits.index(edit)], condition)
+
     def total(self, condition: str) -> ByMember:
         """The student less its control, mean over traits."""
         return self._pool(self.totals["student"], condition)
