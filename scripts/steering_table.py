@@ -18,9 +18,14 @@ from mechsub.run import Run
 from mechsub.statistics.intervals import student_interval
 
 ANALYSES = ("steering_directions", "steering_effect", "steerability_screen", "representation_similarity", "token_channel")
-BY_STEP = {
+OF_TRAITS = {
     "control_adjusted_steering_alignment": "own teacher's v_T",
     "control_adjusted_steering_alignment_with_other_teachers": "other teachers' (null)",
+    "student_shift": "‖v_S‖ / ‖h‖",
+}
+OF_ONE_TRAIT = {
+    "steering_alignment": "student",
+    "steering_alignment_of_control": "control (null)",
     "student_shift": "‖v_S‖ / ‖h‖",
 }
 
@@ -63,18 +68,19 @@ def write_document(run: Run, missing: list[str]) -> Iterator[str]:
 
 def write_steps(run: Run, data: xr.Dataset) -> Iterator[str]:
     """The cosines along training, on the trait's prompts, in the residual stream or the hidden layers."""
+    by_step = OF_TRAITS if len(run.traits) > 1 else OF_ONE_TRAIT
     points = [
         str(name) for name, site in zip(data.point.values, data.site.values, strict=True) if site not in {"attn_out", "mlp_out"}
     ]
     for condition in run.conditions:
         chosen = data.sel(condition=condition, point=points).isel(group=0).mean("taught", skipna=False)
-        if not np.isfinite(chosen[next(iter(BY_STEP))].values).any():
+        if not np.isfinite(chosen[next(iter(by_step))].values).any():
             continue
         yield f"\nAlong the training of {condition}:\n"
-        yield "| step | " + " | ".join(f"{point}: {words}" for point in points for words in BY_STEP.values()) + " |"
-        yield "|---" * (1 + len(points) * len(BY_STEP)) + "|"
+        yield "| step | " + " | ".join(f"{point}: {words}" for point in points for words in by_step.values()) + " |"
+        yield "|---" * (1 + len(points) * len(by_step)) + "|"
         for step in data.step.values[1:]:
-            cells = [say(run, chosen[name].sel(point=point, step=step).values) for point in points for name in BY_STEP]
+            cells = [say(run, chosen[name].sel(point=point, step=step).values) for point in points for name in by_step]
             yield f"| {step} | " + " | ".join(cells) + " |"
 
 
