@@ -9,6 +9,7 @@ from mechsub.activations.steering import (
     keep_components,
     orthonormal_rows,
     project_out,
+    push_along,
     replace_components,
 )
 from mechsub.errors import ActivationError
@@ -113,6 +114,7 @@ def test_a_vector_of_another_width_is_refused_with_both_widths(model):
         project_out(narrow[None]),
         keep_components(narrow[None], []),
         replace_components(narrow[None], [torch.zeros(2, 5, 1)]),
+        push_along(narrow, [torch.zeros(2, 5, 1)]),
     )
     for visit in visits:
         with pytest.raises(ActivationError, match="has 12 numbers, activations here have 16"):
@@ -127,6 +129,8 @@ def test_a_push_along_another_direction_is_as_long_and_has_the_sign_of_what_is_r
     for sign, scale in ((1, 1.0), (-1, 3.0)):
         kept: list[torch.Tensor] = []
         keep_components(sign * scale * DIRECTIONS[:1], kept)(other)
-        pushed = replace_components(sign * scale * DIRECTIONS[:1], kept, along=DIRECTIONS[1:2])(activations)
+        pushes: list[torch.Tensor] = []
+        replace_components(sign * scale * DIRECTIONS[:1], kept, pushes)(activations)
+        pushed = push_along(DIRECTIONS[1], pushes)(activations)
         unit, along = (sign * DIRECTIONS[0] / DIRECTIONS[0].norm(), DIRECTIONS[1] / DIRECTIONS[1].norm())
         torch.testing.assert_close(pushed, activations + ((other - activations) @ unit)[..., None] * along)

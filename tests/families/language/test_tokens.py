@@ -21,7 +21,7 @@ def test_the_tensors_with_a_row_for_each_token_are_the_vocabulary(nano_run, toke
     assert other.tensors == {"model.embed_tokens.weight", "lm_head.weight"}
 
 
-@pytest.mark.parametrize("name", ["reference", "reference.nano-qwen2"])
+@pytest.mark.parametrize("name", ["reference.nano-gpt2", "reference.nano-qwen2"])
 def test_the_readout_is_what_the_targets_logit_over_the_mean_logit_is_read_along(nano_run, name):
     lineage = nano_run.lineages[name]
     model = nano_run.family.load_model(lineage, 0, 0).double()
