@@ -221,7 +221,11 @@ def test_the_result_is_written_drawn_and_explained(run, result, tmp_path):
     for figure in back.figures:
         assert "n = " in figure.caption and "null" in figure.caption.lower() and "<svg" in str(draw_figure(figure, back).svg)
     said = " ".join(back.summary)
-    assert "differs from the start, so that to swap it changes nothing" in said and "Divergence tokens" in said and "both: no effect of a part" in said
+    assert (
+        "differs from the start, so that to swap it changes nothing" in said
+        and "Divergence tokens" in said
+        and "both: no effect of a part" in said
+    )
 
 
 def test_a_classifier_has_no_tokens(tiny_run):
