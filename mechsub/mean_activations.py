@@ -13,7 +13,7 @@ from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.inputs import PromptSet
 from mechsub.activations.recording import Means, record
 from mechsub.lineages import Lineage, Origin
-from mechsub.open_models import open_model
+from mechsub.open_models import list_reference_points, open_model
 from mechsub.run import Run
 from mechsub.streams import random_stream
 
@@ -55,9 +55,7 @@ class ActivationReader:
     @cached_property
     def points(self) -> Sequence[HookPoint]:
         """The hook points of the references, in the order of the forward pass."""
-        reference = self.run.reference
-        with open_model(self.run, reference, reference.last, 0, stream_only=self.stream_only) as opened:
-            return opened.points
+        return list_reference_points(self.run, self.stream_only)
 
     def read(
         self, lineage: Lineage, step: int, member: int, *, asked: Lineage | None = None, shuffled: bool = False

@@ -24,6 +24,13 @@ class OpenModel:
     prompts: Prompts
 
 
+def list_reference_points(run: Run, stream_only: bool) -> Sequence[HookPoint]:
+    """The references' hook points, in the order of the forward pass; ``stream_only``: see `main_stream`."""
+    model = run.load_for_reading(run.reference, run.reference.last, 0)
+    points = run.family.hook_points(run.reference, model)
+    return main_stream(points) if stream_only else points
+
+
 @contextmanager
 def open_model(
     run: Run, lineage: Lineage, step: int, member: int, *, asked: Lineage | None = None, stream_only: bool = False

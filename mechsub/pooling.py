@@ -43,10 +43,15 @@ def label_means(variables: Mapping[str, xr.Variable], names: Sequence[str]) -> d
     return found
 
 
-def distinct_members(run: Run, values: Float[np.ndarray, " member"], *lineages: Lineage) -> Float[np.ndarray, " distinct"]:
+def distinct_members(
+    run: Run, values: Float[np.ndarray, "*any member"], *lineages: Lineage
+) -> Float[np.ndarray, "*any distinct"]:
     """Values of lineages alone; only the first where each of these is one model for all members: n copies have no interval."""
-    is_one = all(map(run.has_one_model, lineages)) and len(np.unique(values)) == 1
-    return values[:1] if is_one else values
+    first = values[..., :1]
+    is_one = all(map(run.has_one_model, lineages)) and np.array_equal(
+        values, np.broadcast_to(first, values.shape), equal_nan=True
+    )
+    return first if is_one else values
 
 
 def say_statuses(codes: Iterable[int], meanings: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from mechsub.activations.steering import orthonormal_rows
 from mechsub.cases import list_cases
 from mechsub.lineages import Lineage
 from mechsub.mean_activations import NEUTRAL, TRAIT, group_name
-from mechsub.open_models import OpenModel
+from mechsub.open_models import OpenModel, list_reference_points
 from mechsub.paired_activations import BasisMap, PairReader, add_rows, moments_bytes, pair_groups, split_points
 from mechsub.run import Run
 
@@ -144,8 +144,7 @@ class Comparer:
     @cached_property
     def points(self) -> Sequence[HookPoint]:
         """The references' hook points in the residual stream, or hidden layers."""
-        with self._open_reference(PairReader(self.run, stream_only=True), 0) as reference:
-            return reference.points
+        return list_reference_points(self.run, stream_only=True)
 
     @cached_property
     def groups(self) -> list[str]:

@@ -105,10 +105,12 @@ def _label(run: Run, measured: Measured) -> xr.Dataset:
 
 def _status(measured: Measured, name: str, values: np.ndarray) -> np.ndarray:
     """Why a value is missing: for the student's own reason, or else for the control's."""
-    if name in {"effect", "damage"}:
+    if name == "control_effect":
+        return measured.control_status
+    if name != "specific_effect":
         return measured.status
-    own = np.where(measured.status == OK, measured.control_status, measured.status)
-    return np.where(np.isnan(values), measured.control_status if name == "control_effect" else own, OK)
+    either = np.where(measured.status == OK, measured.control_status, measured.status)
+    return np.where(np.isnan(values), either, OK)
 
 
 @dataclass(frozen=True)

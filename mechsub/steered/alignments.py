@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -37,11 +38,15 @@ class Cell:
 
     def explain(self, found: ByGroup) -> Int[np.ndarray, "member group"]:
         """The status of values of a quantity."""
-        held = [self.student, self.teacher, *self.others, *(one for one in (self.control, self.neutral) if one is not None)]
-        is_damaged = np.any([np.isnan(vectors).any(-1) for vectors in held], axis=0)
-        why = np.where(self.lacks, NO_GROUP, np.where(is_damaged, NOT_FINITE, UNMOVED))
+        why = np.where(self.lacks, NO_GROUP, np.where(self._is_damaged, NOT_FINITE, UNMOVED))
         codes: np.ndarray = np.where(np.isfinite(found), OK, why)
         return codes
+
+    @cached_property
+    def _is_damaged(self) -> Bool[np.ndarray, "member group"]:
+        held = [self.student, self.teacher, *self.others, *(one for one in (self.control, self.neutral) if one is not None)]
+        damaged: np.ndarray = np.any([np.isnan(vectors).any(-1) for vectors in held], axis=0)
+        return damaged
 
     @property
     def adjusted(self) -> Vectors | None:

@@ -216,11 +216,11 @@ def _apply(member: _Member, condition: str, trait: str, edit: Edit, patient: _Pa
     meant = _find_vectors(member, condition, trait, edit)
     if isinstance(meant, int):
         return meant
+    own = _find_own(member, condition, trait, edit) if edit.kind == REPLACE else None
+    if isinstance(own, int):
+        return own
     found = []
     for name, held in meant.items():
-        own = _find_own(member, condition, trait, edit) if edit.kind == REPLACE else None
-        if isinstance(own, int):
-            return own
         own_name, own_held = own or (name, held)
         if not all(bool(one[point.name].isfinite().all()) for one, point in product((held, own_held), points)):
             return NOT_FINITE

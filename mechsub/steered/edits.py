@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 import numpy as np
@@ -96,7 +97,7 @@ class Measured:
     totals: Mapping[str, Float[np.ndarray, "condition taught member"]]
     """The student less its control, and the teacher less its reference."""
 
-    @property
+    @cached_property
     def specific_effects(self) -> Float[np.ndarray, "condition taught member edit"]:
         """What an edit does to what the student has over its control; what is added is added to the origin of both."""
         is_added = np.array([edit.kind == ADD for edit in self.edits])

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from mechsub.lineages import Lineage
 from mechsub.parameters.parts import PartScores, find_differing, mix_parts
 from mechsub.parameters.surgery import needs_half, operate
+from mechsub.pooling import distinct_members
 from mechsub.results import label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, fieller_interval, student_interval
@@ -111,10 +112,7 @@ class Swaps:
         self.has_null[key] = subject.null is not None
         alone = [one for lineage in (subject.own, subject.null) if lineage is not None for one in (lineage, lineage.origin)]
         both = np.concatenate([self.changes[key], self.of_null[key]])
-        is_one = all(map(self.run.has_one_model, alone)) and np.array_equal(
-            both, np.broadcast_to(both[:, :1], both.shape), equal_nan=True
-        )
-        self.distinct[key] = 1 if is_one else self.run.recipe.members
+        self.distinct[key] = distinct_members(self.run, both, *alone).shape[-1]
 
     def _score(self, lineage: Lineage) -> list[PartScores]:
         return [score_swaps(self.run, lineage, member) for member in range(self.run.recipe.members)]
