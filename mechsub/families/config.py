@@ -21,6 +21,14 @@ class BaseConditionConfig(Settings):
         """How it differs from the matched case, in words."""
         raise NotImplementedError
 
+    def shared_start(self) -> str | None:
+        """What its students' start shares with their teacher's: ``everything``, ``nothing``, or the parts that it shares.
+
+        None where more than architecture and start sets the condition apart from the matched case: it is then no cell of the
+        matrix of architectures.
+        """
+        return None
+
 
 class VerdictConfig(Settings):
     """The rules of every verdict, fixed before the run."""
@@ -85,6 +93,10 @@ class FamilyConfig(Settings):
     def has_tokens(self) -> bool:
         """Whether its models read and write tokens."""
         return False
+
+    def architecture(self, condition: str | None = None) -> str:
+        """What the teachers' architecture is called, or a condition's; all are one unless a family knows more."""
+        return "the one model"
 
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""

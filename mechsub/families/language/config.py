@@ -328,8 +328,10 @@ class Config(FamilyConfig):
             raise ValueError(
                 f"{where}: `model` is the other one of two, but there are {len(others)} others, {others}; name one"
             )
-        if condition.model == self.model:
-            raise ValueError(f"{where}: `model` is the teacher's own, {self.model!r}; leave it out, or name another")
+        if condition.model == self.model and condition.init == "same":
+            raise ValueError(
+                f"{where}: `model` is the teacher's own, {self.model!r}; leave it out, name another, or set init: different"
+            )
         if condition.model not in {None, OTHER, *self.models}:
             raise ValueError(f"{where}: no model is called {condition.model!r}; {nearest_name(condition.model or '', others)}")
         if condition.init == "different":
