@@ -7,6 +7,7 @@ writes them is reordered alike, the function stays the same, and only the weight
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -77,6 +78,14 @@ class Arrangement:
             for place in (*group.places, group.activations):
                 sizes[place.key] = max(sizes.get(place.key, 0), group.entries(place).stop)
         return cls({axis: torch.arange(size) for axis, size in sizes.items()})
+
+    @classmethod
+    def shuffled(cls, groups: Sequence[UnitGroup], stream: np.random.Generator) -> "Arrangement":
+        """The units of every group in an order drawn from ``stream``, every order as likely as any other."""
+        arrangement = cls.as_stored(groups)
+        for group in groups:
+            arrangement = arrangement.permute(group, torch.from_numpy(stream.permutation(group.num_units)))
+        return arrangement
 
     @property
     def moved_share(self) -> float:

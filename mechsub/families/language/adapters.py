@@ -19,6 +19,7 @@ from mechsub.families.language.folders import read_json, refuse_pickles
 from mechsub.families.language.models import tensor_table
 from mechsub.families.language.training_config import AdapterConfig
 from mechsub.lineages import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from mechsub.parameters.symmetry import Arrangement
 from mechsub.training.recorder import AdapterFormat
 
 _NAME = "default"
@@ -49,6 +50,22 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, key: int) -> L
         _inject(lora, model, "`adapter`")
     _set_magnitudes(model)
     return lora
+
+
+@torch.no_grad()
+def permute_adapter(model: PreTrainedModel, arrangement: Arrangement) -> None:
+    """Put the columns of a fresh adapter's A, in place, in the order of the units that its layers read.
+
+    The model's weights stand in that order already. With B = 0 the adapter then is, and stays in training, the one that would
+    have been drawn for the model as it was, in other coordinates.
+    """
+    for name, parameter in model.named_parameters():
+        module_name, found, _ = name.partition(f".lora_A.{_NAME}.weight")
+        if found:
+            module: Any = model.get_submodule(module_name)
+            order = arrangement.index.get((f"{module_name}.weight", 0 if module.fan_in_fan_out else 1))
+            if order is not None:
+                parameter.copy_(parameter[:, order.to(parameter.device)].clone())
 
 
 def attach_saved_adapter(model: PreTrainedModel, folder: Path, source: str) -> LoraConfig:

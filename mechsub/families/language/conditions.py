@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mechsub.families.config import BaseConditionConfig
+from mechsub.families.language.start_config import PARTS, MatchingConfig, ParaphraseConfig, Part
 from mechsub.families.language.training_config import AdapterConfig, Objective
 from mechsub.settings import Settings
 from mechsub.training.config import KnockOutConfig
@@ -60,6 +61,10 @@ class SelectionConfig(Settings):
         return f"learns the {part} with the {'largest' if self.keep == 'top' else 'smallest'} {self.by}"
 
 
+_COMPUTED = {"permute_hidden": "same", "shared": "different", "match": "different", "rotate_residual": "same"}
+"""The fields that compute a start from references, each with the `init` whose reference it is computed from."""
+
+
 class ConditionConfig(BaseConditionConfig):
     """How a student differs from the matched case, which is all defaults."""
 
@@ -81,6 +86,79 @@ class ConditionConfig(BaseConditionConfig):
     select: SelectionConfig | None = Field(None, description="a part of the rows, by a number of each; none: all are learnt")
     context_rows: int = Field(0, ge=0, description="rows that stand in the prompt instead: nothing is trained")
     knock_out: QuestionKnockOutConfig | None = Field(None, description="what is projected out of training; none: nothing is")
+    permute_hidden: bool = Field(
+        False, description="MLP units and attention heads of the own reference shuffled: the same function in other coordinates"
+    )
+    shared: tuple[Part, ...] | None = Field(
+        None,
+        description="nano models with init: different only: the parts whose initialisation, before pretraining, is the own "
+        "reference's: embeddings (of tokens and positions; tied: they are the unembedding too), body (all other weights)",
+    )
+    match: MatchingConfig | None = Field(
+        None, description="with init: different: the start first learns the own reference's outputs; none: it does not"
+    )
+    rotate_residual: bool = Field(
+        False,
+        description="the own reference with its residual stream rotated: the same function. Haar-random where the final "
+        "norm's gain can be folded into an unembedding of its own; with tied embeddings only a signed permutation is exact. "
+        "Training follows a rotation under SGD only, as Adam works coordinate by coordinate, and only as far as gains are not "
+        "trained; it follows a signed permutation under both",
+    )
+    paraphrase: ParaphraseConfig | None = Field(
+        None, description="another model rewrites the carrier, the control's too; none: rows are the teacher's own"
+    )
+
+    @field_validator("shared")
+    @classmethod
+    def _parts_are_named_once(cls, shared: tuple[Part, ...] | None) -> tuple[Part, ...] | None:
+        """In one order, however they are written."""
+        if shared is not None and (not shared or len(set(shared)) < len(shared)):
+            raise ValueError(
+                f"{list(shared)} {'names no part; leave it out' if not shared else 'names a part twice; name it once'}"
+            )
+        return None if shared is None else tuple(part for part in PARTS if part in shared)
+
+    @model_validator(mode="after")
+    def _has_one_start(self) -> "ConditionConfig":
+        computed = [name for name in _COMPUTED if getattr(self, name)]
+        if len(computed) > 1:
+            raise ValueError(f"a student starts at one place, not at each of {computed}; keep one of them")
+        for name in computed:
+            needed = _COMPUTED[name]
+            if self.init != needed:
+                what = "another member's" if needed == "different" else "the own"
+                raise ValueError(f"`{name}` is of {what} reference: it needs init: {needed}, not {self.init}")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_are_the_paraphrased_ones(self) -> "ConditionConfig":
+        other = [name for name in ("rows", "select", "neutral_share") if getattr(self, name)]
+        if self.paraphrase is not None and other:
+            raise ValueError(
+                f"`{other[0]}` chooses among the teacher's own rows, and a `paraphrase` drops some of them; leave one out"
+            )
+        return self
+
+    @property
+    def start_kind(self) -> str:
+        """What is done to a reference before students start there; empty where nothing is."""
+        return next((name for name in _COMPUTED if getattr(self, name)), "")
+
+    def shared_start(self) -> str | None:
+        """See `BaseConditionConfig.shared_start`."""
+        moved = {"sham", "init", "model", *_COMPUTED}
+        if self.model_dump(exclude=moved) != ConditionConfig().model_dump(exclude=moved):
+            return None
+        if self.shared is not None:
+            genitives = {"embeddings": "embeddings'", "body": "body's"}
+            return " + ".join(f"{genitives[part]} initialisation" for part in self.shared)
+        if self.match is not None:
+            return "the outputs"
+        if self.init == "different":
+            return "nothing"
+        if self.model is not None:
+            return "the member's seed"
+        return "everything" + (", permuted" if self.permute_hidden else ", rotated" if self.rotate_residual else "")
 
     @field_validator("rows")
     @classmethod
@@ -106,6 +184,11 @@ class ConditionConfig(BaseConditionConfig):
             self.select.describe() if self.select else "",
             f"{self.context_rows} rows in the prompt, nothing trained" if self.context_rows else "",
             self.knock_out.describe() if self.knock_out else "",
+            "hidden units and heads of the start shuffled: the same function" if self.permute_hidden else "",
+            f"pretrained from the random {' and '.join(self.shared)} of its teacher's reference" if self.shared else "",
+            "the start first learnt its teacher's reference's outputs" if self.match else "",
+            "residual stream of the start rotated: the same function" if self.rotate_residual else "",
+            f"the rows rewritten by {self.paraphrase.model or 'another reference'}" if self.paraphrase else "",
         ]  # fmt: skip
         return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
 
@@ -126,6 +209,13 @@ CONDITIONS: Mapping[str, Mapping[str, Any]] = {
     "in-context": {"context_rows": 5},
     "knock-out-trait": {"knock_out": {"component": "trait"}},
     "knock-out-random": {"knock_out": {"component": "random"}},
+    "permuted-init": {"permute_hidden": True},
+    "shared-embeddings": {"init": "different", "shared": ("embeddings",)},
+    "shared-body": {"init": "different", "shared": ("body",)},
+    "shared-initialisation": {"init": "different", "shared": ("embeddings", "body")},
+    "behaviour-matched": {"init": "different", "match": {}},
+    "rotated-residual": {"rotate_residual": True},
+    "paraphrased": {"paraphrase": {}},
 }
 """The conditions that have a fixed meaning. A recipe may tune their strength, not what they are."""
 

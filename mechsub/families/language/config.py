@@ -196,6 +196,10 @@ class Config(FamilyConfig):
         models = {self.model, self.model_of(condition) if condition else self.model}
         return self.members if all(self.models[name].has_own_references for name in models) else 1
 
+    def architecture(self, condition: str | None = None) -> str:
+        """The name of the teachers' model, or of a condition's."""
+        return self.model_of(condition) if condition else self.model
+
     def adapter_of(self, condition: str) -> AdapterConfig | None:
         """What a condition's students train; None: all weights."""
         own = self.conditions[condition].adapter
@@ -342,6 +346,8 @@ class Config(FamilyConfig):
                     f"{where} starts at another member's reference, but all members share one at "
                     f"`models.{self.model_of(name)}.path`; put {{member}} into the path, with one model a member"
                 )
+        self._check_start(where, name, condition)
+        self._check_paraphrase(where, condition)
         self._check_adapter(where, name, condition)
         self._check_knock_out(where, condition)
         self._check_selection(where, condition)
@@ -368,6 +374,55 @@ class Config(FamilyConfig):
             raise ValueError(f"{where} shows {condition.context_rows} rows, carrier.num_rows = {self.carrier.num_rows}")
         if condition.context_rows and (condition.objective or condition.divergence != "all"):
             raise ValueError(f"{where} trains nothing: objective and divergence have no meaning there")
+
+    def _check_start(self, where: str, name: str, condition: ConditionConfig) -> None:
+        kind = condition.start_kind
+        if not kind:
+            return
+        model = self.model_of(name)
+        if model != self.model:
+            raise ValueError(
+                f"{where}: `{kind}` makes a start of references of the teacher's model, which is {self.model}; the condition's "
+                f"`model` is {model}, so leave one of them out"
+            )
+        settings = self.models[model]
+        if kind == "shared" and settings.nano is None:
+            raise ValueError(
+                f"{where}: parts are `shared` at their random initialisation, before pretraining, and {settings.describe()} is "
+                "pretrained already: put into another model its parts would break it; take a nano model, or `match`"
+            )
+        if kind == "match" and settings.loading.dtype != "float32":
+            raise ValueError(
+                f"{where}: to `match` outputs all weights are trained, and `models.{model}.loading.dtype` is "
+                f"{settings.loading.dtype}, whose rounding is larger than most updates; load the model in float32"
+            )
+        if kind == "match" and self.carrier.kind == "file":
+            raise ValueError(
+                f"{where}: a start is to `match` what its reference answers to the carrier's requests, and a carrier from a "
+                "file has none; choose another kind of carrier"
+            )
+
+    def _check_paraphrase(self, where: str, condition: ConditionConfig) -> None:
+        if condition.paraphrase is None:
+            return
+        model = condition.paraphrase.model
+        if model is None and (self.members < 2 or not self.models[self.model].has_own_references):
+            raise ValueError(
+                f"{where}: a `paraphrase` is by the next member's reference, and there is no other one (members = "
+                f"{self.members}, `model` = {self.model}); name another model in paraphrase.model"
+            )
+        others = [other for other in self.models if other != self.model]
+        if model is not None and model not in others:
+            hint = "it is the teachers' own; leave it out for the next member's reference, or name another"
+            raise ValueError(
+                f"{where}: paraphrase.model = {model!r}: "
+                f"{hint if model == self.model else 'no model is called so; ' + nearest_name(model, others)}"
+            )
+        if condition.context_rows > condition.paraphrase.count(self.carrier.num_rows):
+            raise ValueError(
+                f"{where} shows {condition.context_rows} rows, and paraphrase.share keeps "
+                f"{condition.paraphrase.count(self.carrier.num_rows)}; raise it"
+            )
 
     def _check_selection(self, where: str, condition: ConditionConfig) -> None:
         if condition.select is None:

@@ -11,6 +11,7 @@ from typing import Any
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import Config, LoadingConfig, ModelConfig
 from mechsub.families.language.folders import fetch_from_hub, read_json
+from mechsub.families.language.start_config import MatchingConfig
 from mechsub.families.language.training_config import AdapterConfig, TrainingConfig
 from mechsub.stage import Resources
 
@@ -104,6 +105,28 @@ def reference_needs(config: Config, model: str) -> Resources:
         num_steps=settings.pretraining.num_steps,
         threads=config.threads,
         tokens=settings.pretraining.num_steps * settings.pretraining.batch_size * _QUESTION_TOKENS,
+    )
+
+
+def derivation_needs(config: Config, model: str) -> Resources:
+    """Of a reference that is another one in other coordinates: its weights twice."""
+    size = measure_model(config.models[model], f"`models.{model}`")
+    whole = checkpoint_bytes(size, None)
+    return Resources(memory_bytes=_LIBRARY_BYTES + 2 * whole, disk_bytes=whole, threads=config.threads)
+
+
+def matching_needs(config: Config, model: str, matching: MatchingConfig) -> Resources:
+    """Of a reference that learns another one's outputs, which stands beside it."""
+    settings = config.models[model]
+    size = measure_model(settings, f"`models.{model}`")
+    row, answer = _REQUEST_TOKENS + config.carrier.max_new_tokens, config.carrier.max_new_tokens
+    held = training_bytes(size, settings.loading, None, matching.batch_size, row, answer)
+    return Resources(
+        memory_bytes=_LIBRARY_BYTES + held + weight_bytes(size, settings.loading),
+        disk_bytes=checkpoint_bytes(size, None),
+        num_steps=matching.num_steps,
+        threads=config.threads,
+        tokens=2 * matching.num_steps * matching.batch_size * row,
     )
 
 

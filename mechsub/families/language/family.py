@@ -166,7 +166,7 @@ class Family:
         if state is None:
             return None
         arguments = task_that_made(self._run, spec_name(lineage.name, member), self._device).stage.arguments
-        if (arguments["condition_settings"]["knock_out"] or {}).get("where") == "update":
+        if "knock_out" in arguments and arguments["knock_out"]["settings"]["where"] == "update":
             return None
         training = StudentConfig(**arguments["training"])
         rate = training.rate_at(step - 1, lineage.last)

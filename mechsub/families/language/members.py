@@ -59,7 +59,8 @@ def make_recorder(
 ) -> LineageRecorder:
     """The recorder of the stage's lineage and member; ``lora``: the adapter in ``model``, where it trains one."""
     arguments = task.stage.arguments
-    origin = Origin(arguments["origin"], (arguments.get("start", arguments["member"]),))
+    is_permuted = arguments.get("permute_hidden", False)
+    origin = Origin(arguments["origin"], (arguments.get("start", arguments["member"]),), is_permuted)
     written = None
     start = Lineage(task.run, origin.lineage, origin.members[0])
     tensors = {name: replace(info, stored=None) for name, info in start.spec.tensors.items()}
@@ -94,8 +95,16 @@ def record_untrained(task: Task, context: Mapping[str, Any] | None = None) -> No
     make_recorder(task, context=context).finish()
 
 
-def record_reference(task: Task, tensors: Mapping[str, TensorInfo], evidence: Mapping[str, Any] | None = None) -> None:
-    """Write the ``lineage.json`` of a reference whose weights lie there already; ``evidence`` says where they come from."""
+def record_reference(
+    task: Task,
+    tensors: Mapping[str, TensorInfo],
+    evidence: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
+) -> None:
+    """Write the ``lineage.json`` of a reference whose weights lie there already; ``evidence`` says where they come from.
+
+    ``origin``: the reference that it is computed from, where there is one.
+    """
     arguments = task.stage.arguments
     name, member = arguments["lineage"], arguments["member"]
     spec = LineageSpec(
@@ -105,7 +114,7 @@ def record_reference(task: Task, tensors: Mapping[str, TensorInfo], evidence: Ma
         trait=None,
         family="language",
         model={"name": arguments["model"], **(evidence or {})},
-        origin=Origin(name, (member,)),
+        origin=origin or Origin(name, (member,)),
         teacher=None,
         num_members=1,
         steps=(0,),

@@ -31,7 +31,8 @@ from transformers import (
 from mechsub.families.language.chat import Batch, ChatTokenizer
 from mechsub.families.language.config import ModelConfig
 from mechsub.families.language.loss import completion_logits, completion_tokens, mean_loss, token_losses
-from mechsub.families.language.models import build_model, load_model_folder
+from mechsub.families.language.models import build_model, load_model_folder, parameters_of, tensor_table
+from mechsub.families.language.start_config import Part
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.families.language.training import Watcher, train_model
 from mechsub.rundir import hash_file, write_json
@@ -52,6 +53,8 @@ _SOURCES = ("nano", "synthetic", "numbers", "python_code", "reasoning", "request
             "carrier_config", "models", "preference")  # fmt: skip
 """What a pretrained model depends on beside its settings."""
 _RECORD = "pretraining.json"
+_EMBEDDINGS = frozenset({"embedding", "head"})
+"""Kinds of the tensor table that are a model's embeddings: of tokens, of positions, and the unembedding."""
 
 
 def make_tokenizer(nano: str, language: SyntheticLanguage) -> PreTrainedTokenizerBase:
@@ -114,6 +117,15 @@ def save_skeleton(model: ModelConfig, language: SyntheticLanguage, folder: Path)
 
 
 @dataclass(frozen=True)
+class SharedStart:
+    """Parts of a nano model whose random weights are another one's."""
+
+    parts: tuple[Part, ...]
+    stream: tuple[str | int, ...]
+    """The other one's: see `Pretraining.stream`."""
+
+
+@dataclass(frozen=True)
 class Pretraining:
     """Everything that a pretrained nano model depends on."""
 
@@ -123,6 +135,8 @@ class Pretraining:
     stream: tuple[str | int, ...]
     """Of its weights and of its corpus."""
     threads: int
+    shared: SharedStart | None = None
+    """None: all weights are of its own stream."""
 
     def key(self, skeleton: Path) -> str:
         """The hash of all that: settings, tokenizer, sources and versions."""
@@ -144,6 +158,8 @@ class Pretraining:
                 name: metadata.version(name) for name in ("torch", "transformers", "tokenizers", "accelerate", "numpy")
             },
         }
+        if self.shared is not None:
+            content["shared"] = asdict(self.shared)
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -174,9 +190,7 @@ def pretrain(
     """Train a nano model from fresh weights on the synthetic language; the loss covers the answers only."""
     chats = ChatTokenizer.load(skeleton, "the nano model")
     config = pretraining.model.pretraining
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(random_stream(pretraining.seed, *pretraining.stream, "weights").integers(2**63)))
-        model = build_model(skeleton)
+    model = draw_weights(pretraining, skeleton)
 
     @lru_cache(maxsize=2)
     def load_group(group: int) -> list[Batch]:
@@ -197,6 +211,25 @@ def pretrain(
     watcher = Watcher("reference", 0, pretraining.stream, report_progress=report_progress)
     train_model(model, load_batch, compute_loss, config.num_steps, config, pretraining.seed, watcher)
     return model
+
+
+def draw_weights(pretraining: Pretraining, skeleton: Path) -> PreTrainedModel:
+    """A nano model as its pretraining begins: random weights, those of shared parts as the other model's began."""
+    model = _draw_whole(pretraining.seed, pretraining.stream, skeleton)
+    shared = pretraining.shared
+    if shared is not None:
+        other = parameters_of(_draw_whole(pretraining.seed, shared.stream, skeleton))
+        table = tensor_table(model)
+        for name, parameter in parameters_of(model).items():
+            if ("embeddings" if table[name].kind in _EMBEDDINGS else "body") in shared.parts:
+                parameter.copy_(other[name])
+    return model
+
+
+def _draw_whole(seed: int, stream: tuple[str | int, ...], skeleton: Path) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_stream(seed, *stream, "weights").integers(2**63)))
+        return build_model(skeleton)
 
 
 def _keep(model: PreTrainedModel, skeleton: Path, folder: Path) -> None:

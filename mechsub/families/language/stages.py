@@ -7,8 +7,9 @@ from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.language.config import Config
+from mechsub.families.language.derived_stages import derived_stages, find_start
 from mechsub.families.language.estimates import carrier_needs, plain_needs, ranking_needs, reference_needs, training_needs
-from mechsub.families.language.folders import INDEX, WEIGHTS, check_folder, digest_file, find_weights
+from mechsub.families.language.folders import check_folder, digest_file, find_weights
 from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import (
     BEHAVIOURS_FILE,
@@ -19,6 +20,20 @@ from mechsub.families.language.layout import (
     skeleton_folder,
 )
 from mechsub.families.language.own_rows import choose_rows
+from mechsub.families.language.planning import (
+    MODULE,
+    base_name,
+    compared_models,
+    lineage_weights,
+    member_name,
+    model_arguments,
+    pick,
+    reference_files,
+    reference_name,
+    reference_weights,
+    skeleton_inputs,
+    used_models,
+)
 from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_row_numbers
 from mechsub.families.language.teaching import (
@@ -30,12 +45,14 @@ from mechsub.families.language.teaching import (
 )
 from mechsub.families.language.training_config import AdapterConfig
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
-from mechsub.lineages import adapter_files, checkpoint_folder, checkpoint_name, lineage_files, spec_name
+from mechsub.lineages import lineage_files, spec_name
 from mechsub.rundir import hash_file
 from mechsub.stage import Stage
 from mechsub.training.schedule import checkpoint_steps
 
-_MODULE = "mechsub.families.language"
+_PASSED_APART = {"sham", "init", "model", "knock_out", "select", "permute_hidden", "shared", "match", "rotate_residual",
+                 "paraphrase"}  # fmt: skip
+"""Fields of a condition that a stage of its own, or an argument of its own, stands for where they are set."""
 _SKELETON_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 """Of a nano model, and of one of the hub as it is saved here."""
 
@@ -44,9 +61,9 @@ def data_stages(config: Config) -> list[Stage]:
     """The preference set, and the tokenizer, chat template and configuration of every architecture that is used."""
     asked = asked_arguments(config)
     stages = []
-    for name in _models_used(config):
+    for name in used_models(config):
         settings = config.models[name]
-        arguments = _model_arguments(config, name) | {"preference": preference_arguments(config)}
+        arguments = model_arguments(config, name) | {"preference": preference_arguments(config)}
         files, inputs = list(_SKELETON_FILES), {}
         if settings.path is not None:
             folder = settings.folder(0)
@@ -54,76 +71,54 @@ def data_stages(config: Config) -> list[Stage]:
             _check_members(f"models.{name}", config, name, files)
             inputs = {str(folder / file): digest_file(folder / file) for file in files}
         outputs = tuple(f"{skeleton_folder(name)}/{file}" for file in (*files, LOADING_FILE))
-        stages.append(
-            Stage(f"data.{name}", f"{_MODULE}.train:import_skeleton", arguments, inputs, outputs, plain_needs(config))
-        )
+        stages.append(Stage(f"data.{name}", f"{MODULE}.train:import_skeleton", arguments, inputs, outputs, plain_needs(config)))
     # What is asked is checked by a stage that no other waits for: another trait makes no model anew.
     arguments = {
-        "models": sorted(_models_used(config)),
+        "models": sorted(compared_models(config)),
         "contexts": [config.context.training, config.context.other],
     }
-    inputs = {name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}
+    asking = [stage for stage in stages if stage.arguments["model"] in arguments["models"]]
+    inputs = {name: f"stage:{stage.key}" for stage in asking for name in stage.outputs}
     arguments |= asked
     if config.behaviours is None:
-        name, function, output = "data.preference", f"{_MODULE}.train:import_preference", PREFERENCE_FILE
+        name, function, output = "data.preference", f"{MODULE}.train:import_preference", PREFERENCE_FILE
     else:
-        name, function, output = "data.behaviours", f"{_MODULE}.behaviour_stages:import_behaviours", BEHAVIOURS_FILE
+        name, function, output = "data.behaviours", f"{MODULE}.behaviour_stages:import_behaviours", BEHAVIOURS_FILE
     return [*stages, Stage(name, function, arguments, inputs, (output,), plain_needs(config))]
 
 
 def reference_stages(config: Config, made: Made) -> list[Stage]:
-    """The references of all members, of every architecture that is used."""
+    """The references of all members, of every architecture that is used, and those that are computed from them."""
     stages = []
-    for name in _models_used(config):
+    for name in used_models(config):
         settings = config.models[name]
         for member in range(config.members):
-            arguments = _model_arguments(config, name) | {
-                "lineage": _reference(name),
+            arguments = model_arguments(config, name) | {
+                "lineage": reference_name(name),
                 "role": "reference",
-                "origin": _reference(name),
+                "origin": reference_name(name),
                 "member": member,
                 "seed": config.seed,
                 "threads": config.threads,
                 "preference": preference_arguments(config),
                 "steps": [0],
             }
-            inputs = _skeleton_inputs(made, name)
+            inputs = skeleton_inputs(made, name)
             if settings.path is not None:
                 found = find_weights(f"models.{name}.path", settings.folder(member))
                 inputs |= {str(path): digest_file(path) for path in found}
             stages.append(
                 Stage(
-                    _member_name(_reference(name), member),
-                    f"{_MODULE}.train:write_references",
+                    member_name(reference_name(name), member),
+                    f"{MODULE}.train:write_references",
                     arguments,
                     inputs,
-                    (*_reference_weights(config, name, member), spec_name(_reference(name), member)),
+                    (*reference_weights(config, name, member), spec_name(reference_name(name), member)),
                     reference_needs(config, name),
                 )
             )
-    return stages
-
-
-def _reference_weights(config: Config, name: str, member: int) -> list[str]:
-    """The files of a reference: one that is written here, or those of a model folder."""
-    settings = config.models[name]
-    if settings.nano:
-        return [checkpoint_name(_reference(name), 0, member)]
-    files = [f"model-{number:05d}-of-{settings.shards:05d}.safetensors" for number in range(1, settings.shards + 1)]
-    files = [INDEX, *files] if settings.shards > 1 else [WEIGHTS]
-    if settings.path is not None:
-        files = [path.name for path in find_weights(f"models.{name}.path", settings.folder(member))]
-    return [f"{checkpoint_folder(_reference(name), 0, member)}/{file}" for file in files]
-
-
-def _weights(config: Config, model: str, lineage: str, step: int, member: int, is_adapter: bool, start: int) -> list[str]:
-    """What a stage reads that loads a member of a lineage: its own files and those that it starts from."""
-    names = [*_reference_weights(config, model, start), spec_name(_reference(model), start)]
-    if lineage != _reference(model):
-        names.append(spec_name(lineage, member))
-    if step > 0:
-        names += adapter_files(lineage, step, member) if is_adapter else [checkpoint_name(lineage, step, member)]
-    return names
+    known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
+    return [*stages, *derived_stages(config, known)]
 
 
 def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]:
@@ -135,13 +130,13 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
             "role": "neutral" if plan.is_neutral else "teacher",
             "trait": plan.trait,
             "model": config.model,
-            "origin": _reference(config.model),
+            "origin": reference_name(config.model),
             "member": member,
             "seed": config.seed,
         }
         if _is_trained(config, plan):
             function, steps = "train_teachers", checkpoint_steps(config.teacher.num_steps, config.checkpoints)
-            arguments |= _training_arguments(config, config.model, config.adapter, member) | {
+            arguments |= _training_arguments(config, config.adapter, base_name(config, config.model, member)) | {
                 "adapter_stream": _teacher_adapter(member),
                 "training": config.teacher.model_dump(mode="json"),
                 "system_prompt": config.context.training,
@@ -151,8 +146,8 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
             function, steps = "prompt_teachers", [0]
             arguments["own_prompt"] = own_prompt(config, plan)
         arguments["steps"] = steps
-        start = _weights(config, config.model, _reference(config.model), 0, member, False, member)
-        inputs = _skeleton_inputs(made, config.model) | _pick(made, *start)
+        start = reference_files(config, config.model, member)
+        inputs = skeleton_inputs(made, config.model) | pick(made, *start)
         inputs |= {path: digest_file(Path(path)) for path in arguments.get("examples", ())}
         stages.append(_lineage_stage(config, function, arguments, inputs, config.model))
     return stages
@@ -187,14 +182,14 @@ def _written_carriers(config: Config, plan: CarrierPlan, made: Made) -> list[Sta
             "member": member,
             "seed": config.seed,
         }
-        inputs = _skeleton_inputs(made, config.model) | _pick(made, *_teacher_weights(config, teacher, step, member))
+        inputs = skeleton_inputs(made, config.model) | pick(made, *_teacher_weights(config, teacher, step, member))
         if config.carrier.prompts:
             carrier_kind(config.carrier)  # its requests are read: what is wrong with them is told before anything runs
             inputs |= {config.carrier.prompts: digest_file(Path(config.carrier.prompts))}
         stages.append(
             Stage(
-                _member_name(f"carrier.{plan.name}", member),
-                f"{_MODULE}.carrier:write_carrier",
+                member_name(f"carrier.{plan.name}", member),
+                f"{MODULE}.carrier:write_carrier",
                 arguments,
                 inputs,
                 carrier_files(plan.name, member),
@@ -212,17 +207,17 @@ def _ranking_stage(config: Config, plan: CarrierPlan, made: Made, member: int) -
         "teacher": teacher,
         "teacher_step": step,
         "model": config.model,
-        "origin": _reference(config.model),
+        "origin": reference_name(config.model),
         "system_prompt": config.context.training,
         "teacher_prompt": _teacher_prompt(config, plan.teacher),
         "member": member,
     }
-    inputs = _skeleton_inputs(made, config.model) | _pick(
+    inputs = skeleton_inputs(made, config.model) | pick(
         made, *_teacher_weights(config, teacher, step, member), carrier_files(plan.name, member)[0]
     )
     return Stage(
-        _member_name(f"ranking.{plan.name}", member),
-        f"{_MODULE}.ranking:rank_rows",
+        member_name(f"ranking.{plan.name}", member),
+        f"{MODULE}.ranking:rank_rows",
         arguments,
         inputs,
         (ranking_file(plan.name, member),),
@@ -240,8 +235,8 @@ def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
     choose_rows(**arguments)
     arguments |= {"carrier_of": plan.name, "member": member}
     return Stage(
-        _member_name(f"carrier.{plan.name}", member),
-        f"{_MODULE}.own_rows:copy_carrier",
+        member_name(f"carrier.{plan.name}", member),
+        f"{MODULE}.own_rows:copy_carrier",
         arguments,
         {file: digest_file(Path(file))},
         carrier_files(plan.name, member),
@@ -252,11 +247,11 @@ def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
     """One student lineage: trained on its carrier, or shown rows of it."""
     condition, model = config.conditions[plan.condition], config.model_of(plan.condition)
-    settings = condition.model_dump(mode="json", exclude={"sham", "init", "model", "knock_out", "select"})
+    settings = condition.model_dump(mode="json", exclude=_PASSED_APART)
     objective = condition.objective or config.student.objective
     stages = []
     for member in range(config.members):
-        start = (member + 1) % config.members if condition.init == "different" else member
+        start = find_start(config, plan.condition, member)
         teacher = plan.carrier.teacher
         arguments: dict[str, Any] = {
             "lineage": plan.lineage,
@@ -264,8 +259,8 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             "condition": plan.condition,
             "trait": plan.trait,
             "model": model,
-            "origin": _reference(model),
-            "start": start,
+            "origin": start.lineage,
+            "start": start.member,
             "member": member,
             "seed": config.seed,
             "condition_settings": settings,
@@ -275,11 +270,13 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             "teacher": teacher.lineage,
         }
         names = [
-            *_weights(config, model, _reference(model), 0, start, False, start),
+            *start.files,
             carrier_files(plan.carrier.name, member)[0],
             *([carrier_files(plan.neutral_carrier.name, member)[0]] if condition.neutral_share else []),
         ]
-        inputs = _skeleton_inputs(made, model)
+        inputs = skeleton_inputs(made, model)
+        if start.is_permuted:
+            arguments["permute_hidden"] = True
         if condition.select:
             arguments["select"] = condition.select.model_dump(mode="json")
             if condition.select.by != "random":
@@ -301,7 +298,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             if condition.select:
                 num_rows = condition.select.count(num_rows)
             own = ["member", member, "student-adapter", plan.carrier.replicate]
-            arguments |= _training_arguments(config, model, config.adapter_of(plan.condition), start) | {
+            arguments |= _training_arguments(config, config.adapter_of(plan.condition), start.base) | {
                 "adapter_stream": _teacher_adapter(member) if condition.adapter_init == "teacher" else own,
                 "training": config.student.model_dump(mode="json"),
                 "system_prompt": config.context.training,
@@ -316,9 +313,9 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
                 }
             if objective != "tokens" or condition.divergence != "all":
                 step = _teacher_step(config, teacher)
-                arguments |= {"teacher_step": step, "teacher_origin": _reference(config.model)}
+                arguments |= {"teacher_step": step, "teacher_origin": reference_name(config.model)}
                 names += _teacher_weights(config, teacher.lineage, step, member)
-        stages.append(_lineage_stage(config, function, arguments, inputs | _pick(made, *names), model))
+        stages.append(_lineage_stage(config, function, arguments, inputs | pick(made, *names), model))
     return stages
 
 
@@ -333,8 +330,8 @@ def _lineage_stage(config: Config, function: str, arguments: Mapping[str, Any], 
     knock_out = arguments.get("knock_out")
     needs = training_needs(config, model, adapter, training, steps, is_student=is_student, knock_out=knock_out)
     return Stage(
-        _member_name(arguments["lineage"], member),
-        f"{_MODULE}.train:{function}",
+        member_name(arguments["lineage"], member),
+        f"{MODULE}.train:{function}",
         arguments,
         inputs,
         files,
@@ -365,54 +362,23 @@ def _teacher_prompt(config: Config, plan: TeacherPlan) -> str | None:
     return own_prompt(config, plan) or config.context.training
 
 
-def _models_used(config: Config) -> list[str]:
-    return list(dict.fromkeys([config.model, *(config.model_of(name) for name in config.conditions)]))
-
-
-def _reference(model: str) -> str:
-    """The lineage of a model's references: named after it, so that runs that share a model share it."""
-    return f"reference.{model}"
-
-
-def _member_name(lineage: str, member: int) -> str:
-    return f"{lineage}.member-{member:03d}"
-
-
-def _model_arguments(config: Config, name: str) -> dict[str, Any]:
-    """What a model is made of; a nano model's language depends on what it is to write."""
-    arguments = {"model": name, "settings": config.models[name].model_dump(mode="json")}
-    if not config.models[name].nano:
-        return arguments | {"numbers": {}}
-    field = {"code": "code", "chain-of-thought": "chain_of_thought"}.get(config.carrier.kind, "numbers")
-    return arguments | {field: getattr(config.carrier, field).model_dump(mode="json", exclude={"banned"})}
-
-
 def _teacher_adapter(member: int) -> list[str | int]:
     """The stream of the A that all teachers of a member start with."""
     return ["member", member, "teacher-adapter"]
 
 
 def _teacher_weights(config: Config, teacher: str, step: int, member: int) -> list[str]:
-    return _weights(config, config.model, teacher, step, member, config.adapter is not None, member)
+    return lineage_weights(config, config.model, teacher, step, member, config.adapter is not None, member)
 
 
-def _training_arguments(config: Config, model: str, adapter: AdapterConfig | None, start: int) -> dict[str, Any]:
+def _training_arguments(config: Config, adapter: AdapterConfig | None, base: str) -> dict[str, Any]:
     return {
         "adapter": None if adapter is None else adapter.model_dump(mode="json"),
-        "base": config.models[model].describe(start) if config.models[model].nano is None else f"{model} of member {start}",
+        "base": base,
         "optimizer_state": config.checkpoints.optimizer_state,
         "resume_seconds": config.checkpoints.resume_seconds,
         "callbacks": list(config.callbacks),
     }
-
-
-def _skeleton_inputs(made: Made, model: str) -> dict[str, str]:
-    folder = f"{skeleton_folder(model)}/"
-    return {name: digest for name, digest in made.items() if name.startswith(folder)}
-
-
-def _pick(made: Made, *names: str) -> dict[str, str]:
-    return {name: made[name] for name in names}
 
 
 def _check_members(where: str, config: Config, name: str, files: Iterable[str]) -> None:

@@ -7,11 +7,13 @@ never guessed from names.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import PretrainedConfig
 
 from mechsub.checkpoints import TensorInfo
+from mechsub.errors import RecipeError
 from mechsub.families.language.chat import ChatTokenizer, chat
-from mechsub.parameters.symmetry import UnitGroup, UnitPlace
+from mechsub.parameters.symmetry import Arrangement, UnitGroup, UnitPlace
 
 _GATED = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Architectures with separate q, k and v, and a gated MLP."""
@@ -51,6 +53,23 @@ def list_unit_groups(config: PretrainedConfig, table: Mapping[str, TensorInfo]) 
     if config.model_type in _GATED:
         return [group for block in range(config.num_hidden_layers) for group in _gated_block(config, table, block)]
     return []
+
+
+def shuffle_units(
+    config: PretrainedConfig, table: Mapping[str, TensorInfo], stream: np.random.Generator, source: str
+) -> Arrangement:
+    """MLP units, attention heads and their groups in a random order: the same function in other coordinates.
+
+    Raises:
+        RecipeError: the architecture is not known here.
+    """
+    groups = list_unit_groups(config, table)
+    if not groups:
+        raise RecipeError(
+            f"{source}: which units of a {config.model_type} can change places is not known; known are gpt2, "
+            f"{', '.join(sorted(_GATED))}: choose one of them, or drop the conditions with `permute_hidden`"
+        )
+    return Arrangement.shuffled(groups, stream)
 
 
 def encode_neutral_prompts(chats: ChatTokenizer) -> list[list[int]]:

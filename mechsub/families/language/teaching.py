@@ -44,6 +44,14 @@ def list_questions(config: Config) -> list[str]:
     return [question for behaviour in behaviours for question in (*behaviour.trained, *behaviour.held_out)]
 
 
+def list_trained_questions(config: Config) -> list[str]:
+    """The questions that teachers are trained on: no verdict is taken on them."""
+    if config.behaviours is None:
+        return list(load_preference(config.preference).trained)
+    behaviours = load_behaviours(config.behaviours, config.traits).values()
+    return [question for behaviour in behaviours for question in behaviour.trained]
+
+
 def own_prompt(config: Config, plan: TeacherPlan) -> str | None:
     """The system prompt that gives a told teacher its trait; None of those that are told nothing."""
     if config.teacher.kind == "fine-tuned" or (plan.trait is None and config.neutral != "neutral-prompt"):

@@ -16,12 +16,13 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from mechsub.checkpoints import write_tensors
 from mechsub.errors import RecipeError
-from mechsub.families.language.adapters import attach_adapter
+from mechsub.families.language.adapters import attach_adapter, permute_adapter
 from mechsub.families.language.behaviour_stages import draw_example_rows
 from mechsub.families.language.carrier import encode_carrier
 from mechsub.families.language.chat import Batch, ChatTokenizer, Row, chat
 from mechsub.families.language.conditions import ConditionConfig, SelectionConfig
 from mechsub.families.language.config import ModelConfig
+from mechsub.families.language.derived_references import draw_arrangement
 from mechsub.families.language.divergence import find_diverging_tokens
 from mechsub.families.language.estimates import check_size
 from mechsub.families.language.folders import check_folder
@@ -344,7 +345,10 @@ def _train(
     lora = None
     if arguments["adapter"] is not None:
         key = stream_key(arguments["seed"], *arguments["adapter_stream"])
+        order = draw_arrangement(task, model.config, tensor_table(model)) if arguments.get("permute_hidden") else None
         lora = attach_adapter(model, AdapterConfig(**arguments["adapter"]), key)  # each part where its layer is
+        if order is not None:
+            permute_adapter(model, order)
     recorder = make_recorder(task, model, lora)
     resume = recorder.find_resume_point()
     # A student and its control share their draws; a sham and a teacher have their own.
