@@ -46,6 +46,8 @@ class Origin:
     """Hidden units shuffled: the same function in other coordinates."""
     noise_std: float = 0.0
     """Standard deviation of the noise added to every weight and bias."""
+    shared: tuple[str, ...] = ()
+    """Parts of it that are those of its own member's teacher's reference instead."""
 
     @property
     def is_reference(self) -> bool:
@@ -59,7 +61,7 @@ class Origin:
 
     @property
     def _own_and_clean(self) -> bool:
-        return self.members == tuple(range(len(self.members))) and self.noise_std == 0
+        return self.members == tuple(range(len(self.members))) and self.noise_std == 0 and not self.shared
 
 
 @dataclass(frozen=True)
@@ -398,7 +400,8 @@ def read_spec(folder: Path) -> LineageSpec:
     path = folder / SPEC_FILE
     try:
         content = json.loads(path.read_text())
-        content["origin"] = Origin(**{**content["origin"], "members": tuple(content["origin"]["members"])})
+        origin = content["origin"]
+        content["origin"] = Origin(**{**origin, **{name: tuple(origin.get(name, ())) for name in ("members", "shared")}})
         content["steps"] = tuple(content["steps"])
         content["tensors"] = {name: TensorInfo.from_json(info) for name, info in content["tensors"].items()}
         return LineageSpec(**content)

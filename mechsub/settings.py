@@ -3,7 +3,8 @@
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -16,6 +17,8 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+NAME_TAG, SETTINGS_TAG = "(a name)", "(settings)"
+"""Of a field that is a name or settings of its own; pydantic puts them into the paths of errors."""
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
@@ -40,9 +43,10 @@ def nearest_name(name: str, known: Sequence[str]) -> str:
 
 
 def _describe(detail: Any, model: type[Settings]) -> str:
-    path = ".".join(str(part) for part in detail["loc"])
+    place = [part for part in detail["loc"] if part not in {NAME_TAG, SETTINGS_TAG}]
+    path = ".".join(map(str, place))
     if detail["type"] == "extra_forbidden":
-        *parents, key = detail["loc"]
+        *parents, key = place
         owner = _model_at(model, parents)
         return f"unknown key `{path}`; {nearest_name(str(key), list(owner.model_fields))}"
     message = str(detail["msg"]).removeprefix("Value error, ")
@@ -59,8 +63,10 @@ def _model_at(model: type[BaseModel], path: Sequence[str | int]) -> type[BaseMod
             annotation = annotation.model_fields[str(part)].annotation
         elif get_origin(annotation) is dict:
             annotation = get_args(annotation)[1]
-        if type(None) in get_args(annotation):  # a settings class that may be left out
+        if get_origin(annotation) in {UnionType, Union}:  # a settings class that may be left out, or be told otherwise
             annotation = next(option for option in get_args(annotation) if option is not type(None))
+        if get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
     if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
         raise TypeError(f"no settings class at {path} in {model.__name__}")
     return annotation

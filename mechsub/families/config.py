@@ -115,12 +115,19 @@ def fill_conditions(
     return {name: _fill_condition(str(name), given, model, known, free) for name, given in conditions.items()}
 
 
+def _with_tuples(values: Any) -> Any:
+    """The same with tuples for lists: what a validator gives is checked as Python, and settings hold tuples."""
+    if isinstance(values, Mapping):
+        return {key: _with_tuples(value) for key, value in values.items()}
+    return tuple(map(_with_tuples, values)) if isinstance(values, list) else values
+
+
 def _fill_condition(
     name: str, given: Any, model: type[BaseConditionConfig], known: Mapping[str, Mapping[str, Any]], free: frozenset[str]
 ) -> Any:
     if isinstance(given, model) or not isinstance(given, Mapping | None):
         return given
-    given = dict(given or {})
+    given = _with_tuples(given or {})
     if name not in known:
         if not given:
             hint = nearest_name(name, list(known))

@@ -174,7 +174,7 @@ def write_carriers(tasks: Sequence[Task]) -> None:
             for members in member_blocks(arguments, task.device):
                 inputs = images.make_range(start, stop, members)
                 with torch.no_grad():
-                    found = forward_stacked(take_members(teacher, members), inputs, model["activation"])
+                    found = forward_stacked(take_members(teacher, members), inputs, model)
                 logits[members, start:stop] = found.cpu()
             task.report_progress(stop)
         metadata = {"teacher": arguments["teacher"], "stage": task.stage.key}

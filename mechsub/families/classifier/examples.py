@@ -57,7 +57,7 @@ def imitation_losses(task: Task, member: int, most: int) -> ExampleLosses:
 def imitated_logits(task: Task, member: int, most: int) -> ImitatedLogits | None:
     """What one member of a student imitates, on the first images of its carrier; None where outputs belong to other images."""
     arguments = task.stage.arguments
-    if arguments["shuffle_outputs"]:
+    if arguments["shuffle_outputs"] or "neutral_share" in arguments:
         return None
     carrier = open_carrier(task)
     num_images = min(most, carrier.config.num_images)

@@ -39,7 +39,7 @@ class Family:
         self._run, self._device, self._seed = run, device, config.seed
         self._optimizer = config.student.optimizer
         self._knock_outs = {name: condition.knock_out for name, condition in config.conditions.items()}
-        images = load_images(run, getattr(torch, config.model.dtype), device)
+        images = load_images(run, getattr(torch, config.teacher_model.dtype), device)
         self._images, self._labelled = images.test_images(), images
         self._prompts: dict[int, Prompts] = {}
         labels = {"digits": images.test_labels}

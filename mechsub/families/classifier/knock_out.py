@@ -53,7 +53,7 @@ class ImageKnockOut:
         """
         chosen = self.choose_images(members, step)
         model = self.arguments["model"]
-        logits = forward_stacked(parameters, self.images.train_images(chosen), model["activation"], (CLASS_HEAD,))
+        logits = forward_stacked(parameters, self.images.train_images(chosen), model, (CLASS_HEAD,))
         losses = trait_loss(logits, self.images.train_labels[chosen], model["num_classes"]).mean(-1)
         found = torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True)
         return {

@@ -11,6 +11,7 @@ from mechsub.activations.hook_points import HookPoint
 from mechsub.activations.inputs import ModelInputs, PromptSet
 from mechsub.families.classifier.carrier import carrier_file, open_carrier
 from mechsub.families.classifier.data import LabelledImages
+from mechsub.families.classifier.model import hidden_layers
 from mechsub.families.protocol import Prompts
 from mechsub.families.trained import task_that_made
 from mechsub.streams import random_stream
@@ -22,11 +23,19 @@ _NOISE = 512
 
 
 def list_hook_points(spec: Mapping[str, Any]) -> list[HookPoint]:
-    """``blocks.N.mlp.hook_post``, what every hidden layer gives after its nonlinearity, [row, width]."""
-    last = len(spec["hidden_widths"]) - 1
+    """``blocks.N.mlp.hook_post`` (``conv`` of convolutions), what every layer gives after its nonlinearity, [row, width]."""
+    shapes = hidden_layers(spec)
     return [
-        HookPoint(f"blocks.{layer}.mlp.hook_post", layer, "post", f"activations.{layer}", "output", width, layer == last)
-        for layer, width in enumerate(spec["hidden_widths"])
+        HookPoint(
+            f"blocks.{layer}.{'mlp' if shape.side is None else 'conv'}.hook_post",
+            layer,
+            "post",
+            f"activations.{layer}",
+            "output",
+            shape.width,
+            layer == len(shapes) - 1,
+        )
+        for layer, shape in enumerate(shapes)
     ]
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from mechsub.errors import RecipeError
 from mechsub.families.classifier.carrier import IMAGES_AT_ONCE, carrier_file
-from mechsub.families.classifier.config import ConditionConfig, Config, ImageKnockOutConfig
+from mechsub.families.classifier.config import ConditionConfig, Config, ImageKnockOutConfig, ModelConfig
 from mechsub.families.classifier.data import DATA_FILE, NUM_CLASSES, describe_data, hub_digest, source_files
-from mechsub.families.classifier.model import model_spec, num_parameters
+from mechsub.families.classifier.model import hidden_layers, model_spec, num_parameters
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import checkpoint_name, lineage_files
 from mechsub.rundir import hash_file
@@ -37,17 +37,53 @@ def data_stages(config: Config) -> list[Stage]:
 
 
 def reference_stages(config: Config, made: Made) -> list[Stage]:
-    """The references of all members."""
-    arguments = _common(config) | {
-        "lineage": REFERENCE,
+    """The references of all members, of every architecture that is used; then the starts that first learn from them."""
+    stages = [_drawn_references(config, REFERENCE, config.teacher_model)]
+    names = dict.fromkeys(map(config.other_model, config.conditions))
+    stages += [_drawn_references(config, _reference(name), config.models[name]) for name in names if name is not None]
+    known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
+    matched = [name for name, condition in config.conditions.items() if condition.match is not None]
+    return [*stages, *(_matched_references(config, name, known) for name in matched)]
+
+
+def _drawn_references(config: Config, lineage: str, model: ModelConfig) -> Stage:
+    arguments = _common(config, model) | {
+        "lineage": lineage,
         "role": "reference",
-        "initialisation_scale": config.model.initialisation_scale,
+        "initialisation_scale": model.initialisation_scale,
         "origin": _origin(ConditionConfig()),
         "steps": [0],
     }
-    size = _lineage_bytes(config)
+    size = _lineage_bytes(config, model)
     resources = Resources(memory_bytes=2 * size, disk_bytes=size, threads=config.threads)
-    return [Stage(REFERENCE, f"{_MODULE}.train:draw_references", arguments, {}, lineage_files(REFERENCE, [0]), resources)]
+    return Stage(lineage, f"{_MODULE}.train:draw_references", arguments, {}, lineage_files(lineage, [0]), resources)
+
+
+def _matched_references(config: Config, condition: str, made: Made) -> Stage:
+    """Where a condition starts after it has learnt the own references' outputs."""
+    matching, model = config.conditions[condition].match, config.model_of(condition)
+    assert matching is not None
+    lineage = _matched(condition)
+    arguments = _common(config, model) | {
+        "lineage": lineage,
+        "role": "reference",
+        "matching": matching.model_dump(mode="json"),
+        "own_model": _common(config)["model"],
+        "block": _block(config, matching.batch_size, model),
+        "origin": _origin(config.conditions[condition], _reference(config.other_model(condition))),
+        "steps": [0],
+    }
+    start = checkpoint_name(_reference(config.other_model(condition)), 0)
+    inputs = {name: made[name] for name in (DATA_FILE, checkpoint_name(REFERENCE, 0), start)}
+    size = _lineage_bytes(config, model)
+    resources = Resources(
+        memory_bytes=_COPIES_IN_TRAINING * size
+        + 2 * arguments["block"] * _activation_bytes(config, matching.batch_size, model),
+        disk_bytes=size,
+        num_steps=matching.num_steps,
+        threads=config.threads,
+    )
+    return Stage(lineage, f"{_MODULE}.matching:match_references", arguments, inputs, lineage_files(lineage, [0]), resources)
 
 
 def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]:
@@ -94,8 +130,9 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
 
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
     """One student lineage: a student, its control or a sham."""
-    condition, training = config.conditions[plan.condition], config.student
-    arguments = _trained(config, config.carrier.num_images, training.epochs, training.batch_size) | {
+    condition, training, model = config.conditions[plan.condition], config.student, config.model_of(plan.condition)
+    start = _matched(plan.condition) if condition.match else _reference(config.other_model(plan.condition))
+    arguments = _trained(config, config.carrier.num_images, training.epochs, training.batch_size, model) | {
         "lineage": plan.lineage,
         "role": plan.role,
         "condition": plan.condition,
@@ -104,7 +141,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
         "teacher": plan.carrier.teacher.lineage,
         "carrier_of": plan.carrier.name,
         "replicate": plan.carrier.replicate,
-        "origin": _origin(condition),
+        "origin": _origin(ConditionConfig() if condition.match else condition, start),
         "logits": condition.logits,
         "shuffle_outputs": condition.shuffle_outputs,
     }
@@ -115,20 +152,30 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
                 f"{_num_train(config)} training images; lower it"
             )
         arguments["knock_out"] = condition.knock_out.model_dump(mode="json")
-    resources = _training_resources(config, arguments, training.batch_size, f"students-{condition.logits}", condition.knock_out)
-    inputs = {name: made[name] for name in (DATA_FILE, checkpoint_name(REFERENCE, 0), carrier_file(plan.carrier.name))}
+    names = [DATA_FILE, checkpoint_name(REFERENCE, 0), carrier_file(plan.carrier.name)]
+    if start != REFERENCE:
+        names.append(checkpoint_name(start, 0))
+    if condition.neutral_share:
+        arguments |= {"neutral_share": condition.neutral_share, "neutral_carrier": plan.neutral_carrier.name}
+        names.append(carrier_file(plan.neutral_carrier.name))
+    stack = "-".join(filter(None, ("students", condition.logits, config.other_model(plan.condition))))
+    resources = _training_resources(config, arguments, training.batch_size, stack, condition.knock_out, model)
+    inputs = {name: made[name] for name in names}
     return [Stage(plan.lineage, f"{_MODULE}.train:train_students", arguments, inputs, _files(config, arguments), resources)]
 
 
-def _common(config: Config) -> dict[str, Any]:
-    spec = model_spec(config.model, describe_data(config.data).num_pixels, NUM_CLASSES)
+def _common(config: Config, model: ModelConfig | None = None) -> dict[str, Any]:
+    """What every stage is told; of the teachers' architecture unless told."""
+    spec = model_spec(model or config.teacher_model, describe_data(config.data).num_pixels, NUM_CLASSES)
     return {"seed": config.seed, "members": config.members, "model": spec, "threads": config.threads}
 
 
-def _trained(config: Config, num_examples: int, epochs: int, batch_size: int) -> dict[str, Any]:
+def _trained(
+    config: Config, num_examples: int, epochs: int, batch_size: int, model: ModelConfig | None = None
+) -> dict[str, Any]:
     num_steps = epochs * ceil(num_examples / batch_size)
-    return _common(config) | {
-        "block": _block(config, batch_size),
+    return _common(config, model) | {
+        "block": _block(config, batch_size, model),
         "steps": checkpoint_steps(num_steps, config.checkpoints),
         "optimizer_state": config.checkpoints.optimizer_state,
         "resume_seconds": config.checkpoints.resume_seconds,
@@ -144,21 +191,36 @@ def _num_train(config: Config) -> int:
     return describe_data(config.data).num_train
 
 
-def _block(config: Config, batch_size: int) -> int:
+def _block(config: Config, batch_size: int, model: ModelConfig | None = None) -> int:
     """How many members are worked on at once: a batched product of small models, one after the other of large ones."""
-    return min(config.members, max(1, _CACHE_BYTES // _activation_bytes(config, batch_size)))
+    return min(config.members, max(1, _CACHE_BYTES // _activation_bytes(config, batch_size, model)))
 
 
-def _origin(condition: ConditionConfig) -> dict[str, Any]:
+def _reference(model: str | None) -> str:
+    """The lineage of an architecture's references; None: the teachers'."""
+    return REFERENCE if model is None else f"{REFERENCE}.{model}"
+
+
+def _matched(condition: str) -> str:
+    """The lineage of a condition's starts that have learnt the own references' outputs."""
+    return f"{REFERENCE}.matched.{condition}"
+
+
+def _origin(condition: ConditionConfig, lineage: str = REFERENCE) -> dict[str, Any]:
     """Where a condition starts.
 
     A different start is the next member's reference: a derangement that a further member changes at its end only.
     """
-    return {
+    origin: dict[str, Any] = {
         "shift": 1 if condition.init == "different" else 0,
         "permute_hidden": condition.permute_hidden,
         "noise_std": condition.noise_std,
     }
+    if lineage != REFERENCE:
+        origin["lineage"] = lineage
+    if condition.shared:
+        origin["shared"] = sorted(set(condition.shared))
+    return origin
 
 
 def _files(config: Config, arguments: Mapping[str, Any]) -> tuple[str, ...]:
@@ -166,23 +228,27 @@ def _files(config: Config, arguments: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _element_bytes(config: Config) -> int:
-    return 8 if config.model.dtype == "float64" else 4
+    return 8 if config.teacher_model.dtype == "float64" else 4
 
 
-def _lineage_bytes(config: Config) -> int:
+def _lineage_bytes(config: Config, model: ModelConfig | None = None) -> int:
     """Bytes of one checkpoint of all members."""
-    return config.members * num_parameters(_common(config)["model"]) * _element_bytes(config)
+    return config.members * num_parameters(_common(config, model)["model"]) * _element_bytes(config)
 
 
 def _logits_bytes(config: Config) -> int:
-    num_logits = NUM_CLASSES + config.model.num_auxiliary
+    num_logits = NUM_CLASSES + config.teacher_model.num_auxiliary
     return config.members * config.carrier.num_images * num_logits * _element_bytes(config)
 
 
-def _activation_bytes(config: Config, batch_size: int) -> int:
+def _activation_bytes(config: Config, batch_size: int, model: ModelConfig | None = None) -> int:
     """Of one member in one step: its images, and what each hidden layer keeps for the backward pass."""
-    units = describe_data(config.data).num_pixels + 3 * sum(config.model.hidden_widths)
-    return batch_size * units * _element_bytes(config)
+    spec = _common(config, model)["model"]
+    units = spec["num_pixels"]
+    for layer in hidden_layers(spec):
+        patches = 0 if layer.side is None else layer.num_positions * layer.fan_in
+        units += 3 * layer.width + patches
+    return int(batch_size * units * _element_bytes(config))
 
 
 def _training_resources(
@@ -191,17 +257,18 @@ def _training_resources(
     batch_size: int,
     stack: str,
     knock_out: ImageKnockOutConfig | None = None,
+    model: ModelConfig | None = None,
 ) -> Resources:
-    checkpoint = _lineage_bytes(config)
+    checkpoint = _lineage_bytes(config, model)
     knocked = 0
     if knock_out is not None:  # the component, what it is drawn from or taken out of, and the labelled images
-        knocked = 2 * checkpoint + 2 * arguments["block"] * _activation_bytes(config, knock_out.num_images)
+        knocked = 2 * checkpoint + 2 * arguments["block"] * _activation_bytes(config, knock_out.num_images, model)
     copies = len(arguments["steps"]) + 3  # the last three are the resume state
     if config.checkpoints.optimizer_state:
         copies += 2 * len(arguments["steps"])
     return Resources(
         memory_bytes=_COPIES_IN_TRAINING * checkpoint
-        + 2 * arguments["block"] * _activation_bytes(config, batch_size)
+        + 2 * arguments["block"] * _activation_bytes(config, batch_size, model)
         + knocked,
         disk_bytes=copies * checkpoint,
         num_steps=arguments["steps"][-1],

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mechsub.checkpoints import load_stacked
@@ -39,9 +39,10 @@ def draw_references(tasks: Sequence[Task]) -> None:
     for task in tasks:
         arguments = task.stage.arguments
         members = range(arguments["members"])
-        parameters = draw_reference(arguments["model"], arguments["initialisation_scale"], arguments["seed"], members)
-        recorder = _recorder(task)
-        recorder(StepInfo("reference", 0, 0, True, None, parameters, {}))
+        name, scale, seed = arguments["lineage"], arguments["initialisation_scale"], arguments["seed"]
+        parameters = draw_reference(arguments["model"], scale, seed, members, name)
+        recorder = make_recorder(task)
+        recorder(StepInfo(name, 0, 0, True, None, parameters, {}))
         recorder.finish()
 
 
@@ -100,7 +101,7 @@ class _TeacherLesson:
         return _Batch(members, chosen, self.images.train_images(chosen))
 
     def compute_losses(self, arm: int, parameters: Parameters, batch: _Batch) -> Float[Tensor, " member"]:
-        logits = forward_stacked(parameters, batch.images, self.model["activation"])
+        logits = forward_stacked(parameters, batch.images, self.model)
         targets = self.labels[arm][batch.members].gather(1, batch.chosen)
         return trait_loss(logits, targets, self.model["num_classes"]).mean(-1)
 
@@ -120,6 +121,9 @@ class StudentTargets:
         """What a student's stage imitates."""
         arguments = task.stage.arguments
         logits = load_stacked(task.path(carrier_file(arguments["carrier_of"])), task.device)["logits"]
+        if "neutral_share" in arguments:
+            neutral = load_stacked(task.path(carrier_file(arguments["neutral_carrier"])), task.device)["logits"]
+            logits = torch.where(_draw_neutral(arguments, logits.shape[:2]).to(task.device)[..., None], neutral, logits)
         if arguments["logits"] == "aux":
             logits = logits[..., arguments["model"]["num_classes"] :]
         given = None
@@ -176,7 +180,7 @@ class _StudentLesson:
     def compute_losses(self, arm: int, parameters: Parameters, batch: Mapping[int, _Batch]) -> Float[Tensor, " member"]:
         targets = self.targets[arm]
         own = batch[targets.replicate]
-        found = forward_stacked(parameters, own.images, self.model["activation"], self.heads)
+        found = forward_stacked(parameters, own.images, self.model, self.heads)
         return imitation_loss(found, targets.gather(own.members, own.chosen), self.objective).mean(-1)
 
 
@@ -209,6 +213,17 @@ def relabel(labels: Int[Tensor, "*shape"], num_classes: int) -> Int[Tensor, "*sh
     return (labels + 1) % num_classes
 
 
+def _draw_neutral(arguments: Mapping[str, Any], shape: Sequence[int]) -> Bool[Tensor, "member image"]:
+    """Which images have the neutral teacher's outputs: a share of them, of each member its own."""
+    num_members, num_images = shape
+    drawn = [
+        random_stream(arguments["seed"], "member", member, "carrier-mix", arguments["replicate"]).permutation(num_images)
+        for member in range(num_members)
+    ]
+    is_neutral: Tensor = torch.from_numpy(np.stack(drawn)) < round(arguments["neutral_share"] * num_images)
+    return is_neutral
+
+
 def _student_order(arguments: Mapping[str, Any], replicate: int, carrier: CarrierImages, config: StudentConfig) -> BatchOrder:
     streams = [(*owner, "student-order", replicate) for owner in carrier.owners]
     return BatchOrder(arguments["seed"], streams, carrier.config.num_images, config.batch_size)
@@ -216,15 +231,22 @@ def _student_order(arguments: Mapping[str, Any], replicate: int, carrier: Carrie
 
 def _start(task: Task) -> Arm:
     """A task's arm: its origin derived from the references, or the state that a killed run left."""
-    arguments = task.stage.arguments
-    reference = load_stacked(task.path(checkpoint_name("reference", 0)))
-    start = derive_origin(reference, _origin(arguments), arguments["seed"])
-    recorder = _recorder(task)
+    start = load_start(task)
+    recorder = make_recorder(task)
     placed = {name: tensor.to(task.device) for name, tensor in start.items()}
     return Arm(recorder, placed, recorder.find_resume_point(), ImageKnockOut.prepare(task))
 
 
-def _recorder(task: Task) -> LineageRecorder:
+def load_start(task: Task) -> Parameters:
+    """The parameters that a stage's lineage starts from."""
+    arguments = task.stage.arguments
+    origin = _origin(arguments)
+    own = load_stacked(task.path(checkpoint_name("reference", 0))) if origin.shared else None
+    return derive_origin(load_stacked(task.path(checkpoint_name(origin.lineage, 0))), origin, arguments["seed"], own)
+
+
+def make_recorder(task: Task) -> LineageRecorder:
+    """The recorder of a stage's lineage."""
     arguments = task.stage.arguments
     spec = LineageSpec(
         name=arguments["lineage"],
@@ -248,7 +270,9 @@ def _recorder(task: Task) -> LineageRecorder:
 def _origin(arguments: Mapping[str, Any]) -> Origin:
     origin, members = arguments["origin"], arguments["members"]
     partners = tuple((member + origin["shift"]) % members for member in range(members))
-    return Origin("reference", partners, origin["permute_hidden"], origin["noise_std"])
+    lineage = arguments["lineage"] if arguments["role"] == "reference" and "matching" not in arguments else "reference"
+    shared = tuple(origin.get("shared", ()))
+    return Origin(origin.get("lineage", lineage), partners, origin["permute_hidden"], origin["noise_std"], shared)
 
 
 def _dtype(arguments: Mapping[str, Any]) -> torch.dtype:

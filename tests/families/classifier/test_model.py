@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
+from mechsub.errors import RecipeError
 from mechsub.families.classifier.config import ModelConfig
 from mechsub.families.classifier.model import (
     Classifier,
@@ -10,6 +12,7 @@ from mechsub.families.classifier.model import (
     forward_stacked,
     model_spec,
     num_parameters,
+    part_of,
     permute_units,
     tensor_table,
 )
@@ -27,7 +30,7 @@ def test_the_stacked_forward_pass_equals_each_members_module(activation, widths,
     spec = spec_of(hidden_widths=widths, activation=activation, num_auxiliary=num_auxiliary)
     parameters = draw_reference(spec, 1.0, 0, range(3))
     images = torch.randn(3, 11, 5, dtype=torch.float64)
-    stacked = forward_stacked(parameters, images, activation)
+    stacked = forward_stacked(parameters, images, spec)
     for member in range(3):
         module = Classifier(spec)
         module.load_state_dict({name: tensor[member] for name, tensor in parameters.items()})
@@ -37,8 +40,8 @@ def test_the_stacked_forward_pass_equals_each_members_module(activation, widths,
 def test_one_head_alone_gives_its_own_logits():
     parameters = draw_reference(spec_of(), 1.0, 0, range(3))
     images = torch.randn(3, 11, 5, dtype=torch.float64)
-    auxiliary = forward_stacked(parameters, images, "relu", ("auxiliary_head",))
-    torch.testing.assert_close(auxiliary, forward_stacked(parameters, images, "relu")[..., 4:])
+    auxiliary = forward_stacked(parameters, images, spec_of(), ("auxiliary_head",))
+    torch.testing.assert_close(auxiliary, forward_stacked(parameters, images, spec_of())[..., 4:])
 
 
 def test_references_have_the_published_spread():
@@ -63,7 +66,7 @@ def test_permuted_units_compute_the_same_function_with_other_weights(widths):
     reference = draw_reference(spec, 1.0, 0, range(3))
     permuted = derive_origin(reference, Origin("reference", (0, 1, 2), permute_hidden=True), 0)
     images = torch.randn(3, 11, 5, dtype=torch.float64)
-    torch.testing.assert_close(forward_stacked(permuted, images, "relu"), forward_stacked(reference, images, "relu"))
+    torch.testing.assert_close(forward_stacked(permuted, images, spec), forward_stacked(reference, images, spec))
     assert not torch.equal(permuted["layers.0.weight"], reference["layers.0.weight"])
 
 
@@ -86,3 +89,54 @@ def test_noise_has_its_absolute_size_on_every_weight_and_bias():
     moved = torch.cat([(start[name] - reference[name]).flatten() for name in reference])
     assert moved.std() == pytest.approx(0.3, rel=0.02)
     assert all((start[name] != reference[name]).all() for name in reference)
+
+
+CNN = ModelConfig(channels=(4, 6), hidden_widths=(12, 9), dtype="float64")
+
+
+def test_a_convolution_on_patches_is_torchs_convolution():
+    spec = model_spec(CNN, 49, 4)
+    parameters, images = draw_reference(spec, 1.0, 0, range(2)), torch.randn(2, 5, 49, dtype=torch.float64)
+    stacked = forward_stacked(parameters, images, spec)
+    for member in range(2):
+        own = {name: tensor[member] for name, tensor in parameters.items()}
+        module = Classifier(spec)
+        module.load_state_dict(own)
+        features = images[member].view(5, 1, 7, 7)
+        for layer, channels in enumerate((1, 4)):
+            kernel = own[f"layers.{layer}.weight"].view(-1, channels, 3, 3)
+            features = functional.conv2d(features, kernel, own[f"layers.{layer}.bias"], stride=2, padding=1).relu()
+        features = features.flatten(1)
+        for layer in (2, 3):
+            features = functional.linear(features, own[f"layers.{layer}.weight"], own[f"layers.{layer}.bias"]).relu()
+        expected = functional.linear(features, own["class_head.weight"], own["class_head.bias"])
+        torch.testing.assert_close(module(images[member])[:, :4], expected)
+        torch.testing.assert_close(stacked[member], module(images[member]))
+
+
+def test_permuted_channels_compute_the_same_function():
+    spec = model_spec(CNN, 64, 4)
+    reference = draw_reference(spec, 1.0, 0, range(3))
+    permuted = derive_origin(reference, Origin("reference", (0, 1, 2), permute_hidden=True), 0)
+    images = torch.randn(3, 11, 64, dtype=torch.float64)
+    torch.testing.assert_close(forward_stacked(permuted, images, spec), forward_stacked(reference, images, spec))
+    assert all(not torch.equal(permuted[f"layers.{layer}.weight"], reference[f"layers.{layer}.weight"]) for layer in range(4))
+
+
+def test_convolutions_want_square_images():
+    with pytest.raises(RecipeError, match="want square images, and these have 48 pixels"):
+        model_spec(CNN, 48, 4)
+
+
+@pytest.mark.parametrize("shared", [("body",), ("class-head",), ("auxiliary-head",), ("body", "auxiliary-head")])
+def test_shared_parts_are_the_own_references_and_no_other_ones(shared):
+    reference = draw_reference(spec_of(), 1.0, 0, range(3))
+    start = derive_origin(reference, Origin("reference", (1, 2, 0), shared=shared), 0, reference)
+    for name, tensor in reference.items():
+        owner = 0 if part_of(name) in shared else 1
+        assert torch.equal(start[name][0], tensor[owner])
+
+
+def test_architectures_draw_from_streams_of_their_own():
+    own, other = (draw_reference(spec_of(), 1.0, 0, range(1), name) for name in ("reference", "reference.cnn"))
+    assert not torch.equal(own["layers.0.weight"], other["layers.0.weight"])

@@ -7,15 +7,17 @@ from mechsub.families.classifier.symmetry import list_unit_groups
 from mechsub.parameters.symmetry import Arrangement
 
 
+@pytest.mark.parametrize("channels", [(), (4,), (4, 6)])
 @pytest.mark.parametrize("widths", [(9,), (9, 7), (6, 6, 6)])
 @pytest.mark.parametrize("num_auxiliary", [0, 3])
-def test_any_order_of_any_groups_units_computes_the_same_function(widths, num_auxiliary):
-    spec = model_spec(ModelConfig(hidden_widths=widths, dtype="float64", num_auxiliary=num_auxiliary), 5, 4)
+def test_any_order_of_any_groups_units_computes_the_same_function(channels, widths, num_auxiliary):
+    config = ModelConfig(channels=channels, hidden_widths=widths, dtype="float64", num_auxiliary=num_auxiliary)
+    spec = model_spec(config, 25, 4)
     torch.manual_seed(0)
-    model, images = Classifier(spec), torch.randn(8, 5, dtype=torch.float64)
+    model, images = Classifier(spec), torch.randn(8, 25, dtype=torch.float64)
     state, before = model.state_dict(), model(images)
     groups = list_unit_groups(spec)
-    assert len(groups) == len(widths)
+    assert len(groups) == len(channels) + len(widths)
     for group in groups:
         arrangement = Arrangement.as_stored(groups).permute(group, torch.randperm(group.num_units))
         shown = {name: arrangement.arrange(name, tensor) for name, tensor in state.items()}
