@@ -1,7 +1,9 @@
+from itertools import permutations
+
 import numpy as np
 import pytest
 
-from mechsub.statistics.diagonal import diagonal_excess, permute_taught
+from mechsub.statistics.diagonal import diagonal_excess, permute_taught, permute_traits
 
 
 def centred(matrix):
@@ -44,3 +46,54 @@ def test_a_missing_member_gives_no_test():
     effects = np.zeros((3, 2, 2))
     effects[1, 0, 0] = np.nan
     assert np.isnan(permute_taught(effects).p_above)
+    assert permute_taught(effects).reason == "1 of 3 members lack a value"
+    assert permute_taught(effects[:0]).reason == "there are no members"
+
+
+@pytest.mark.parametrize("traits", [5, 6])
+def test_permuting_traits_counts_every_order_of_the_rows_once(traits):
+    effects = np.random.default_rng(3).normal(size=(4, traits, traits)) + 0.4 * np.eye(traits)
+    means = [diagonal_excess(effects[:, list(order)]).mean() for order in permutations(range(traits))]
+    found = permute_traits(effects, 0.9)
+    assert found.p_above == pytest.approx(np.mean(np.array(means) >= means[0] - 1e-12))
+    assert (found.null_low, found.null_high) == pytest.approx(tuple(np.quantile(means, [0.05, 0.95])))
+
+
+def test_the_smallest_p_over_traits_is_one_of_all_orders():
+    effects = np.random.default_rng(4).normal(size=(5, 5, 5)) + 9 * np.eye(5)
+    assert permute_traits(effects).p_above == pytest.approx(1 / 120)
+    assert permute_traits(effects - 18 * np.eye(5)).p_above == 1.0
+
+
+def test_more_than_eight_traits_are_sampled_the_same_way_every_time():
+    effects = np.random.default_rng(5).normal(size=(3, 9, 9))
+    assert permute_traits(effects) == permute_traits(effects)
+    assert permute_traits(effects + 9 * np.eye(9)).p_above == pytest.approx(1 / 10_001)
+
+
+def test_a_claim_about_traits_in_general_takes_five_of_them():
+    found = permute_traits(np.random.default_rng(6).normal(size=(5, 3, 3)))
+    assert np.isnan([found.p_above, found.null_low, found.null_high]).all()
+    assert found.reason == "claims over traits need 5 or more; 3 permute only 6 ways"
+    effects = np.zeros((2, 5, 5))
+    assert permute_traits(effects).p_above == 1.0 and permute_traits(effects).reason == ""
+    effects[0, 0, 1] = np.nan
+    assert permute_traits(effects).reason == "1 of 2 members lack a value"
+
+
+@pytest.mark.parametrize("test", [permute_taught, permute_traits])
+def test_neither_permutation_sees_what_a_student_or_a_trait_has_everywhere(test):
+    generator = np.random.default_rng(7)
+    noise = generator.normal(size=(4, 5, 5))
+    moved = noise + 10 * generator.normal(size=(4, 1, 5))
+    assert test(moved).p_above == pytest.approx(test(noise).p_above)
+
+
+def test_what_members_share_about_pairs_of_traits_fools_only_the_permutation_within_members():
+    generator = np.random.default_rng(8)
+    runs = 300
+    shared = [generator.normal(size=(5, 5)) + generator.normal(size=(10, 5, 5)) for _ in range(runs)]
+    within = sum(permute_taught(effects).p_above <= 0.05 for effects in shared)
+    over = sum(permute_traits(effects).p_above <= 0.05 for effects in shared)
+    assert over <= 28  # one-sided 99.9 % bound of a binomial count at 5 %
+    assert within > 60

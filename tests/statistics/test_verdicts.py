@@ -5,7 +5,8 @@ from statsmodels.stats.multitest import multipletests
 
 from mechsub.statistics.intervals import student_interval
 from mechsub.statistics.permutation import flip_signs
-from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Rules, SuperiorityTest, judge_effects, members_to_decide
+from mechsub.statistics.power import members_to_decide
+from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Rules, SuperiorityTest, judge_effects
 
 RULES = Rules(margin=0.05, minimum_members=5, confidence=0.95, equivalence_level=0.05)
 
@@ -52,14 +53,18 @@ def test_measures_have_words_of_their_own():
     assert verdict([0.4, 0.5, 0.45, 0.5, 0.55], words=AGAINST_NULL) == "above-null"
 
 
-def test_an_open_question_names_the_members_that_would_decide_it():
+def test_an_open_question_names_the_members_that_would_decide_it_and_on_what_assumption():
     values = np.array([0.02, 0.08, -0.04, 0.06, -0.02])
     judgement = judge_effects({"x": values}, RULES, TRANSFER)["x"]
     needed = members_to_decide(values, RULES)
-    assert judgement.verdict == "inconclusive" and f"about {needed} members" in judgement.reason
-    spread = values.std(ddof=1)
-    half, previous = (stats.t.ppf(0.95, n - 1) * spread / np.sqrt(n) for n in (needed, needed - 1))
-    assert values.mean() + half < RULES.margin <= values.mean() + previous
+    assert judgement.verdict == "inconclusive"
+    assert f"about {needed} members would decide it with 80 % power, were mean and spread as seen" in judgement.reason
+
+
+def test_what_no_number_of_members_decides_says_so():
+    values = np.array([0.05, 0.15, -0.05, 0.1, 0.0])  # the mean lies on the margin
+    judgement = judge_effects({"x": values}, RULES, TRANSFER)["x"]
+    assert judgement.reason.endswith("it would take more than 10,000 members")
 
 
 def test_five_members_cannot_pass_a_sign_flip_test_and_the_reason_says_what_would():
