@@ -27,7 +27,7 @@ def permute_references(tasks: Sequence[Task]) -> None:
         start = _open_origin(task)
         arrangement = draw_arrangement(task, _read_config(task), start.spec.tensors)
         state = {name: arrangement.arrange(name, tensor) for name, tensor in start.load_state(0, 0).items()}
-        _write(task, state, start.spec.tensors, {}, permute_hidden=True)
+        write_derived(task, state, start.spec.tensors, {}, permute_hidden=True)
 
 
 def draw_arrangement(task: Task, config: PretrainedConfig, table: Mapping[str, TensorInfo]) -> Arrangement:
@@ -68,7 +68,7 @@ def _read_config(task: Task) -> PretrainedConfig:
     return config
 
 
-def _write(
+def write_derived(
     task: Task,
     state: Mapping[str, Tensor],
     table: Mapping[str, TensorInfo],

@@ -29,6 +29,13 @@ from mechsub.families.protocol import Made
 from mechsub.lineages import checkpoint_name, spec_name
 from mechsub.stage import Stage
 
+_FUNCTIONS = {
+    "permute_hidden": "derived_references:permute_references",
+    "rotate_residual": "rotation:rotate_references",
+    "shared": "derived_references:pretrain_shared",
+    "match": "matching:match_references",
+}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -94,9 +101,9 @@ def _derived_stage(config: Config, made: Made, lineage: str, condition: Conditio
     }
     files, inputs = reference_files(config, model, member), skeleton_inputs(made, model)
     own = (member - 1) % config.members
-    function = {"permute_hidden": "permute_references", "rotate_residual": "rotate_references"}.get(condition.start_kind, "")
+    function = _FUNCTIONS[condition.start_kind]
     if condition.shared is not None:
-        function, files, needs = "pretrain_shared", [], reference_needs(config, model)
+        files, needs = [], reference_needs(config, model)
         arguments |= model_arguments(config, model) | {
             "origin": lineage,
             "own": own,
@@ -105,7 +112,7 @@ def _derived_stage(config: Config, made: Made, lineage: str, condition: Conditio
             "preference": preference_arguments(config),
         }
     if condition.match is not None:
-        function, needs = "match_references", matching_needs(config, model, condition.match)
+        needs = matching_needs(config, model, condition.match)
         files += reference_files(config, model, own)
         carrier = config.carrier.settings_of_kind(())
         arguments |= {
@@ -121,7 +128,7 @@ def _derived_stage(config: Config, made: Made, lineage: str, condition: Conditio
             inputs |= {config.carrier.prompts: digest_file(Path(config.carrier.prompts))}
     return Stage(
         member_name(lineage, member),
-        f"{MODULE}.derived_references:{function}",
+        f"{MODULE}.{function}",
         arguments,
         inputs | pick(made, *files),
         (checkpoint_name(lineage, 0, member), spec_name(lineage, member)),

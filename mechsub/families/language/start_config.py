@@ -4,7 +4,7 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from mechsub.families.language.training_config import TrainingConfig
 from mechsub.settings import Settings
@@ -27,6 +27,12 @@ class MatchingConfig(TrainingConfig):
     num_rows: int = Field(4096, ge=2, description="answers that the reference samples to each of the two, to learn from")
     optimizer: OptimizerConfig = Field(OptimizerConfig(name="adamw", learning_rate=1e-3), description="how weights are updated")
     decay: Literal["none", "linear"] = Field("linear", description="of the learning rate, to 0 at the last step")
+
+    @model_validator(mode="after")
+    def _fills_a_batch(self) -> "MatchingConfig":
+        if self.num_rows < self.batch_size:
+            raise ValueError(f"num_rows = {self.num_rows} do not fill a batch, batch_size = {self.batch_size}; raise num_rows")
+        return self
 
 
 class ParaphraseConfig(Settings):
