@@ -236,6 +236,26 @@ def report(run_dir: RunDir, open_it: Annotated[bool, typer.Option("--open", help
 
 
 @app.command()
+def compare(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(help="Run directories, or folders of sweeps.", metavar="RUN_DIR…", show_default=False)
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="FILE.html, with FILE.h5 beside it; runs/compare-<names> by default.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The first run's condition that others are held against; its first by default.")
+    ] = None,
+) -> None:
+    """Runs, or the conditions of one, side by side from their results: differences with intervals and verdicts."""
+    from mechsub import api
+
+    with _errors():
+        path = api.compare_runs(run_dirs, out, baseline=baseline, command=shlex.join(["mechsub", *sys.argv[1:]]))
+        typer.echo(f"Comparison: {path}, its numbers in {path.with_suffix('.h5')}")
+
+
+@app.command()
 def verify(run_dir: RunDir) -> None:
     """Compare every file of a run or a sweep with its recorded hash; exit 1 if one has changed."""
     from mechsub import api

@@ -19,6 +19,7 @@ FLOORS = [
     {"statistics"},
     {"findings", "figures"},
     {"results"},
+    {"comparison"},
     {"reporting"},
     {"training.config"},
     {"training.schedule"},
@@ -54,6 +55,7 @@ TORCH_FREE = [
     "findings",
     "figures",
     "results",
+    "comparison",
     "reporting",
 ]
 LAZY_IMPORTS = {"cli", "__init__"}

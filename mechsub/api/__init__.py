@@ -1,6 +1,7 @@
 """The public functions: each composes the rooms for one command, and is what a notebook calls."""
 
 from mechsub.api.adoption import adopt_models, plan_adoption
+from mechsub.api.comparison import compare_runs
 from mechsub.api.runs import (
     Plan,
     analyze_run,
@@ -43,6 +44,7 @@ __all__ = [
     "adopt_models",
     "analyze_run",
     "analyze_sweep",
+    "compare_runs",
     "describe_installation",
     "is_sweep",
     "is_sweep_directory",

@@ -19,6 +19,9 @@ _TONES = {
     "equivalent-to-null": "calm",
     "reversed": "odd",
     "below-null": "odd",
+    "larger": "strong",
+    "no-difference": "calm",
+    "smaller": "odd",
 }
 """How loud a verdict is shown; every other one is an open question."""
 

@@ -1,0 +1,1 @@
+"""Runs and conditions side by side, from their results alone; no model is loaded."""
