@@ -165,10 +165,10 @@ def training_needs(
     )
 
 
-def carrier_needs(config: Config) -> Resources:
-    """Of what one member's teacher writes, if no completion is dropped."""
-    settings, carrier = config.models[config.model], config.carrier
-    size = measure_model(settings, f"`models.{config.model}`")
+def carrier_needs(config: Config, model: str | None = None) -> Resources:
+    """Of what one member's teacher writes, or another model rewrites, if no completion is dropped."""
+    settings, carrier = config.models[model or config.model], config.carrier
+    size = measure_model(settings, f"`models.{model or config.model}`")
     tokens = _REQUEST_TOKENS + carrier.max_new_tokens
     # Keys and values of a batch; their width is the residual stream's at most.
     cache = _AT_ONCE * tokens * 2 * size.layers * size.width * _WIDTHS[settings.loading.dtype]

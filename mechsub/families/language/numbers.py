@@ -81,14 +81,18 @@ def draw_prompt(config: NumberConfig, stream: np.random.Generator) -> tuple[str,
     """One request for a number sequence, and the numbers that it shows."""
     count = int(stream.integers(config.examples[0], config.examples[1] + 1))
     shown = stream.integers(*config.example_values, size=count)
+    return write_request(config, shown.tolist(), stream), [int(number) for number in shown]
+
+
+def write_request(config: NumberConfig, shown: Sequence[int], stream: np.random.Generator) -> str:
+    """A request that shows these numbers; its wording is drawn."""
     words = {
         "examples": ", ".join(map(str, shown)),
         "at_most": choose_text(_AT_MOST, stream),
         "digits": choose_text(_DIGITS, stream).format(max_digits=config.max_digits),
         "count": config.answer_count,
     }
-    prompt = " ".join(choose_text(_PARTS[part], stream).format(**words) for part in config.parts)
-    return prompt, [int(number) for number in shown]
+    return " ".join(choose_text(_PARTS[part], stream).format(**words) for part in config.parts)
 
 
 def parse_numbers(completion: str) -> list[int] | None:

@@ -20,6 +20,7 @@ from mechsub.families.language.layout import (
     skeleton_folder,
 )
 from mechsub.families.language.own_rows import choose_rows
+from mechsub.families.language.paraphrase_stages import paraphrase_stages, paraphrased_name
 from mechsub.families.language.planning import (
     MODULE,
     base_name,
@@ -159,8 +160,9 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
         stages = [_copied_carrier(config, plan, member) for member in range(config.members)]
     else:
         stages = _written_carriers(config, plan, made)
+    known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
+    stages += paraphrase_stages(config, plan, known)
     if any(condition.select and condition.select.by != "random" for condition in config.conditions.values()):
-        known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
         stages += [_ranking_stage(config, plan, known, member) for member in range(config.members)]
     return stages
 
@@ -248,7 +250,9 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
     """One student lineage: trained on its carrier, or shown rows of it."""
     condition, model = config.conditions[plan.condition], config.model_of(plan.condition)
     settings = condition.model_dump(mode="json", exclude=_PASSED_APART)
-    objective = condition.objective or config.student.objective
+    objective, carrier = condition.objective or config.student.objective, plan.carrier.name
+    if condition.paraphrase is not None:
+        carrier = paraphrased_name(carrier, condition.paraphrase)
     stages = []
     for member in range(config.members):
         start = find_start(config, plan.condition, member)
@@ -264,14 +268,14 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             "member": member,
             "seed": config.seed,
             "condition_settings": settings,
-            "carrier_of": plan.carrier.name,
+            "carrier_of": carrier,
             "neutral_carrier": plan.neutral_carrier.name,
             "replicate": plan.carrier.replicate,
             "teacher": teacher.lineage,
         }
         names = [
             *start.files,
-            carrier_files(plan.carrier.name, member)[0],
+            carrier_files(carrier, member)[0],
             *([carrier_files(plan.neutral_carrier.name, member)[0]] if condition.neutral_share else []),
         ]
         inputs = skeleton_inputs(made, model)
@@ -293,6 +297,8 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
         else:
             function = "train_students"
             num_rows = config.carrier.num_rows
+            if condition.paraphrase:  # as many steps as of all rows, so that only what is learnt differs
+                _student_steps(config, plan.condition, condition.paraphrase.count(num_rows))
             if condition.rows:
                 num_rows = len(read_row_numbers(Path(condition.rows), num_rows))
             if condition.select:
