@@ -83,7 +83,8 @@ def members_to_decide(
 
     It takes the mean and the standard deviation of the members seen as the true ones and the strictest step of Holm's
     correction, as `compute_verdict_probabilities` does: a planning figure, not a promise. ``values`` in the unit of the margin;
-    NaN does not count. None too for fewer than 2 members, which have no standard deviation.
+    NaN does not count. None too for fewer than 2 members, which have no standard deviation. The numbers tried first lie up to
+    a third apart, then ever closer: a power that is reached and lost again between two of them is not seen.
 
     Raises:
         ValueError: a power that is not between 0 and 1, and as `compute_verdict_probabilities`.
@@ -158,12 +159,9 @@ def _probabilities(
         with np.errstate(over="ignore"):  # infinitely many standard errors of the mean are as good as many
             shift, limit, room = mean * scale, margin * scale, (margin - mean) * scale
         zero, infinite = np.zeros(len(n)), np.full(len(n), np.inf)
-        with np.errstate(divide="ignore"):  # judged alone, the test is never stricter than the interval
-            turn = limit / (superior - interval)
-        flat, narrow = (
-            limit / superior,
-            limit / equal,
-        )  # the margin, not the test, decides up to this k; nothing is equivalent beyond
+        # Up to these k it is the margin that decides, beyond them the test; judged alone, it never does for *below*.
+        flat, turn = limit / superior, np.divide(limit, superior - interval, out=infinite.copy(), where=superior > interval)
+        narrow = limit / equal  # beyond this k nothing is equivalent
         falling = sample.integrate(
             np.stack([shift, room, limit + shift, -shift - limit, -shift]),
             np.stack([superior, equal, equal, interval, superior]),
@@ -214,7 +212,7 @@ class _Sample:
 
 @lru_cache(maxsize=2048)
 def _spread_out(before: int, last: int) -> tuple[int, ...]:
-    """Numbers of members from ``before`` + 1 to ``last``, by about equal ratios; all of them where they are few."""
+    """Numbers of members from ``before`` + 1 to ``last``, both of them and others between, by about equal ratios."""
     ratios = np.geomspace(before + 1, last, _AT_ONCE) if before < last else np.array([])
     return tuple(sorted({int(number) for number in ratios.round()}))
 
@@ -222,7 +220,7 @@ def _spread_out(before: int, last: int) -> tuple[int, ...]:
 @lru_cache(maxsize=2048)
 def _quantiles(counts: tuple[int, ...], level: float) -> Counts:
     """Upper quantiles of Student's t."""
-    quantiles: Counts = special.stdtrit(np.maximum(np.array(counts, dtype=float), 2.0) - 1, 1 - level)
+    quantiles: Counts = -special.stdtrit(np.maximum(np.array(counts, dtype=float), 2.0) - 1, level)
     return quantiles
 
 

@@ -33,6 +33,8 @@ class Words:
 TRANSFER = Words(above="transferred", equivalent="no-transfer", below="reversed")
 WITHOUT_TRAIT = "teacher-without-trait"
 """In the place of a verdict where the teachers gained no trait."""
+WITHOUT_CONTROL = "no-control"
+"""In the place of a verdict where there is nothing to compare a student with."""
 AGAINST_NULL = Words(above="above-null", equivalent="equivalent-to-null", below="below-null")
 
 
@@ -102,6 +104,12 @@ def void_without_trait(teacher: Judgement, judgement: Judgement) -> Judgement:
     )
     rule = f"{WITHOUT_TRAIT}, whatever the effect, unless the teachers' own gain is {TRANSFER.above}. {teacher.rule}"
     return replace(judgement, verdict=WITHOUT_TRAIT, reason=reason, rule=rule)
+
+
+def void_without_control(judgement: Judgement) -> Judgement:
+    """A judgement of a student that has no control: no verdict, whatever its score."""
+    reason = "there is no control, a student of a neutral teacher in everything else alike; give one with --control"
+    return replace(judgement, verdict=WITHOUT_CONTROL, reason=reason, rule=f"{WITHOUT_CONTROL}, whatever the student's score")
 
 
 def describe_rule(interval: Interval, rules: Rules, words: Words, p: PValues, num_judged: int, test_name: str) -> str:

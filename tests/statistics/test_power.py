@@ -53,11 +53,13 @@ def test_integrating_over_the_mean_instead_of_the_spread_gives_the_same(n, num_j
         np.testing.assert_allclose([found.above, found.equivalent, found.below], expected, atol=2e-7)
 
 
+@pytest.mark.parametrize("num_judged", [1, 3])
 @pytest.mark.parametrize("n", [2, 3, 10, 200])
-def test_without_a_margin_it_is_the_power_of_the_one_sided_t_test(n):
-    found = compute_verdict_probabilities(0.04, 0.1, n, WITHOUT_MARGIN, num_judged=3)
-    critical, shift = stats.t.isf(0.025 / 3, n - 1), 0.04 / 0.1 * np.sqrt(n)
+def test_without_a_margin_it_is_the_power_of_the_one_sided_t_test(n, num_judged):
+    found = compute_verdict_probabilities(0.04, 0.1, n, WITHOUT_MARGIN, num_judged)
+    critical, shift = stats.t.isf(0.025 / num_judged, n - 1), 0.04 / 0.1 * np.sqrt(n)
     assert found.above == pytest.approx(stats.nct.sf(critical, n - 1, shift), abs=1e-7)
+    assert found.below == pytest.approx(stats.nct.cdf(-critical, n - 1, shift), abs=1e-7)
     assert found.equivalent == 0.0
 
 
