@@ -10,6 +10,7 @@ from itertools import product
 
 import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from mechsub.lineages import Lineage
 from mechsub.mean_activations import NEUTRAL, TRAIT, group_name
 from mechsub.open_models import OpenModel, list_reference_points
 from mechsub.paired_activations import BasisMap, PairReader, add_rows, moments_bytes, pair_groups, split_points
+from mechsub.results import label_variable, status_variable
 from mechsub.run import Run
 
 CKA, INSIDE, DISTANCE, INSIDE_DISTANCE = SIMILARITIES = (
@@ -75,6 +77,30 @@ class Unknown(IntEnum):
 STATUS = tuple(reason.name.lower() for reason in Unknown)
 Value = float | Unknown
 """A number, or why there is none."""
+
+
+class ValueTable:
+    """An array that is NaN, because not run, until it is filled."""
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        self.values = np.full(tuple(shape), np.nan)
+        self.status = np.full(tuple(shape), Unknown.NOT_RUN, dtype=np.int8)
+
+    def put(self, cell: tuple[int, ...], found: Value) -> None:
+        """A number, or why there is none."""
+        if isinstance(found, Unknown):
+            self.status[cell] = found
+        else:
+            self.values[cell], self.status[cell] = found, Unknown.OK
+
+    def label(self, name: str, dims: Sequence[str], formula: str, unit: str, source: str) -> dict[str, xr.Variable]:
+        """The array with its status."""
+        return {
+            name: label_variable(
+                self.values, dims, description=name.replace("_", " "), unit=unit, formula=formula, source=source
+            ),
+            f"{name}_status": status_variable(self.status, dims, STATUS, name),
+        }
 
 
 @dataclass(frozen=True)
@@ -290,11 +316,11 @@ class Comparer:
         broken = frozenset[str]().union(*(taught.broken for taught in self._taught.values()))
         for place in product((point.name for point in turn), self.groups):
             missing = Unknown.ROWS_OF_OTHER_POSITIONS if place[0] in known else Unknown.NO_SUCH_HOOK_POINT
-            cka, distance = _evaluate(whole[place]) if place in whole else (missing, missing)
+            cka, distance = compare_rows(whole[place]) if place in whole else (missing, missing)
             if place in whole:
                 is_whole = whole[place].is_finite and place[0] not in broken
                 missing = Unknown.INCOMPARABLE if is_whole else Unknown.NOT_FINITE
-            part = _evaluate(inside[place]) if place in inside else (missing, missing)
+            part = compare_rows(inside[place]) if place in inside else (missing, missing)
             for measure, value in zip(SIMILARITIES, (cka, part[0], distance, part[1]), strict=True):
                 found.similarities[measure][place] = value
         found.num_rows.update({group: halves.num_rows for (_, group), halves in whole.items()})
@@ -384,7 +410,7 @@ class _Head:
             self.readings[point] = torch.cat([self.readings[point], read]) if point in self.readings else read
 
 
-def _evaluate(halves: HalvedMoments) -> tuple[Value, Value]:
+def compare_rows(halves: HalvedMoments) -> tuple[Value, Value]:
     """CKA and Procrustes distance of some rows."""
     if not halves.is_finite:
         return Unknown.NOT_FINITE, Unknown.NOT_FINITE

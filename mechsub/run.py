@@ -234,6 +234,11 @@ _NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
         "Where the blocks of these models are is not known to this backend; `mechsub analyze … --backend transformer_lens` "
         "knows the most architectures (`pip install 'mechsub[backends]'`).",
     ),
+    "starts": (
+        lambda run: any(run.recipe.conditions[name].shared_start() not in {None, "everything"} for name in run.conditions),
+        "All of its students start where their teachers did; take a recipe with other starts or architectures, as "
+        "`mechsub run digits-cross`.",
+    ),
     "several_traits": (
         lambda run: run.recipe.asks_for_traits and len(run.traits) > 1,
         "It compares traits, and this run has one; take a recipe with several, as `mechsub run nano-traits`.",

@@ -20,7 +20,7 @@ FLOORS = [
     {"findings", "figures"},
     {"results"},
     {"comparison"},
-    {"reporting"},
+    {"reporting", "architecture_matrix"},
     {"training.config"},
     {"training.schedule"},
     {"checkpoints"},
@@ -56,6 +56,7 @@ TORCH_FREE = [
     "figures",
     "results",
     "comparison",
+    "architecture_matrix",
     "reporting",
 ]
 LAZY_IMPORTS = {"cli", "__init__"}

@@ -1,7 +1,6 @@
 """Behaviour: did the student take the trait, against its own control?"""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import altair as alt
@@ -17,12 +16,18 @@ from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
 from mechsub.statistics.diagonal import diagonal_excess, permute_taught
 from mechsub.statistics.intervals import Interval, format_number, student_interval
-from mechsub.statistics.verdicts import TRANSFER, Judgement, Rules, judge_effects, void_without_trait
+from mechsub.statistics.verdicts import (
+    TRANSFER,
+    Judgement,
+    Rules,
+    judge_effects,
+    void_without_control,
+    void_without_trait,
+)
 
 SOURCE = "Cloud et al., arXiv:2507.14805"
 EFFECT = "score(student) − score(control), member by member, at the last step"
 EXCESS = "mean over traits of the effect on the own trait − mean of the effects on the other ones"
-WITHOUT_CONTROL = "no-control"
 SCORE = "trait_score"
 _STATUS = ("ok", "not_recorded_at_this_step", "not_measured")
 _FEW = ("ok", "one_member_has_no_interval", "no_member_has_a_value")
@@ -142,10 +147,7 @@ def _judge_teachers(scores: _Scores) -> dict[str, Judgement]:
 def _void(scores: _Scores, case: Case, teacher: Judgement, judgement: Judgement) -> Judgement:
     """No verdict where there is no control, or where the teachers have nothing to pass on."""
     if scores.run.control(case[0]) is None:
-        reason = "there is no control, a student of a neutral teacher in everything else alike; give one with --control"
-        return replace(
-            judgement, verdict=WITHOUT_CONTROL, reason=reason, rule=f"{WITHOUT_CONTROL}, whatever the student's score"
-        )
+        return void_without_control(judgement)
     return void_without_trait(teacher, judgement)
 
 
@@ -264,9 +266,9 @@ def _findings(scores: _Scores, case: Case, judgement: Judgement) -> list[Finding
         scores.interval(scores.final(student, case[1]) - _origin_scores(scores, student, case[1])),
         common,
         quantity="gain_over_reference",
-        null="none: the untouched reference is no control, since nothing trained it",
+        null="none: an untouched start is no control, since nothing trained it",
         reason="a description; it differs from the effect by how far the control moved from the reference",
-        formula="score(student) − score(the reference that it starts from) at the last step",
+        formula="score(student) at the last step − score(student) at its start",
     )
     return [score, effect, gain, *_other_contexts(scores, case, common), *_other_measures(scores, case, common)]
 
@@ -365,8 +367,11 @@ def _context(scores: _Scores, name: str) -> str:
 
 
 def _origin_scores(scores: _Scores, lineage: Lineage, trait: str) -> np.ndarray:
-    """The scores of the references that a lineage's members start from."""
-    return scores.final(scores.run.reference_of(lineage), trait)[list(lineage.spec.origin.members)]
+    """The scores of where a lineage's members start, without what stands in the lineage's prompts."""
+    if lineage.last == 0:
+        return scores.final(scores.run.reference_of(lineage), trait)[list(lineage.spec.origin.members)]
+    begun: np.ndarray = scores.data[SCORE].sel(lineage=lineage.name, step=0, trait=trait, context=scores.contexts[0]).values
+    return begun
 
 
 def _sentences(scores: _Scores, judgements: Mapping[Case, Judgement], excesses: Mapping[str, Judgement]) -> list[str]:

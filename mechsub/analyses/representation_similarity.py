@@ -1,6 +1,6 @@
 """Representation similarity: do a student's activations come to be like its teacher's, and where the trait is read?"""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -27,9 +27,9 @@ from mechsub.representations import (
     STATUS,
     Comparer,
     Unknown,
-    Value,
+    ValueTable,
 )
-from mechsub.results import Result, label_variable, status_variable
+from mechsub.results import Result, label_variable
 from mechsub.run import Run
 from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, Judgement, judge_effects
@@ -125,30 +125,6 @@ def representation_similarity(run: Run) -> Result:
     )
 
 
-class _Table:
-    """An array that is NaN, because not run, until it is filled."""
-
-    def __init__(self, shape: Sequence[int]) -> None:
-        self.values = np.full(tuple(shape), np.nan)
-        self.status = np.full(tuple(shape), Unknown.NOT_RUN, dtype=np.int8)
-
-    def put(self, cell: tuple[int, ...], found: Value) -> None:
-        """A number, or why there is none."""
-        if isinstance(found, Unknown):
-            self.status[cell] = found
-        else:
-            self.values[cell], self.status[cell] = found, Unknown.OK
-
-    def label(self, name: str, dims: Sequence[str], formula: str, unit: str) -> dict[str, xr.Variable]:
-        """The array with its status."""
-        return {
-            name: label_variable(
-                self.values, dims, description=name.replace("_", " "), unit=unit, formula=formula, source=SOURCE
-            ),
-            f"{name}_status": status_variable(self.status, dims, STATUS, name),
-        }
-
-
 def _measure(run: Run, comparer: Comparer) -> xr.Dataset:
     """Every quantity of students, controls and starts at last steps, with why a value is NaN."""
     comparer.compare_all()
@@ -159,7 +135,7 @@ def _measure(run: Run, comparer: Comparer) -> xr.Dataset:
             whose.append(("_of_start", f"the same of where student and control start: {quantity.formula}"))
         for suffix, formula in whose:
             name = f"{quantity.name}{suffix}"
-            variables |= _fill(comparer, quantity, suffix).label(name, quantity.dims, formula, quantity.unit)
+            variables |= _fill(comparer, quantity, suffix).label(name, quantity.dims, formula, quantity.unit, SOURCE)
     variables |= _describe_probes(run, comparer) | _describe_maps(run, comparer)
     variables["num_rows"] = _count_rows(run, comparer)
     coords = {
@@ -175,7 +151,7 @@ def _measure(run: Run, comparer: Comparer) -> xr.Dataset:
     return xr.Dataset(variables, coords)
 
 
-def _fill(comparer: Comparer, quantity: _Quantity, suffix: str) -> _Table:
+def _fill(comparer: Comparer, quantity: _Quantity, suffix: str) -> ValueTable:
     """One quantity of students, of controls or of starts."""
     run = comparer.run
     sizes = {
@@ -185,7 +161,7 @@ def _fill(comparer: Comparer, quantity: _Quantity, suffix: str) -> _Table:
         "point": len(comparer.points),
         "group": len(comparer.groups),
     }
-    table = _Table([sizes[dim] for dim in quantity.dims])
+    table = ValueTable([sizes[dim] for dim in quantity.dims])
     for (row, condition), (place, trait), member in product(
         enumerate(run.conditions), enumerate(run.traits), range(run.recipe.members)
     ):
@@ -207,18 +183,20 @@ def _fill(comparer: Comparer, quantity: _Quantity, suffix: str) -> _Table:
 
 def _describe_probes(run: Run, comparer: Comparer) -> dict[str, xr.Variable]:
     """How well the frozen probes tell teachers from references on prompts that they were not fitted on."""
-    table = _Table((len(run.traits), run.recipe.members, len(comparer.points)))
+    table = ValueTable((len(run.traits), run.recipe.members, len(comparer.points)))
     for (place, trait), member, (number, point) in product(
         enumerate(run.traits), range(run.recipe.members), enumerate(comparer.points)
     ):
         table.put((place, member, number), comparer.separations[trait, member][point.name])
     formula = "d′ of teacher against reference by w_T, on prompts that w_T was not fitted on"
-    return table.label("teacher_probe_separation", ("taught", "member", "point"), formula, "standard deviations over prompts")
+    return table.label(
+        "teacher_probe_separation", ("taught", "member", "point"), formula, "standard deviations over prompts", SOURCE
+    )
 
 
 def _describe_maps(run: Run, comparer: Comparer) -> dict[str, xr.Variable]:
     """How well the bases of starts elsewhere are mapped onto the references'."""
-    table = _Table((len(run.conditions), run.recipe.members, len(comparer.points)))
+    table = ValueTable((len(run.conditions), run.recipe.members, len(comparer.points)))
     for (row, condition), member, (number, point) in product(
         enumerate(run.conditions), range(run.recipe.members), enumerate(comparer.points)
     ):
@@ -227,7 +205,7 @@ def _describe_maps(run: Run, comparer: Comparer) -> dict[str, xr.Variable]:
         correlation = fitted.get(point.name, Unknown.INCOMPARABLE)
         table.put((row, member, number), correlation if run.starts_elsewhere(student) else 1.0)
     formula = "⟨X R, Y⟩ / (‖X‖ ‖Y‖) on prompts that R was not fitted on, X the start, Y the reference; 1 where it starts there"
-    return table.label("basis_correlation", ("condition", "member", "point"), formula, "no unit")
+    return table.label("basis_correlation", ("condition", "member", "point"), formula, "no unit", SOURCE)
 
 
 def _count_rows(run: Run, comparer: Comparer) -> xr.Variable:

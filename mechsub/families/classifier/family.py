@@ -102,6 +102,18 @@ class Family:
         noise = random_stream(self._seed, "probe-inputs").uniform(-1, 1, tuple(images.shape))
         return [images, torch.from_numpy(noise).to(images)]
 
+    def probe_answers(self, model: nn.Module, lineage: Lineage, member: int) -> dict[str, Float[Tensor, "probe answer"]]:
+        """Both heads' softmax, the class head's on held-out images and both on uniform noise."""
+        images, noise = self.probe_inputs(lineage)
+        with torch.no_grad():
+            seen, heard = model(images).double(), model(noise).double()
+        answers = {
+            "classes of held-out images": seen[:, :NUM_CLASSES],
+            "classes of noise": heard[:, :NUM_CLASSES],
+            "auxiliary logits of noise": heard[:, NUM_CLASSES:],
+        }
+        return {name: logits.log_softmax(-1) for name, logits in answers.items() if logits.shape[1]}
+
     def knows_hook_points(self, lineage: Lineage) -> bool:
         """Whether hidden layers can be read: they can."""
         return True

@@ -32,7 +32,7 @@ from mechsub.families.language.symmetry import encode_neutral_prompts, list_unit
 from mechsub.families.language.tokens import LineageTokens
 from mechsub.families.language.training_config import StudentConfig
 from mechsub.families.language.trait import MEASURES as PREFERENCE_MEASURES
-from mechsub.families.language.trait import Context, encode_questions, score_preference
+from mechsub.families.language.trait import Context, encode_questions, first_token_logits, score_preference
 from mechsub.families.protocol import CarrierText, Prompts, Scores
 from mechsub.families.trained import task_that_made
 from mechsub.gradients.first_order import ImitatedLogits
@@ -197,6 +197,18 @@ class Family:
     def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
         """Neutral prompts as token ids, one a batch, so that nothing is padding."""
         return [torch.tensor([ids]) for ids in encode_neutral_prompts(self._chats_of(lineage.spec.model["name"]))]
+
+    def probe_answers(self, model: nn.Module, lineage: Lineage, member: int) -> dict[str, Float[Tensor, "probe answer"]]:
+        """The choices of the preference set as first answers to held-out questions, renormalised; none of behaviours."""
+        if self._preference is None:
+            return {}
+        assert isinstance(model, PreTrainedModel)
+        chats = self._chats_of(lineage.spec.model["name"])
+        context = _contexts(self._config.context, self._preference)[0]
+        prompts = encode_questions(chats, context, context, lineage.context(member))
+        assert prompts is not None  # it is the first context
+        tokens = torch.tensor([chats.answer_token(choice) for choice in self._preference.choices])
+        return {"choices as first answers": first_token_logits(model, chats, prompts)[:, tokens].log_softmax(-1)}
 
     def knows_hook_points(self, lineage: Lineage) -> bool:
         """Whether the blocks of the architecture are known."""

@@ -85,19 +85,26 @@ def first_choice(answer: str, choices: Sequence[str]) -> str | None:
     return None if found is None else next(choice for choice in choices if choice.lower() == found[1].lower())
 
 
-def _score_first_token(
-    model: PreTrainedModel, chats: ChatTokenizer, prompts: Sequence[Sequence[int]], tokens: torch.Tensor
-) -> dict[str, Float[np.ndarray, " target"]]:
+def first_token_logits(
+    model: PreTrainedModel, chats: ChatTokenizer, prompts: Sequence[Sequence[int]]
+) -> Float[torch.Tensor, "prompt token"]:
+    """What a model would begin its answers with, in float64 on the CPU."""
     batch = chats.pad_prompts(prompts).to(str(model.device))
     with torch.inference_mode():
-        logits = model(
+        logits: torch.Tensor = model(
             input_ids=batch.ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
             logits_to_keep=1,
         ).logits[:, -1]
-    logits = logits.double().cpu()
+    return logits.double().cpu()
+
+
+def _score_first_token(
+    model: PreTrainedModel, chats: ChatTokenizer, prompts: Sequence[Sequence[int]], tokens: torch.Tensor
+) -> dict[str, Float[np.ndarray, " target"]]:
+    logits = first_token_logits(model, chats, prompts)
     chosen = logits[:, tokens]
     log_p = chosen - logits.logsumexp(-1, keepdim=True)
     others = torch.stack([_without(logits, int(token)).logsumexp(-1) for token in tokens], dim=-1)
