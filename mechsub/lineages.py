@@ -48,6 +48,8 @@ class Origin:
     """Standard deviation of the noise added to every weight and bias."""
     shared: tuple[str, ...] = ()
     """Parts of it that are those of its own member's teacher's reference instead."""
+    rotate_residual: bool = False
+    """The residual stream rotated: the same function in other coordinates."""
 
     @property
     def is_reference(self) -> bool:
@@ -61,7 +63,12 @@ class Origin:
 
     @property
     def _own_and_clean(self) -> bool:
-        return self.members == tuple(range(len(self.members))) and self.noise_std == 0 and not self.shared
+        return (
+            self.members == tuple(range(len(self.members)))
+            and self.noise_std == 0
+            and not self.shared
+            and not self.rotate_residual
+        )
 
 
 @dataclass(frozen=True)

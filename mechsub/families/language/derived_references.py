@@ -13,6 +13,7 @@ from mechsub.families.language.layout import skeleton_folder
 from mechsub.families.language.members import record_reference
 from mechsub.families.language.models import parameters_of, tensor_table
 from mechsub.families.language.nano import Pretraining, SharedStart, find_or_pretrain
+from mechsub.families.language.rotation import find_layout, rotate_state
 from mechsub.families.language.symmetry import shuffle_units
 from mechsub.families.language.synthetic import SyntheticLanguage
 from mechsub.lineages import Lineage, Origin, checkpoint_name
@@ -35,6 +36,17 @@ def draw_arrangement(task: Task, config: PretrainedConfig, table: Mapping[str, T
     arguments = task.stage.arguments
     stream = random_stream(arguments["seed"], "member", arguments["member"], "unit-order")
     return shuffle_units(config, table, stream, f"`models.{arguments['model']}`")
+
+
+def rotate_references(tasks: Sequence[Task]) -> None:
+    """Stage: one member's reference with its residual stream rotated, as far as that leaves the function as it is."""
+    for task in tasks:
+        arguments, start = task.stage.arguments, _open_origin(task)
+        source = f"`models.{arguments['model']}`"
+        layout = find_layout(_read_config(task), start.spec.tensors, source)
+        stream = random_stream(arguments["seed"], "member", arguments["member"], "rotation")
+        state, words = rotate_state(start.load_state(0, 0), layout, stream, source)
+        write_derived(task, state, start.spec.tensors, {"rotation": words}, rotate_residual=True)
 
 
 def pretrain_shared(tasks: Sequence[Task]) -> None:
@@ -75,12 +87,13 @@ def write_derived(
     evidence: Mapping[str, Any],
     *,
     permute_hidden: bool = False,
+    rotate_residual: bool = False,
 ) -> None:
     """Parameters in one file, under their own names, and what they were computed from."""
     arguments = task.stage.arguments
     path = task.path(checkpoint_name(arguments["lineage"], 0, arguments["member"]))
     write_tensors(path, {name: tensor.contiguous() for name, tensor in state.items()}, _metadata(task))
-    origin = Origin(arguments["origin"], (arguments["member"],), permute_hidden)
+    origin = Origin(arguments["origin"], (arguments["member"],), permute_hidden, rotate_residual=rotate_residual)
     record_reference(task, {name: replace(info, stored=None) for name, info in table.items()}, evidence, origin)
 
 

@@ -31,7 +31,7 @@ from mechsub.stage import Stage
 
 _FUNCTIONS = {
     "permute_hidden": "derived_references:permute_references",
-    "rotate_residual": "rotation:rotate_references",
+    "rotate_residual": "derived_references:rotate_references",
     "shared": "derived_references:pretrain_shared",
     "match": "matching:match_references",
 }
@@ -45,8 +45,8 @@ class Start:
     member: int
     files: list[str]
     """What a stage reads that loads it."""
-    is_permuted: bool
-    """Whether it is the own reference in other coordinates."""
+    moved: str
+    """`permute_hidden` or `rotate_residual`, where it is the own reference in other coordinates."""
     base: str
     """How an adapter's configuration calls the model that it is added to."""
 
@@ -58,9 +58,10 @@ def find_start(config: Config, name: str, member: int) -> Start:
     lineage = _derived_name(model, condition)
     if lineage is None:
         files, base = reference_files(config, model, start), base_name(config, model, start)
-        return Start(reference_name(model), start, files, False, base)
+        return Start(reference_name(model), start, files, "", base)
     files = [checkpoint_name(lineage, 0, start), spec_name(lineage, start)]
-    return Start(lineage, start, files, condition.permute_hidden, f"{lineage} of member {start}")
+    moved = condition.start_kind if condition.init == "same" else ""
+    return Start(lineage, start, files, moved, f"{lineage} of member {start}")
 
 
 def derived_stages(config: Config, made: Made) -> list[Stage]:

@@ -59,8 +59,9 @@ def make_recorder(
 ) -> LineageRecorder:
     """The recorder of the stage's lineage and member; ``lora``: the adapter in ``model``, where it trains one."""
     arguments = task.stage.arguments
-    is_permuted = arguments.get("permute_hidden", False)
-    origin = Origin(arguments["origin"], (arguments.get("start", arguments["member"]),), is_permuted)
+    is_permuted, is_rotated = (arguments.get(name, False) for name in ("permute_hidden", "rotate_residual"))
+    start_member = arguments.get("start", arguments["member"])
+    origin = Origin(arguments["origin"], (start_member,), is_permuted, rotate_residual=is_rotated)
     written = None
     start = Lineage(task.run, origin.lineage, origin.members[0])
     tensors = {name: replace(info, stored=None) for name, info in start.spec.tensors.items()}

@@ -144,7 +144,7 @@ def _shortfall(task: Task, kept: int, dropped: Mapping[str, int], read: int) -> 
     arguments = task.stage.arguments
     eaten = ", ".join(f"{rule} {count}" for rule, count in sorted(dropped.items(), key=lambda item: -item[1]) if count)
     return (
-        f"{task.stage.name}: {arguments['model']} could rewrite {kept} of {read} rows in {arguments['paraphrase']['attempts']} "
-        f"attempts each, {arguments['num_rows']} are asked for; dropped by rule: {eaten}. Lower paraphrase.share or raise "
+        f"{task.stage.name}: {arguments['model']} could rewrite {kept} of {read} rows in up to "
+        f"{arguments['paraphrase']['attempts']} samples each, {arguments['num_rows']} are asked for; dropped by rule: {eaten}. Lower paraphrase.share or raise "
         "paraphrase.attempts, or choose another paraphrase.model or paraphrase.template"
     )

@@ -279,8 +279,8 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             *([carrier_files(plan.neutral_carrier.name, member)[0]] if condition.neutral_share else []),
         ]
         inputs = skeleton_inputs(made, model)
-        if start.is_permuted:
-            arguments["permute_hidden"] = True
+        if start.moved:
+            arguments[start.moved] = True
         if condition.select:
             arguments["select"] = condition.select.model_dump(mode="json")
             if condition.select.by != "random":

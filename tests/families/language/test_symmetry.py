@@ -4,8 +4,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mechsub.analyses.symmetry_matching import OWN
+from mechsub.errors import MechsubError
 from mechsub.families.language.models import tensor_table
-from mechsub.families.language.symmetry import list_unit_groups
+from mechsub.families.language.symmetry import list_unit_groups, shuffle_units
 from mechsub.parameters.alignment import MODEL, Missing
 from mechsub.parameters.symmetry import Arrangement
 
@@ -60,6 +61,20 @@ def test_grouped_queries_have_groups_of_their_own():
 def test_an_architecture_that_is_not_known_has_no_groups():
     config = AutoConfig.for_model("gpt_neox", vocab_size=40, hidden_size=24, num_hidden_layers=1, num_attention_heads=2)
     assert list_unit_groups(config, {}) == []
+    with pytest.raises(MechsubError, match="which units of a gpt_neox can change places is not known; known are gpt2, llama"):
+        shuffle_units(config, {}, np.random.default_rng(0), "`models.mine`")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "qwen2"])
+def test_shuffled_units_are_moved_and_compute_the_same_function(name, monkeypatch):
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    model, ids = make_model(name), torch.randint(40, (3, 9))
+    arrangement = shuffle_units(model.config, tensor_table(model), np.random.default_rng(0), name)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.load_state_dict({key: arrangement.arrange(key, tensor) for key, tensor in model.state_dict().items()})
+        torch.testing.assert_close(model(ids).logits, before, rtol=1e-10, atol=1e-10)
+    assert arrangement.moved_share > 0.5
 
 
 def test_language_models_are_matched_where_they_are_comparable(nano_run):
