@@ -46,12 +46,13 @@ def compare_runs(
     if not given:
         raise MechsubError("there is nothing to compare: give one run directory or more, or the folder of a sweep")
     paths = [path for one in given for path in _expand(Path(one))]
+    notes = [note for one in given for note in _name_absent(Path(one))]
     names = name_runs(paths)
     directories = [RunDirectory.open(path) for path in paths]
     page = _find_out(names, out)
     table = page.with_suffix(".h5")
     _check_ours(page, table)
-    comparison = compare([_read(name, one) for name, one in zip(names, directories, strict=True)], baseline)
+    comparison = compare([_read(name, one) for name, one in zip(names, directories, strict=True)], baseline, notes)
     _write(comparison, page, table, command)
     return page
 
@@ -66,6 +67,16 @@ def _expand(path: Path) -> list[Path]:
             f"no run of the sweep {path} has begun; `mechsub run {directory.recipe_path} --out {path}` goes on"
         )
     return [directory.run_path(name) for name in directory.begun]
+
+
+def _name_absent(path: Path) -> list[str]:
+    """The runs of a sweep that have not begun."""
+    if not is_sweep_directory(path):
+        return []
+    directory = SweepDirectory.open(path)
+    absent = [name for name in directory.runs if name not in directory.begun]
+    remedy = f"`mechsub run {directory.recipe_path} --out {path}` makes them"
+    return [f"{path}: not begun: {', '.join(absent)}; {remedy}"] if absent else []
 
 
 def _read(name: str, directory: RunDirectory) -> ComparedRun:

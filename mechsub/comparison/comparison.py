@@ -11,7 +11,7 @@ from mechsub.comparison.panels import build_panels
 from mechsub.comparison.quantities import QUANTITIES
 from mechsub.comparison.recipes import RecipeTable, tabulate_recipes
 from mechsub.comparison.runs import ComparedRun
-from mechsub.comparison.sections import Section, build_section
+from mechsub.comparison.sections import Section, build_sections
 from mechsub.errors import MechsubError
 from mechsub.results import Result
 
@@ -37,10 +37,10 @@ class Comparison:
         return list(dict.fromkeys(name for run in self.runs for name in run.recipe["conditions"]))
 
 
-def compare(runs: Sequence[ComparedRun], baseline: str | None = None) -> Comparison:
+def compare(runs: Sequence[ComparedRun], baseline: str | None = None, notes: Sequence[str] = ()) -> Comparison:
     """Every quantity of the runs side by side, as far as they have it; see `build_panels`.
 
-    ``baseline``: a condition of the first run, its first by default.
+    ``baseline``: a condition of the first run, its first by default. ``notes``: what else could not be compared.
 
     Raises:
         MechsubError: the first run has no such condition, or no quantity gives two rows.
@@ -50,20 +50,19 @@ def compare(runs: Sequence[ComparedRun], baseline: str | None = None) -> Compari
         raise MechsubError(
             f"--baseline {baseline}: {runs[0].name}, the first run, has no such condition; it has {', '.join(conditions)}"
         )
-    panels, notes = build_panels(runs, baseline or conditions[0])
+    panels, found = build_panels(runs, baseline or conditions[0])
     if not panels:
         raise MechsubError(
             f"there is nothing to compare in {', '.join(run.name for run in runs)}; two rows of one quantity are the least:\n"
-            + "\n".join(f"  - {note}" for note in notes)
+            + "\n".join(f"  - {note}" for note in [*notes, *found])
         )
-    sections = [build_section(panel) for panel in panels]
-    return Comparison(runs, baseline or conditions[0], sections, tabulate_recipes(runs), notes)
+    return Comparison(runs, baseline or conditions[0], build_sections(panels), tabulate_recipes(runs), [*notes, *found])
 
 
 def combine(comparison: Comparison) -> Result:
     """All of a comparison as one result: the runs and recipes at its root, each section's arrays in a group of its name."""
     findings = [finding for section in comparison.sections for finding in section.result.findings]
-    sentences = [sentence for section in comparison.sections for sentence in section.result.summary]
+    sentences = [f"{section.title}: {said}" for section in comparison.sections for said in section.result.summary]
     groups = {section.name: section.result.data for section in comparison.sections}
     return Result(_label_root(comparison), findings, [], [*sentences, *comparison.not_compared], groups)
 

@@ -270,7 +270,7 @@ def _why_unjudged(row: Row, against: Row, difference: Difference) -> str:
     if row.place != against.place:
         return f"it was measured at {row.place}, what it is held against at {against.place}"
     void = next((one for one in (row, against) if one.is_void), None)
-    return f"the teachers of {void.words} have no trait to pass on" if void else ""
+    return f"teachers of {void.run.name} have no trait to pass on ({void.trait})" if void else ""
 
 
 def _name_lacks(run: ComparedRun) -> Iterator[str]:

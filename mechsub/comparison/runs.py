@@ -53,13 +53,8 @@ def read_run(name: str, directory: RunDirectory, recipe: Mapping[str, Any], anal
     current, outgrown = find_results(directory)
     wanted = {analysis: current[analysis] for analysis in dict.fromkeys(analyses) if analysis in current}
     directory.check_files(path.relative_to(directory.path).as_posix() for path in wanted.values())
-    lacks = {}
-    for analysis in analyses:
-        if analysis not in wanted:
-            why = "has changed since it was measured" if analysis in outgrown else "was not measured"
-            lacks[analysis] = (
-                f"{why}; `mechsub analyze {directory.path} --only {analysis}` measures it, where the run allows it"
-            )
+    outdated = {True: "measured before the run was changed", False: "not measured"}
+    lacks = {analysis: outdated[analysis in outgrown] for analysis in analyses if analysis not in wanted}
     results = {analysis: read_result(path) for analysis, path in wanted.items()}
     replicates = identify_replicates(directory, int(recipe["members"]))
     return ComparedRun(name, directory.path, directory.header, recipe, results, lacks, replicates)

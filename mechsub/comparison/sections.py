@@ -28,14 +28,19 @@ class Section:
     result: Result
 
 
-def build_section(panel: Panel) -> Section:
-    """The section of one quantity."""
+def build_sections(panels: Sequence[Panel]) -> list[Section]:
+    """A section a panel; a quantity that has several units has the unit in its sections' names."""
+    times = Counter(panel.quantity.name for panel in panels)
+    return [_build_section(panel, times[panel.quantity.name] > 1) for panel in panels]
+
+
+def _build_section(panel: Panel, names_unit: bool) -> Section:
+    unit = "".join(letter if letter.isalnum() else "_" for letter in panel.unit)
+    name = f"{panel.quantity.name}_in_{unit}" if names_unit else panel.quantity.name
     data = _label(panel)
     findings = [_finding(panel, one) for one in panel.held if one is not None]
-    name = panel.quantity.name if panel.unit == "cosine" else f"{panel.quantity.name}_in_{panel.unit.replace(' ', '_')}"
-    return Section(
-        name, panel.quantity.title, Result(data, findings, [draw_forest(panel, data, name)], list(_sentences(panel)))
-    )
+    result = Result(data, findings, [draw_forest(panel, data, name)], list(_sentences(panel)))
+    return Section(name, f"{panel.quantity.title}{f' in {panel.unit}' if names_unit else ''}", result)
 
 
 def _label(panel: Panel) -> xr.Dataset:
