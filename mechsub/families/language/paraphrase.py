@@ -145,6 +145,6 @@ def _shortfall(task: Task, kept: int, dropped: Mapping[str, int], read: int) -> 
     eaten = ", ".join(f"{rule} {count}" for rule, count in sorted(dropped.items(), key=lambda item: -item[1]) if count)
     return (
         f"{task.stage.name}: {arguments['model']} could rewrite {kept} of {read} rows in up to "
-        f"{arguments['paraphrase']['attempts']} samples each, {arguments['num_rows']} are asked for; dropped by rule: {eaten}. Lower paraphrase.share or raise "
-        "paraphrase.attempts, or choose another paraphrase.model or paraphrase.template"
+        f"{arguments['paraphrase']['attempts']} samples each, {arguments['num_rows']} are asked for; dropped by rule: {eaten}. "
+        "Lower paraphrase.share or raise paraphrase.attempts, or choose another paraphrase.model or paraphrase.template"
     )
