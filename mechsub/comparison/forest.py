@@ -40,7 +40,7 @@ def draw_forest(panel: Panel, data: xr.Dataset, name: str) -> Figure:
     kinds = [kind for kind in (OF_RUN, OF_CONDITION) if kind in data.kind.values[places]]
     titles = {
         OF_RUN: f"difference from {panel.baseline[0].name}, same condition",
-        OF_CONDITION: f"difference from {panel.baseline[1]}{f' of {panel.baseline[0].name}' if OF_RUN in kinds else ''}",
+        OF_CONDITION: f"difference from {panel.baseline[1]}{', the baseline' if OF_RUN in kinds else ''}",
     }
     width = {0: 0, 1: 330}.get(len(kinds), 225)
     parts = [_draw_values(panel, look), *(_draw_differences(kind, titles[kind], look, width) for kind in kinds)]

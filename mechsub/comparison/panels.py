@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 
 from mechsub.comparison.differences import PAIRED, WELCH, Difference, judge_differences
+from mechsub.comparison.notes import Note, list_some, merge_notes, notes_on_run, notes_on_traits
 from mechsub.comparison.quantities import QUANTITIES, Case, Measured, Quantity, mean_over_traits, measure, subtract_null
 from mechsub.comparison.runs import ComparedRun, pair_members
 from mechsub.findings import Finding
@@ -15,7 +16,6 @@ from mechsub.statistics.permutation import flip_signs
 from mechsub.statistics.rules import Rules
 from mechsub.statistics.verdicts import WITHOUT_TRAIT, Judgement
 
-_MOST_NAMED = 4
 POOLED = "mean over traits"
 """In the place of a trait: of each member the mean over the traits that all runs of a panel teach."""
 
@@ -99,7 +99,7 @@ class Panel:
     """Of every row; None of the baseline, and where there is nothing to hold it against."""
     baseline: Baseline
     families: Sequence[int]
-    """How many differences each of Holm's corrections runs over."""
+    """How many differences each of Holm's corrections runs over: means over traits, single traits; by the rules in force."""
 
     @property
     def labels(self) -> list[str]:
@@ -111,11 +111,12 @@ class Panel:
 def build_panels(runs: Sequence[ComparedRun], baseline: str) -> tuple[list[Panel], list[str]]:
     """A panel of every quantity and unit that gives two rows or more, and what cannot be compared, in sentences.
 
-    ``baseline``: the condition of the first run that other conditions are held against. Where a run has a row of the same
-    condition and trait as the first run, that is held against the first run's; every other row against the baseline's.
+    ``baseline``: the condition that other conditions are held against. A row of another run than the first is held against the
+    first run's of the same condition and trait; every other row against the baseline of its own run, or, where its run has
+    none, of the first.
     """
     panels: list[Panel] = []
-    notes = [note for run in runs for note in _name_lacks(run)]
+    notes = [note for run in runs for note in notes_on_run(run)]
     for quantity in QUANTITIES:
         by_unit, missing = _find_results(runs, quantity)
         notes += missing
@@ -124,22 +125,23 @@ def build_panels(runs: Sequence[ComparedRun], baseline: str) -> tuple[list[Panel
             conditions = [str(name) for name in result.data.condition.values]
             base = baseline if baseline in conditions else conditions[0]
             rows = list(_build_rows(quantity, found, base))
-            notes += _name_unshared(quantity, found, rows)
+            taught = {run.name: list_taught(result) for run, result in found}
+            notes += notes_on_traits(quantity.name, taught, {row.trait for row in rows})
             if sum(row.has_value for row in rows) < 2:
-                notes.append(f"{quantity.name} in {unit}: fewer than two rows have a value, so that nothing is side by side")
+                notes.append((quantity.name, f"fewer than two rows have a value in {unit}, so that nothing is side by side"))
                 continue
             if base != baseline:
-                notes.append(f"{quantity.name} in {unit}: {first.name} has no {baseline} there; the baseline is its {base}")
-            panels.append(_hold(quantity, result, rows, (first, base)))
-            notes += _name_missing(panels[-1])
-    notes += _name_other_kinds(panels)
-    return panels, list(dict.fromkeys(notes))
+                notes.append((quantity.name, f"{first.name} has no {baseline} there; the baseline is its {base}"))
+            panel = _hold(quantity, result, rows, (first, base))
+            panels.append(panel)
+            notes += _describe_missing(panel)
+    return panels, merge_notes(notes)
 
 
-def _find_results(runs: Sequence[ComparedRun], quantity: Quantity) -> tuple[dict[str, list[Found]], list[str]]:
+def _find_results(runs: Sequence[ComparedRun], quantity: Quantity) -> tuple[dict[str, list[Found]], list[Note]]:
     """The results that hold a quantity, by its unit, and what is to be said of the others."""
     by_unit: dict[str, list[Found]] = {}
-    notes = []
+    notes: list[Note] = []
     for run in runs:
         result = run.results.get(quantity.analysis)
         if result is None or not quantity.is_of(result):
@@ -148,10 +150,10 @@ def _find_results(runs: Sequence[ComparedRun], quantity: Quantity) -> tuple[dict
             by_unit.setdefault(_unit(quantity, result), []).append((run, result))
         else:
             again = f"`mechsub analyze {run.path} --only {quantity.analysis}` measures it again"
-            notes.append(f"{run.name}: {quantity.analysis} holds no {quantity.variable}; {again}")
+            notes.append((run.name, f"{quantity.analysis} holds no {quantity.variable}; {again}"))
     if len(by_unit) > 1:
         named = "; ".join(f"{', '.join(run.name for run, _ in found)} in {unit}" for unit, found in by_unit.items())
-        notes.append(f"{quantity.name} has other units: {named}; each has rows of its own and no difference from the others")
+        notes.append((quantity.name, f"other units: {named}; each has rows of its own and no difference from the others"))
     return by_unit, notes
 
 
@@ -159,26 +161,27 @@ def _unit(quantity: Quantity, result: Result) -> str:
     return str(result.data[quantity.variable].attrs.get("units", "no unit"))
 
 
-def _taught(result: Result) -> list[str]:
+def list_taught(result: Result) -> list[str]:
+    """The traits that have teachers."""
     return [str(trait) for trait in result.data.taught.values]
 
 
 def _build_rows(quantity: Quantity, found: Sequence[Found], baseline: str) -> Iterator[Row]:
     """Rows of the shared traits, of all where none is shared; the mean over those that all share first."""
     kept = _shared_traits(found)
-    by_all = [trait for trait in kept if all(trait in _taught(result) for _, result in found)]
+    by_all = [trait for trait in kept if all(trait in list_taught(result) for _, result in found)]
     conditions = dict.fromkeys(str(name) for _, result in found for name in result.data.condition.values)
     ordered = sorted(conditions, key=lambda name: name != baseline)  # a stable sort: the others stay as they are
     for trait in [*([POOLED] if len(by_all) > 1 else []), *kept]:
         for condition in ordered:
             for run, result in found:
                 traits = by_all if trait == POOLED else [trait]
-                if condition in result.data.condition.values and {*traits} <= {*_taught(result)}:
+                if condition in result.data.condition.values and {*traits} <= {*list_taught(result)}:
                     yield _build_row(quantity, run, result, condition, traits, trait)
 
 
 def _shared_traits(found: Sequence[Found]) -> list[str]:
-    every = [trait for _, result in found for trait in _taught(result)]
+    every = [trait for _, result in found for trait in list_taught(result)]
     wanted = 2 if len(found) > 1 else 1
     return [trait for trait in dict.fromkeys(every) if every.count(trait) >= wanted] or list(dict.fromkeys(every))
 
@@ -198,7 +201,7 @@ def _build_row(quantity: Quantity, run: ComparedRun, result: Result, condition: 
             swapped = flip_signs(value.values, rules.confidence)
             bounds = swapped.null_low, swapped.null_high
     own = [quantity.find(result, case) for case in cases]
-    whole = {*traits} == {*_taught(result)}
+    whole = {*traits} == {*list_taught(result)}
     return Row(
         run=run,
         condition=condition,
@@ -216,30 +219,26 @@ def _build_row(quantity: Quantity, run: ComparedRun, result: Result, condition: 
 def _hold(quantity: Quantity, result: Result, rows: Sequence[Row], baseline: Baseline) -> Panel:
     """Every row held against its counterpart, and judged: means over traits by themselves, single traits by themselves."""
     held = [_hold_row(row, _find_counterpart(row, rows, baseline)) for row in rows]
-    families = []
-    for pooled in (True, False):
-        judged = {
-            place: one
-            for place, one in enumerate(held)
-            if one is not None and not one.unjudged and (one.row.trait == POOLED) == pooled
-        }
-        if judged:
-            rules = next(iter(judged.values())).against.rules
-            families.append(len(judged))
-            for place, judgement in judge_differences({key: one.difference for key, one in judged.items()}, rules).items():
-                held[place] = replace(judged[place], judgement=judgement)
+    families: dict[tuple[bool, Rules], dict[int, Held]] = {}
+    for place, one in enumerate(held):
+        if one is not None and not one.unjudged:
+            families.setdefault((one.row.trait != POOLED, one.against.rules), {})[place] = one
+    for (_, rules), judged in families.items():
+        for place, judgement in judge_differences({key: one.difference for key, one in judged.items()}, rules).items():
+            held[place] = replace(judged[place], judgement=judgement)
     attributes = result.data[quantity.variable].attrs
     formula, source = (str(attributes.get(name, "")) for name in ("formula", "source"))
-    return Panel(quantity, _unit(quantity, result), formula, source, rows, held, baseline, families)
+    counts = [len(judged) for judged in families.values()]
+    return Panel(quantity, _unit(quantity, result), formula, source, rows, held, baseline, counts)
 
 
 def _find_counterpart(row: Row, rows: Sequence[Row], baseline: Baseline) -> Row | None:
-    """The first run's row of the same condition, else of the baseline; of the same trait."""
+    """The first run's row of the same condition, else the baseline of its own run, else of the first; of the same trait."""
     first, condition = baseline
-    of_first = {one.condition: one for one in rows if one.run is first and one.trait == row.trait}
-    if row.run is not first and row.condition in of_first:
-        return of_first[row.condition]
-    found = of_first.get(condition)
+    known = {(one.run.name, one.condition): one for one in rows if one.trait == row.trait}
+    if row.run is not first and (first.name, row.condition) in known:
+        return known[first.name, row.condition]
+    found = known.get((row.run.name, condition), known.get((first.name, condition)))
     return None if found is row else found
 
 
@@ -270,58 +269,19 @@ def _why_unjudged(row: Row, against: Row, difference: Difference) -> str:
     if row.place != against.place:
         return f"it was measured at {row.place}, what it is held against at {against.place}"
     void = next((one for one in (row, against) if one.is_void), None)
-    return f"teachers of {void.run.name} have no trait to pass on ({void.trait})" if void else ""
+    return f"teachers of {void.run.name} have no trait to pass on" if void else ""
 
 
-def _name_lacks(run: ComparedRun) -> Iterator[str]:
-    for why in dict.fromkeys(run.lacks.values()):
-        analyses = [analysis for analysis, reason in run.lacks.items() if reason == why]
-        named = " ".join(f"--only {analysis}" for analysis in analyses)
-        yield f"{run.name}: {', '.join(analyses)} {why}; `mechsub analyze {run.path} {named}` measures what the run allows"
-
-
-def _name_unshared(quantity: Quantity, found: Sequence[Found], rows: Sequence[Row]) -> Iterator[str]:
-    """Traits and conditions that not all runs have."""
-    if len(found) < 2:
-        return
-    every = dict.fromkeys(trait for _, result in found for trait in _taught(result))
-    shown = {row.trait for row in rows}
-    for trait in every:
-        holders = [run.name for run, result in found if trait in _taught(result)]
-        if len(holders) < len(found):
-            drawn = "drawn" if trait in shown else "left out"
-            yield f"{quantity.name}: the trait {trait} is taught in {', '.join(holders)} only; its rows are {drawn}"
-    if not any(sum(trait in _taught(result) for _, result in found) > 1 for trait in every):
-        yield f"{quantity.name}: no two runs teach the same trait, so that there is no difference between runs"
-
-
-def _name_missing(panel: Panel) -> Iterator[str]:
-    """Rows without a value, differences without a verdict, and conditions that only one run has; each with its reason."""
-    name = panel.quantity.name
-    without: dict[str, list[str]] = {}
-    unjudged: dict[str, list[str]] = {}
+def _describe_missing(panel: Panel) -> list[Note]:
+    """Rows without a value, differences without a verdict, and those in which both the run and the condition differ."""
+    said: dict[str, list[str]] = {}
     for label, row, one in zip(panel.labels, panel.rows, panel.held, strict=True):
         if not row.has_value:
-            without.setdefault(", ".join(dict.fromkeys(filter(None, row.over_null.why))), []).append(label)
+            reasons = ", ".join(dict.fromkeys(filter(None, row.over_null.why)))
+            said.setdefault(f"no value ({reasons}) of {{}}", []).append(label)
         elif one is not None and one.unjudged:
-            unjudged.setdefault(one.unjudged, []).append(label)
-    for reason, labels in without.items():
-        yield f"{name}: no value ({reason}) of {_list_some(labels)}"
-    for reason, labels in unjudged.items():
-        yield f"{name}: a difference without a verdict of {_list_some(labels)}: {reason}"
-
-
-def _list_some(names: Sequence[str]) -> str:
-    more = [f"{len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
-    return ", ".join([*names[:_MOST_NAMED], *more])
-
-
-def _name_other_kinds(panels: Sequence[Panel]) -> Iterator[str]:
-    """Conditions that the first run lacks: held against its baseline, they differ from it in more than the run."""
-    for panel in panels:
-        for one in panel.held:
-            if one is not None and one.row.run is not one.against.run and one.row.condition != one.against.condition:
-                yield (
-                    f"{one.row.run.name} has {one.row.condition}, {one.against.run.name} has not: it is held against "
-                    f"{one.against.condition}, so that both the run and the condition differ"
-                )
+            said.setdefault(f"a difference without a verdict of {{}}: {one.unjudged}", []).append(label)
+        if one is not None and one.row.run is not one.against.run and not one.is_of_run:
+            words = f"{{}} held against {one.against.words}, so that both the run and the condition differ"
+            said.setdefault(words, []).append(label)
+    return [(panel.quantity.name, text.format(list_some(labels))) for text, labels in said.items()]

@@ -166,7 +166,7 @@ def _say_reason(one: Held | None) -> str:
 def _say_outcome(panel: Panel, place: int) -> str:
     one, row = panel.held[place], panel.rows[place]
     if one is None:
-        return BASELINE if (row.run, row.condition) == panel.baseline else NOTHING
+        return BASELINE if row.condition == panel.baseline[1] else NOTHING
     if one.difference.n == 0:
         return "no value"
     return f"{one.judgement.verdict if one.judgement else 'no verdict'} ({one.how})"
@@ -204,25 +204,22 @@ def _sentences(panel: Panel) -> Iterator[str]:
     if several:
         yield (
             f"Every run is held against {first.name}, condition by condition. The conditions of {first.name} itself, and those "
-            f"that it does not have, are held against the baseline row, its {condition}."
+            f"that it does not have, are held against the baseline, {condition}."
         )
     else:
-        yield f"Every condition is held against the baseline row, {condition}."
+        yield f"Every condition is held against the baseline, {condition}."
     counted = Counter(one.judgement.verdict for one in panel.held if one is not None and one.judgement)
     if counted:
         listed = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
-        over = " and, of single traits, over ".join(map(str, panel.families))
+        over = " and, apart, over ".join(map(str, panel.families))
         yield (
             f"{counted.total()} differences are judged: {listed}. Holm's correction runs over {over}; intervals are not "
             "widened by it."
         )
     methods = Counter(one.difference.method for one in panel.held if one is not None and one.difference.n)
-    if len(methods) > 1 or several:
+    if several and methods:
         listed = ", ".join(f"{count} {method}" for method, count in methods.items())
-        yield (
-            f"Of the differences {listed}: paired where the members of both rows are the same replicates, Welch where they "
-            "are not."
-        )
+        yield f"By method: {listed}; paired where the members of both rows are the same replicates."
     unjudged = sum(one is not None and one.judgement is None and one.difference.n > 0 for one in panel.held)
     if unjudged:
         yield f"{unjudged} differences are drawn without a verdict; the table says why."

@@ -3,6 +3,7 @@ import pytest
 
 from mechsub import pooling
 from mechsub.comparison.comparison import compare
+from mechsub.comparison.notes import merge_notes
 from mechsub.comparison.panels import POOLED, build_panels
 from mechsub.errors import MechsubError
 from tests.comparison.made_up import behaviour, make
@@ -54,6 +55,14 @@ def test_every_row_of_another_run_is_held_against_the_same_condition(tmp_path):
     }
 
 
+def test_a_condition_that_the_first_run_lacks_is_held_against_its_own_runs_baseline(tmp_path):
+    second = {"same-init": {"owl": [0.2, 0.3, 0.4]}, "shuffled": {"owl": [0.0, 0.1, 0.0]}}
+    runs = [make(tmp_path / "a", FIRST), make(tmp_path / "b", second, reference="another")]
+    (panel,), _ = build_panels(runs, "same-init")
+    one = held_by_label(panel)["shuffled · b"]
+    assert one.against.words == "same-init (owl) of b" and one.how == "paired, n = 3"
+
+
 def test_two_copies_of_one_run_differ_by_exactly_nothing(tmp_path):
     runs = [make(tmp_path / "a", FIRST), make(tmp_path / "b", FIRST)]
     (panel,), _ = build_panels(runs, "same-init")
@@ -63,11 +72,11 @@ def test_two_copies_of_one_run_differ_by_exactly_nothing(tmp_path):
     assert [one.judgement.verdict for one in between] == ["no-difference"] * 2
 
 
-def test_a_condition_that_the_first_run_lacks_is_held_against_the_baseline_and_named(tmp_path):
+def test_without_a_baseline_of_its_own_it_is_held_against_the_first_runs_and_named(tmp_path):
     runs = [make(tmp_path / "a", FIRST), make(tmp_path / "b", {"shuffled": {"owl": [0.0, 0.1, 0.0]}})]
     (panel,), notes = build_panels(runs, "same-init")
     assert held_by_label(panel)["shuffled · b"].against.words == "same-init (owl) of a"
-    assert any("b has shuffled, a has not" in note and "both the run and the condition differ" in note for note in notes)
+    assert "effect: shuffled · b held against same-init (owl) of a, so that both the run and the condition differ" in notes
 
 
 @pytest.mark.parametrize(
@@ -95,8 +104,8 @@ def test_shared_traits_are_compared_and_the_others_named(tmp_path):
     (panel,), notes = build_panels([first, second], "same-init")
     assert panel.labels == ["same-init · a", "same-init · b"]
     assert [note for note in notes if "the trait" in note] == [
-        "effect: the trait cat is taught in a only; its rows are left out",
-        "effect: the trait dog is taught in b only; its rows are left out",
+        "effect: the trait cat taught in a only; the rows are left out",
+        "effect: the trait dog taught in b only; the rows are left out",
     ]
 
 
@@ -104,7 +113,7 @@ def test_runs_without_a_common_trait_are_drawn_and_not_held_against_each_other(t
     first = make(tmp_path / "a", {"same-init": {"owl": [1.0, 2.0, 3.0]}})
     second = make(tmp_path / "b", {"same-init": {"dog": [0.0, 1.0, 0.0]}})
     (panel,), notes = build_panels([first, second], "same-init")
-    assert panel.labels == ["same-init · owl · a", "same-init · dog · b"] and panel.held == [None, None]
+    assert panel.labels == ["same-init · owl · a", "same-init · dog · b"] and list(panel.held) == [None, None]
     assert any("no two runs teach the same trait" in note for note in notes)
 
 
@@ -124,7 +133,7 @@ def test_other_units_have_panels_of_their_own(tmp_path):
     runs = [make(tmp_path / "a", FIRST), make(tmp_path / "b", FIRST, unit="log-odds")]
     panels, notes = build_panels(runs, "same-init")
     assert [panel.unit for panel in panels] == ["accuracy", "log-odds"]
-    assert any("effect has other units: a in accuracy; b in log-odds" in note for note in notes)
+    assert any("effect: other units: a in accuracy; b in log-odds" in note for note in notes)
     assert all(not one.is_of_run for panel in panels for one in panel.held if one)
     names = [section.name for section in compare(runs).sections]
     assert names == ["effect_in_accuracy", "effect_in_log_odds"]
@@ -134,7 +143,7 @@ def test_teachers_without_a_trait_leave_the_difference_without_a_verdict(tmp_pat
     run = make(tmp_path / "run", FIRST, verdicts={"different-init": "teacher-without-trait"})
     (panel,), _ = build_panels([run], "same-init")
     one = panel.held[1]
-    assert one.judgement is None and "teachers of run have no trait to pass on (owl)" in one.unjudged
+    assert one.judgement is None and "teachers of run have no trait to pass on" in one.unjudged
 
 
 def test_a_condition_without_any_value_is_named_with_its_reason_and_is_never_zero(tmp_path):
@@ -171,3 +180,17 @@ def test_a_result_without_the_quantity_is_named(tmp_path):
     runs = [make(tmp_path / "a", FIRST), make(tmp_path / "b", FIRST, results={"behaviour": empty})]
     _, notes = build_panels(runs, "same-init")
     assert any(note.startswith("b: behaviour holds no effect; `mechsub analyze") for note in notes)
+
+
+def test_rows_that_are_judged_by_other_rules_have_a_correction_of_their_own(tmp_path):
+    dog = {name: {"dog": values["owl"]} for name, values in SECOND.items()}
+    runs = [make(tmp_path / "a", FIRST), make(tmp_path / "b", dog, verdict={"margin": 0.1})]
+    (panel,), _ = build_panels(runs, "same-init")
+    assert panel.families == [1, 1] and "0.1" in held_by_label(panel)["different-init · dog · b"].judgement.rule
+
+
+def test_what_is_true_of_several_quantities_is_said_once():
+    assert merge_notes([("effect", "x"), ("alignment", "x"), ("effect", "x"), ("run", "y")]) == [
+        "effect, alignment: x",
+        "run: y",
+    ]
