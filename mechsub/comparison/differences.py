@@ -151,13 +151,18 @@ def _decide(interval: Interval, rules: Rules, p: PValues) -> tuple[str, str]:
     level, margin = rules.level, f"{rules.margin:g}"
     if np.isnan(p.above):
         return WORDS.too_few, f"{interval.n} members in the smaller group; a verdict needs {max(rules.minimum_members, 2)}"
-    if interval.low > 0 and interval.estimate > rules.margin and p.above <= level:
+    is_over = interval.low > 0 and interval.estimate > rules.margin
+    if is_over and p.above <= level:
         return WORDS.above, f"the interval lies over 0, the difference over the margin {margin}; p = {p.above:.2g} (Holm)"
     if p.equivalent <= rules.equivalence_level:
         tests = f"two one-sided tests at {rules.equivalence_level:g} put the difference inside ±{margin}"
         return WORDS.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm)"
-    if interval.high < -rules.margin and p.below <= level:
+    is_under = interval.high < -rules.margin
+    if is_under and p.below <= level:
         return WORDS.below, f"the interval lies under −{margin}; p = {p.below:.2g} (Holm)"
+    if is_over or is_under:
+        p_value = p.above if is_over else p.below
+        return WORDS.undecided, f"the interval would do, but the test does not: p = {p_value:.2g} (Holm) is over {level:g}"
     return WORDS.undecided, f"neither shown to lie beyond the margin {margin} nor inside it"
 
 

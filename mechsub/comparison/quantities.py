@@ -123,12 +123,17 @@ def _over_steps(quantity: Quantity, result: Result, case: Case) -> Place:
 
 
 def _at_last_point(quantity: Quantity, result: Result, case: Case) -> Place:
-    """The last hook point at which the analysis could compare; its findings name it first."""
+    """The last hook point at which the analysis could compare; its findings name it first.
+
+    Of several traits the null is made of the other teachers, so that runs of other traits have another null.
+    """
     finding, points = quantity.find(result, case), [str(name) for name in result.data.point.values]
     named = finding.scope.partition(", ")[0] if finding else ""
     point, group = named if named in points else points[-1], str(result.data.group.values[0])
     last = int(result.data.last_step.sel(_case_labels(case)))
-    return Place(_case_labels(case) | {"point": point, "group": group, "step": [last]}, f"{point}, {group}")
+    others = [str(trait) for trait in result.data.taught.values if trait != case[1]]
+    null = f", against the teachers of {', '.join(sorted(others))}" if others else ""
+    return Place(_case_labels(case) | {"point": point, "group": group, "step": [last]}, f"{point}, {group}{null}")
 
 
 QUANTITIES = (

@@ -56,6 +56,7 @@ def _show(section: Section) -> Mapping[str, Any]:
         "rows": rows[:_MOST_ROWS],
         "num_more": max(0, len(rows) - _MOST_ROWS),
         "several_traits": "trait" in data.coords and len({*map(str, data.trait.values)}) > 1,
+        "several_places": len({row["place"] for row in rows}) > 1,
         "several_runs": "run" in data.coords and len({*map(str, data.run.values)}) > 1,
     }
 

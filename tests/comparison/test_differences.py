@@ -85,6 +85,13 @@ def test_holm_runs_over_all_that_are_judged_together():
     assert judge_differences(every, RULES)[smallest].p.above == pytest.approx(4 * raw[smallest])
 
 
+def test_an_interval_that_would_do_is_told_apart_from_a_test_that_does_not():
+    one, nothing = difference([0.2, 1.0, 2.0, 1.6, 1.2], [0.0] * 5), difference([9, -9, 5, -4, 0], [0.0] * 5)
+    assert judge_differences({"one": one}, RULES)["one"].verdict == "larger"
+    among = judge_differences({"one": one, **{key: nothing for key in range(9)}}, RULES)["one"]
+    assert among.verdict == "inconclusive" and "the interval would do, but the test does not" in among.reason
+
+
 def test_equal_members_differ_by_nothing():
     same = difference([0.3, 0.5, 0.9], [0.3, 0.5, 0.9])
     judged = judge_differences({"same": same}, RULES)["same"]
