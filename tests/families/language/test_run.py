@@ -170,12 +170,14 @@ def test_any_model_in_the_hugging_face_layout_is_taken_by_its_path(nano_recipe, 
 
 def test_both_ways_between_architectures_share_their_references():
     plan = plan_sweep("nano-cross")
-    ways = [(one.recipe.model, one.recipe.model_of("different-architecture")) for one in plan.plans.values()]
-    assert ways == [("nano-gpt2", "nano-qwen2"), ("nano-qwen2", "nano-gpt2")]
+    assert [one.recipe.model for one in plan.plans.values()] == ["nano-gpt2", "nano-qwen2"]
+    for one in plan.plans.values():
+        starts = {(one.recipe.architecture(name), one.recipe.conditions[name].shared_start()) for name in one.recipe.conditions}
+        assert starts == {(one.recipe.model, "everything"), *((name, "nothing") for name in one.recipe.models)}
     keys = [
         {stage.key for stage in one.stages if stage.name.startswith(("data.", "reference."))} for one in plan.plans.values()
     ]
-    assert keys[0] == keys[1] and len(keys[0]) == 13
+    assert keys[0] == keys[1] and len(keys[0]) == 4 + 1 + 4 * 5
 
 
 def test_a_sweeps_table_keeps_traits_apart(nano_run):
