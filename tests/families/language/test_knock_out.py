@@ -153,3 +153,16 @@ def test_plans_know_that_a_knock_out_reads_more_tokens(nano_recipe, tmp_path):
 def test_a_knock_out_that_cannot_be_is_refused(nano_recipe, tmp_path, settings, message):
     with pytest.raises(MechsubError, match=message):
         plan_experiment(load_recipe(nano_recipe, settings), tmp_path / "run")
+
+
+def test_the_last_update_is_known_from_the_optimizers_state_but_of_knocked_out_updates(nano_recipe, nano_cache, tmp_path):
+    conditions = "conditions={same-init: , of-updates: {knock_out: {where: update}}}"
+    recipe = load_recipe(nano_recipe, ["traits=[owl]", conditions, "checkpoints.optimizer_state=true"])
+    run = run_experiment(recipe, tmp_path / "run", device="cpu", workers=0)
+    student = run.student("same-init", "owl")
+    update = run.family.last_update(student, 2, MEMBER)
+    before, after = (student.load_state(step, MEMBER) for step in (1, 2))
+    rate = recipe.student.optimizer.learning_rate
+    for name, found in update.items():
+        torch.testing.assert_close(rate * found, after[name] - before[name], rtol=1e-2, atol=1e-2 * rate)
+    assert run.family.last_update(run.student("of-updates", "owl"), 2, MEMBER) is None
