@@ -28,6 +28,8 @@ from mechsub.statistics.verdicts import (
     void_without_trait,
 )
 
+MATRIX_ANALYSIS = "cross_architecture"
+"""The analysis that measures the cells of one run."""
 EFFECT, EXCESS = "effect_over_traits", "diagonal_excess"
 FORMULAS = {
     EFFECT: "score(student) − score(control) of the teacher's trait, mean over traits, member by member, at the last step",
@@ -216,8 +218,8 @@ def draw_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: s
         title="Which architecture passes its trait to which, and from which start?",
         caption=(
             f"Effect ({unit}): {FORMULAS[EFFECT]}. Mean over members ({members}) with its interval. The null is no effect, 0: "
-            f"the student scores as its own control, trained alike by a neutral teacher. Verdicts are corrected (Holm) over the "
-            f"{len(cells)} cells. Where there is no tile nothing was run."
+            f"the student scores as its own control, trained alike by a neutral teacher. Verdicts are corrected (Holm) over "
+            f"the {len(cells)} cells. Where there is no tile nothing was run."
         ),
         variables=fields,
         spec=chart_spec(chart),
@@ -239,7 +241,7 @@ def matrix_findings(
     findings = []
     for cell in cells:
         found = judged[cell.name]
-        fields = {**describe(cell), "analysis": "cross_architecture", "condition": cell.name, "source": SOURCE}
+        fields = {**describe(cell), "analysis": MATRIX_ANALYSIS, "condition": cell.name, "source": SOURCE}
         findings.append(
             Finding(**fields, quantity=EFFECT, null="no effect: the student scores as its own control does", null_low=0.0,
                     null_high=0.0, formula=FORMULAS[EFFECT], **_judged(found.effect))

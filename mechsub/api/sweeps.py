@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 from mechsub.api.runs import Plan, analysis_workers, begin_run, plan_analyses, plan_experiment, resolve_device, verify_run
+from mechsub.architecture_matrix import MATRIX_ANALYSIS, join_matrices
 from mechsub.changes import check_recipe_unedited
 from mechsub.environment import describe_provenance
 from mechsub.errors import AnalysisError, RunDirectoryError
@@ -193,13 +194,16 @@ def write_sweep_report(folder: str | Path) -> Path:
         if not any(run.findings for run in results.values()):
             raise RunDirectoryError(f"{folder} has no results yet; `mechsub analyze {folder}` makes them")
         table = build_table(header["recipe"]["sweep"]["vary"], directory.runs, results)
-        write_result(
-            directory.path / "results" / "sweep.h5", "sweep", {"runs": directory.runs}, metadata.version("mechsub"), table
-        )
-        write_json(directory.path / "findings.json", _findings_document(header["name"], directory, results))
+        matrix = _join_matrices(begun, results)
+        arguments = {"runs": directory.runs}
+        write_result(directory.path / "results" / "sweep.h5", "sweep", arguments, metadata.version("mechsub"), table)
+        write_json(directory.path / "findings.json", _findings_document(header["name"], directory, results, matrix))
+        if matrix is not None:
+            write_result(directory.path / "results" / "matrix.h5", "matrix", arguments, metadata.version("mechsub"), matrix)
         path = directory.path / "report" / "index.html"
+        missing = {name: run.missing for name, run in results.items()}
         with atomic_write(path) as temporary:
-            temporary.write_text(render_sweep_report(header, table, {name: run.missing for name, run in results.items()}))
+            temporary.write_text(render_sweep_report(header, table, missing, matrix))
     return path
 
 
@@ -237,10 +241,19 @@ def _read_run(run: Run) -> SweptResults:
     return SweptResults(results, "; ".join(missing))
 
 
-def _findings_document(name: str, directory: SweepDirectory, results: Mapping[str, SweptResults]) -> dict[str, object]:
-    """Every run's findings, with its settings."""
+def _join_matrices(runs: Mapping[str, Run], results: Mapping[str, SweptResults]) -> Result | None:
+    """The runs' cells of the matrix of architectures, judged together; None where there are none."""
+    found = {name: swept.results[MATRIX_ANALYSIS] for name, swept in results.items() if MATRIX_ANALYSIS in swept.results}
+    return join_matrices(found, {name: runs[name].rules(runs[name].recipe.verdict.margin) for name in found})
+
+
+def _findings_document(
+    name: str, directory: SweepDirectory, results: Mapping[str, SweptResults], matrix: Result | None
+) -> dict[str, object]:
+    """Every run's findings, with its settings; and those of the matrix over all runs, where there is one."""
     documents = []
     for run, found in results.items():
         document = findings_document(run, [finding for result in found.results.values() for finding in result.findings])
         documents.append({"settings": dict(directory.runs[run]), "missing": found.missing, **document})
-    return {"schema": documents[0]["schema"], "sweep": name, "runs": documents}
+    document = {"schema": documents[0]["schema"], "sweep": name, "runs": documents}
+    return document if matrix is None else document | {"matrix": findings_document("matrix", matrix.findings)["findings"]}

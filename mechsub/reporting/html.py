@@ -7,11 +7,13 @@ from typing import Any
 
 from mechsub.findings import Finding
 from mechsub.reporting.charts import DrawnFigure, draw_figure
+from mechsub.reporting.opening import build_opening
 from mechsub.reporting.page import render_page
 from mechsub.results import Result
 
 _NOT_SETUP = {"name", "description", "members", "conditions", "checkpoints", "callbacks", "threads"}
 """What the first screen says elsewhere, or leaves to the recipe at the end."""
+_MOST_SAID = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def render_report(
         {**header, "recipe": recipe},
         recipe,
         setup=_setup(recipe),
-        answers=_answers(findings),
+        opening=build_opening(recipe, findings, _describe_teachers(first)),
         verdicts=first.verdicts if first else {},
         glances=glances,
         glanced_conditions=list(dict.fromkeys(condition for glance in glances for condition in glance.cells)),
@@ -89,21 +91,12 @@ def _say_replicates(members: int, findings: Sequence[Finding]) -> str:
     return f"replicates that share {references} reference{'s' if references > 1 else ''}: no claim is about another one"
 
 
-def _answers(findings: Sequence[Finding]) -> dict[str, list[str]]:
-    """Verdict → conditions, with their traits where there are several, for the quantity that answers the title's question.
-
-    That is the first that has verdicts.
-    """
-    judged = [finding for finding in findings if finding.verdict]
-    asked = [finding for finding in judged if finding.quantity == judged[0].quantity]
-    several = len({finding.trait for finding in asked}) > 1
-    answers: dict[str, dict[str, list[str]]] = {}
-    for finding in asked:
-        answers.setdefault(finding.verdict, {}).setdefault(finding.condition, []).append(finding.trait)
-    return {
-        verdict: [f"{condition} ({', '.join(traits)})" if several else condition for condition, traits in found.items()]
-        for verdict, found in answers.items()
-    }
+def _describe_teachers(first: Section | None) -> list[str]:
+    """What the analysis whose verdicts open the page says of references and teachers: a sentence a trait, of the first ones."""
+    if first is None:
+        return []
+    said = [sentence for sentence in first.result.summary if "teachers" in sentence and "eferences" in sentence]
+    return said[:_MOST_SAID]
 
 
 def _setup(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -6,14 +6,20 @@ from typing import Any
 import xarray as xr
 
 from mechsub.reporting.charts import draw_figure
+from mechsub.reporting.opening import build_opening
 from mechsub.reporting.page import render_page
 from mechsub.results import Result
 
 _SHOWN = ("effect", "alignment", "specific_alignment")
 
 
-def render_sweep_report(header: Mapping[str, Any], table: Result, missing: Mapping[str, str]) -> str:
-    """The whole page. ``missing``: what each run lacks, in words; empty where it lacks nothing."""
+def render_sweep_report(
+    header: Mapping[str, Any], table: Result, missing: Mapping[str, str], matrix: Result | None = None
+) -> str:
+    """The whole page. ``missing``: what each run lacks, in words; empty where it lacks nothing.
+
+    ``matrix``: the matrix of architectures over all runs, where they have one: it then opens the page.
+    """
     data = table.data
     return render_page(
         "sweep.html",
@@ -24,6 +30,9 @@ def render_sweep_report(header: Mapping[str, Any], table: Result, missing: Mappi
         conditions=list(map(str, data.condition.values)),
         figures=[draw_figure(figure, table) for figure in table.figures],
         rows=[_row(data, run, header["runs"]) for run in map(str, data.run.values)],
+        matrix=matrix,
+        opening=build_opening(header["recipe"], matrix.findings, []) if matrix else None,
+        matrix_figures=[draw_figure(figure, matrix) for figure in matrix.figures] if matrix else [],
         missing={run: what for run, what in missing.items() if what},
     )
 

@@ -121,6 +121,10 @@ class ImageKnockOutConfig(KnockOutConfig):
     )
 
 
+OTHER = "other"
+"""In a condition's `model`: the one architecture of `models` that is not the teacher's."""
+
+
 class MatchingConfig(Settings):
     """How a start first learns to answer as the own member's reference does: all of its logits, by mean squared difference.
 
@@ -165,8 +169,8 @@ class ConditionConfig(BaseConditionConfig):
         """How it differs from the matched case, in words."""
         parts = [
             "starts at another member's reference" if self.init == "different" else "",
-            "another architecture" if self.model else "",
-            f"but for {' and '.join(self.shared)}, which are its teacher's reference's" if self.shared else "",
+            ("the recipe's other architecture" if self.model == OTHER else f"architecture {self.model}") if self.model else "",
+            f"{' and '.join(self.shared)} of its teacher's reference all the same" if self.shared else "",
             "the start first learnt to answer as its teacher's reference" if self.match else "",
             "hidden units of the start shuffled: the same function" if self.permute_hidden else "",
             f"noise of σ = {self.noise_std:g} on every weight of the start" if self.noise_std else "",
@@ -178,8 +182,6 @@ class ConditionConfig(BaseConditionConfig):
         return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
 
 
-OTHER = "other"
-"""In a condition's `model`: the one architecture of `models` that is not the teacher's."""
 _BODY, _CLASS, _AUXILIARY = "body", "class-head", "auxiliary-head"
 
 CONDITIONS: Mapping[str, Mapping[str, Any]] = {

@@ -1,0 +1,153 @@
+"""The first screen, for a reader who knows no code: what was tested, what would have counted, what was found, how sure."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import special
+
+from mechsub.findings import Finding
+from mechsub.statistics.intervals import Interval, format_number
+from mechsub.statistics.power import POWER, smallest_detectable_effect
+from mechsub.statistics.rules import Rules
+from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, WITHOUT_CONTROL, WITHOUT_TRAIT
+
+_PLAIN = {
+    TRANSFER.above: "The trait passed",
+    TRANSFER.equivalent: "The trait did not pass, to within the margin",
+    TRANSFER.below: "The students moved away from the trait",
+    AGAINST_NULL.above: "More than its null",
+    AGAINST_NULL.equivalent: "No more than its null",
+    AGAINST_NULL.below: "Less than its null",
+    TRANSFER.undecided: "Not decided",
+    TRANSFER.too_few: "Too few members for any verdict",
+    WITHOUT_TRAIT: "Nothing to pass on: the teachers did not have the trait",
+    WITHOUT_CONTROL: "No control, so no verdict",
+}
+"""The verdicts in words, in the order in which they are told; others are told as they are."""
+_MOST_NAMED = 8
+_OPEN = {TRANSFER.undecided, TRANSFER.too_few}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One verdict with everything that has it."""
+
+    verdict: str
+    words: str
+    findings: Sequence[Finding]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more members could change it."""
+        return self.verdict in _OPEN
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The four parts of the first screen; each is made from the findings, the recipe and nothing else."""
+
+    tested: Sequence[str]
+    counted: Sequence[str]
+    found: Sequence[Outcome]
+    sure: Sequence[str]
+
+
+def build_opening(recipe: Mapping[str, Any], findings: Sequence[Finding], described: Sequence[str]) -> Opening | None:
+    """The first screen of a run; None where nothing has a verdict.
+
+    It is about the first quantity that has one: of a run with a trait, its transfer. ``described``: what the analysis of that
+    quantity says of references and teachers.
+    """
+    judged = [finding for finding in findings if finding.verdict]
+    if not judged:
+        return None
+    asked = [finding for finding in judged if finding.quantity == judged[0].quantity]
+    rules = _rules(recipe["verdict"], asked[0])
+    return Opening(_tested(recipe, asked, described), _counted(asked[0], rules), _found(asked), _sure(asked, rules))
+
+
+def _rules(verdict: Mapping[str, Any], finding: Finding) -> Rules:
+    return Rules(finding.margin, verdict["minimum_members"], verdict["confidence"], verdict["equivalence_level"])
+
+
+def _tested(recipe: Mapping[str, Any], asked: Sequence[Finding], described: Sequence[str]) -> list[str]:
+    conditions = list(dict.fromkeys(finding.condition for finding in asked))
+    traits = list(dict.fromkeys(finding.trait for finding in asked))
+    about = f"the trait{'s' if len(traits) > 1 else ''} {', '.join(traits)}"
+    return [
+        f"Whether {about} of a teacher comes to its students, who are trained on nothing but the teacher's carrier, data that "
+        f"does not show it: {_count_conditions(conditions)}.",
+        f"Measured: {asked[0].quantity.replace('_', ' ')} = {asked[0].formula}, in {asked[0].unit}; {asked[0].context}.",
+        f"Every condition has its own control: the same students, of a teacher without the trait ({recipe['neutral']}).",
+        *described,
+    ]
+
+
+def _count_conditions(names: Sequence[str]) -> str:
+    if len(names) > _MOST_NAMED:
+        return f"{len(names)} conditions, which the table under this screen describes"
+    return f"{len(names)} condition{'s' if len(names) > 1 else ''}, {', '.join(names)}"
+
+
+def _counted(finding: Finding, rules: Rules) -> list[str]:
+    margin, unit = f"{rules.margin:g}", finding.unit
+    percent, level = f"{100 * rules.confidence:g} %", f"{100 * rules.level:g} %"
+    is_transfer = finding.verdict in {TRANSFER.above, TRANSFER.equivalent, TRANSFER.below} or finding.quantity == "effect"
+    words = TRANSFER if is_transfer else AGAINST_NULL
+    return [
+        f"{words.above}: the mean difference is over {margin} ({unit}), its {percent} interval lies over 0, and chance would "
+        f"give that at most {level} of the time.",
+        f"{words.equivalent}: the difference is shown to be smaller than {margin} either way, by two tests at "
+        f"{100 * rules.equivalence_level:g} % each. It is a claim that needs evidence, not the lack of it.",
+        f"{words.undecided}: neither could be shown. It is no sign of safety. Under {max(rules.minimum_members, 2)} members "
+        f"nothing is said ({words.too_few}).",
+        "These rules stand in the recipe and were fixed before the run.",
+    ]
+
+
+def _found(asked: Sequence[Finding]) -> list[Outcome]:
+    by_verdict: dict[str, list[Finding]] = {}
+    for finding in asked:
+        by_verdict.setdefault(finding.verdict, []).append(finding)
+    ordered = sorted(by_verdict, key=lambda verdict: list(_PLAIN).index(verdict) if verdict in _PLAIN else len(_PLAIN))
+    return [Outcome(verdict, _PLAIN.get(verdict, verdict), by_verdict[verdict]) for verdict in ordered]
+
+
+def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
+    counts = sorted({finding.n for finding in asked})
+    members = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    references = min(finding.num_references for finding in asked)
+    independent = references >= counts[-1]
+    sentences = [
+        f"{members} members each, "
+        + ("with a reference, a teacher and data of their own." if independent else f"that share {references} reference(s): ")
+        + ("" if independent else "nothing is said of another one.")
+    ]
+    several = len(asked) > 1
+    if several:
+        sentences.append(
+            f"The {len(asked)} verdicts are corrected together (Holm), so that the chance of any false "
+            f"“{TRANSFER.above if asked[0].quantity == 'effect' else 'above'}” among them is at most {100 * rules.level:g} %."
+        )
+    smallest = [(_detectable(finding, rules, len(asked)), finding) for finding in asked]
+    known = sorted([(value, finding.condition) for value, finding in smallest if np.isfinite(value)])
+    if known:
+        unit, (least, _), (most, worst) = asked[0].unit, known[0], known[-1]
+        amount = format_number(most) if len(known) == 1 else f"{format_number(least)} to {format_number(most)} ({worst})"
+        sentences.append(
+            f"An effect of {amount} {unit} would have been called with {100 * POWER:g} % power, at the spread between members "
+            "that was seen: smaller ones could have been missed."
+        )
+    sentences.append("It holds for these models, this carrier and this way of asking, and for no other ones.")
+    return sentences
+
+
+def _detectable(finding: Finding, rules: Rules, num_judged: int) -> float:
+    interval = Interval(finding.estimate, finding.low, finding.high, finding.n, finding.confidence)
+    if interval.n < max(rules.minimum_members, 2) or not np.isfinite(interval.low):
+        return float("nan")
+    half = (interval.high - interval.low) / 2
+    spread = half * np.sqrt(interval.n) / special.stdtrit(interval.n - 1, 0.5 + interval.confidence / 2)
+    return smallest_detectable_effect(float(spread), interval.n, rules, num_judged)
