@@ -14,7 +14,7 @@ from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
-from mechsub.statistics.diagonal import diagonal_excess, permute_taught
+from mechsub.statistics.diagonal import MINIMUM_TRAITS, diagonal_excess, permute_taught, permute_traits
 from mechsub.statistics.intervals import Interval, format_number, student_interval
 from mechsub.statistics.verdicts import (
     TRANSFER,
@@ -311,8 +311,10 @@ def _control_words(run: Run, condition: str) -> str:
 
 
 def _excess_finding(scores: _Scores, condition: str, judgement: Judgement) -> Finding:
-    swapped = permute_taught(scores.matrix(condition), scores.run.recipe.verdict.confidence)
+    matrix, confidence = scores.matrix(condition), scores.run.recipe.verdict.confidence
+    swapped, general = permute_taught(matrix, confidence), permute_traits(matrix, confidence)
     traits = ", ".join(scores.run.traits)
+    wider = f"p = {general.p_above:.2g}" if np.isfinite(general.p_above) else general.reason
     fields = _common(scores, (condition, "")) | {"trait": "all", "step": _last_step(scores.run, condition)}
     return Finding(
         quantity="diagonal_excess",
@@ -320,7 +322,8 @@ def _excess_finding(scores: _Scores, condition: str, judgement: Judgement) -> Fi
         null_low=swapped.null_low,
         null_high=swapped.null_high,
         verdict=judgement.verdict,
-        reason=f"{judgement.reason}; permutation p = {swapped.p_above:.2g}; a claim about {traits}{_no_wider_claim(scores)}",
+        reason=f"{judgement.reason}; permutation p = {swapped.p_above:.2g}: a claim about {traits}; "
+        f"about traits in general {wider}",
         rule=judgement.rule,
         formula=EXCESS,
         **interval_fields(judgement.interval),
@@ -333,9 +336,8 @@ def _last_step(run: Run, condition: str) -> int:
 
 
 def _no_wider_claim(scores: _Scores) -> str:
-    wanted = 5
-    few = len(scores.run.traits) < wanted
-    return f"; a claim about traits in general needs at least {wanted} of them" if few else ""
+    few = len(scores.run.traits) < MINIMUM_TRAITS
+    return f"; a claim about traits in general needs at least {MINIMUM_TRAITS} of them" if few else ""
 
 
 def _described(

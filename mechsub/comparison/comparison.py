@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from mechsub.architecture_matrix import MATRIX_ANALYSIS, join_matrices
 from mechsub.comparison.panels import build_panels
 from mechsub.comparison.quantities import QUANTITIES
 from mechsub.comparison.recipes import RecipeTable, tabulate_recipes
@@ -15,7 +16,7 @@ from mechsub.comparison.sections import Section, build_sections
 from mechsub.errors import MechsubError
 from mechsub.results import Result
 
-ANALYSES = tuple(dict.fromkeys(quantity.analysis for quantity in QUANTITIES))
+ANALYSES = (*dict.fromkeys(quantity.analysis for quantity in QUANTITIES), MATRIX_ANALYSIS)
 """Whose results a comparison reads."""
 
 
@@ -56,7 +57,16 @@ def compare(runs: Sequence[ComparedRun], baseline: str | None = None, notes: Seq
             f"there is nothing to compare in {', '.join(run.name for run in runs)}; two rows of one quantity are the least:\n"
             + "\n".join(f"  - {note}" for note in [*notes, *found])
         )
-    return Comparison(runs, baseline or conditions[0], build_sections(panels), tabulate_recipes(runs), [*notes, *found])
+    sections = [*_build_matrix(runs), *build_sections(panels)]
+    return Comparison(runs, baseline or conditions[0], sections, tabulate_recipes(runs), [*notes, *found])
+
+
+def _build_matrix(runs: Sequence[ComparedRun]) -> list[Section]:
+    """The runs' cells of the matrix of architectures, judged together; no section where they have none."""
+    known = {run.name: run for run in runs if MATRIX_ANALYSIS in run.results}
+    results = {name: run.results[MATRIX_ANALYSIS] for name, run in known.items()}
+    matrix = join_matrices(results, {name: run.rules("margin") for name, run in known.items()})
+    return [] if matrix is None else [Section("matrix", "Which architecture passes its trait to which?", matrix)]
 
 
 def combine(comparison: Comparison) -> Result:
