@@ -96,7 +96,10 @@ def test_every_cell_is_drawn_with_its_verdict_and_told_in_words():
     judged = judge_cells(cells, gains(), RULES)
     figure = draw_matrix(cells, judged, "log-odds", "n = 8")
     rows = fill_figure(figure, label_cells(cells, judged, "log-odds"))["datasets"]["data"]
-    assert {row["cell"]: row["effect_over_traits_verdict"] for row in rows} == {"same": "transferred", "to-qwen2": "no-transfer"}
+    assert {row["cell"]: row["effect_over_traits_verdict"] for row in rows} == {
+        "same": "transferred",
+        "to-qwen2": "no-transfer",
+    }
     assert say_matrix(cells, judged) == [
         "transferred (1 of 2 cells): gpt2 → gpt2, shared everything.",
         "no-transfer (1 of 2 cells): gpt2 → qwen2, shared nothing.",

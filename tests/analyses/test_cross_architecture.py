@@ -1,15 +1,17 @@
 """cross_architecture: what it measures on a tiny run, and one matrix of several runs."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from mechsub.analyses.cross_architecture import cross_architecture
 from mechsub.api import analyze_sweep, open_run, open_sweep, run_sweep
+from mechsub.checkpoints import load_stacked, write_tensors
 from mechsub.findings import FIELDS
 from mechsub.results import read_result
-from tests.helpers import measure
 
 CROSS = """
 name: tiny-cross
@@ -114,7 +116,9 @@ def test_a_sweeps_matrix_holds_the_cells_of_all_runs_and_opens_its_page(sweep):
     matrix = read_result(sweep / "results" / "matrix.h5")
     assert sorted(set(matrix.data.teacher_of_cell.values)) == ["cnn", "mlp"]
     assert len(matrix.data.cell) == 8
-    assert all("Holm's correction over 8" in one.rule for one in matrix.findings if one.verdict not in {"teacher-without-trait"})
+    assert all(
+        "Holm's correction over 8" in one.rule for one in matrix.findings if one.verdict not in {"teacher-without-trait"}
+    )
     page = (sweep / "report" / "index.html").read_text()
     assert page.index("What was found") < page.index("Which architecture passes its trait") < page.index("Every run")
     assert set(FIELDS) <= set(vars(matrix.findings[0]))
@@ -129,10 +133,6 @@ def test_a_run_whose_students_all_start_as_their_teachers_lacks_what_it_needs(ti
 
 
 def test_a_damaged_model_costs_its_own_cell(runs, tmp_path):
-    import shutil
-
-    from mechsub.checkpoints import load_stacked, write_tensors
-
     copied = shutil.copytree(runs["model=mlp"].path, tmp_path / "run")
     run = open_run(copied)
     student = run.student("to-cnn", "digits")
@@ -140,7 +140,8 @@ def test_a_damaged_model_costs_its_own_cell(runs, tmp_path):
     tensors = {name: tensor.clone() for name, tensor in load_stacked(path).items()}
     tensors["class_head.weight"][1] = float("nan")
     write_tensors(Path(path), tensors, {})
-    measure(copied, "cross_architecture")
-    data = open_run(copied).results["cross_architecture"]
+    result = cross_architecture(open_run(copied))
+    data = result.data
     assert np.isnan(data.effect_on.sel(condition="to-cnn")).values[0, 0].tolist() == [False, True, False]
     assert np.isfinite(data.effect_on.sel(condition="same-init")).all()
+    assert {one.condition: one.verdict for one in result.findings if one.verdict}["to-cnn"] == "too-few-members"
