@@ -13,7 +13,7 @@ from mechsub.statistics.holm import adjust_holm
 from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.power import MOST_MEMBERS, members_to_decide
 from mechsub.statistics.rules import Rules, t_test_above
-from mechsub.statistics.verdicts import Judgement, PValues, Words, describe_rule
+from mechsub.statistics.verdicts import Judgement, PValues, Words, decide, describe_rule
 
 LARGER, SMALLER, NO_DIFFERENCE = "larger", "smaller", "no-difference"
 WORDS = Words(above=LARGER, equivalent=NO_DIFFERENCE, below=SMALLER)
@@ -137,33 +137,13 @@ def judge_differences(differences: Mapping[Key, Difference], rules: Rules) -> di
     for name, one in differences.items():
         interval = one.interval(rules.confidence)
         p = PValues(*(tests.get(name, np.nan) for tests in (above, equivalent, below)))
-        verdict, reason = _decide(interval, rules, p)
+        verdict, reason = decide(interval, rules, WORDS, p, "difference")
         if verdict == WORDS.undecided:
             reason += _say_members_wanted(one, rules, len(judged))
         test = "one-sided t" if one.method == PAIRED else "one-sided Welch's t"
         rule = describe_rule(interval, rules, WORDS, p, len(judged), test)
         judgements[name] = Judgement(interval, verdict, reason, p, rule)
     return judgements
-
-
-def _decide(interval: Interval, rules: Rules, p: PValues) -> tuple[str, str]:
-    """The verdict and its reason in words."""
-    level, margin = rules.level, f"{rules.margin:g}"
-    if np.isnan(p.above):
-        return WORDS.too_few, f"{interval.n} members in the smaller group; a verdict needs {max(rules.minimum_members, 2)}"
-    is_over = interval.low > 0 and interval.estimate > rules.margin
-    if is_over and p.above <= level:
-        return WORDS.above, f"the interval lies over 0, the difference over the margin {margin}; p = {p.above:.2g} (Holm)"
-    if p.equivalent <= rules.equivalence_level:
-        tests = f"two one-sided tests at {rules.equivalence_level:g} put the difference inside ±{margin}"
-        return WORDS.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm)"
-    is_under = interval.high < -rules.margin
-    if is_under and p.below <= level:
-        return WORDS.below, f"the interval lies under −{margin}; p = {p.below:.2g} (Holm)"
-    if is_over or is_under:
-        p_value = p.above if is_over else p.below
-        return WORDS.undecided, f"the interval would do, but the test does not: p = {p_value:.2g} (Holm) is over {level:g}"
-    return WORDS.undecided, f"neither shown to lie beyond the margin {margin} nor inside it"
 
 
 def _say_members_wanted(difference: Difference, rules: Rules, num_judged: int) -> str:

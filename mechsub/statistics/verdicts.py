@@ -87,7 +87,7 @@ def judge_effects(
     judgements = {}
     for name, interval in intervals.items():
         p_values = PValues(*(tests.get(name, np.nan) for tests in (above, equivalent, below)))
-        verdict, reason = _decide(interval, rules, words, p_values)
+        verdict, reason = decide(interval, rules, words, p_values)
         if verdict == words.undecided:
             reason += _members_wanted(members_to_decide(effects[name], rules, len(judged), test))
         rule = describe_rule(interval, rules, words, p_values, len(judged), test.name)
@@ -127,8 +127,8 @@ def describe_rule(interval: Interval, rules: Rules, words: Words, p: PValues, nu
     )
 
 
-def _decide(interval: Interval, rules: Rules, words: Words, p: PValues) -> tuple[str, str]:
-    """The verdict and its reason in words."""
+def decide(interval: Interval, rules: Rules, words: Words, p: PValues, noun: str = "effect") -> tuple[str, str]:
+    """The verdict and its reason in words, in the order of `judge_effects`; ``noun``: what is judged."""
     level = rules.level
     margin = f"{rules.margin:g}"
     if np.isnan(p.above):
@@ -137,7 +137,7 @@ def _decide(interval: Interval, rules: Rules, words: Words, p: PValues) -> tuple
     if is_over and p.above <= level:
         return words.above, f"the interval lies over 0, the estimate over the margin {margin}; p = {p.above:.2g} (Holm)"
     if p.equivalent <= rules.equivalence_level:
-        tests = f"two one-sided tests at {rules.equivalence_level:g} put the effect inside ±{margin}"
+        tests = f"two one-sided tests at {rules.equivalence_level:g} put the {noun} inside ±{margin}"
         return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm)"
     is_under = interval.high < -rules.margin
     if is_under and p.below <= level:
