@@ -45,8 +45,8 @@ def write_document(matrix: Result, runs: Mapping[str, Run]) -> Iterator[str]:
     traits = f", {len(recipe.trait_set)} traits ({', '.join(recipe.trait_set)})" if recipe.trait_set else ""
     yield (
         f"n = {recipe.members} members{traits}. Effect: student − its own control, mean over traits, with its "
-        f"{100 * recipe.verdict.confidence:g} % interval (Student t) over members; margin {recipe.verdict.margin:g}. Verdicts are "
-        f"corrected (Holm) over all {matrix.data.sizes['cell']} cells.\n"
+        f"{100 * recipe.verdict.confidence:g} % interval (Student t) over members; margin {recipe.verdict.margin:g}. Verdicts "
+        f"are corrected (Holm) over all {matrix.data.sizes['cell']} cells.\n"
     )
     yield from (f"- {sentence}" for sentence in matrix.summary)
     effects = {one.condition: one for one in matrix.findings if one.quantity == EFFECT}
@@ -74,8 +74,8 @@ def write_evidence(data: xr.Dataset, runs: Mapping[str, Run]) -> Iterator[str]:
     """Output KL, CKA and Procrustes distance of students and their controls, means over members and traits."""
     yield "\n## How alike they answer and are\n"
     yield (
-        "Means over traits with intervals over members, student / its control. Output KL: KL(teacher ‖ model) on the first kind of "
-        "probes, in nats; start KL: KL(reference ‖ start); CKA (debiased) and Procrustes distance at the last hook point.\n"
+        "Means over traits with intervals over members, student / its control. Output KL: KL(teacher ‖ model) on the first kind "
+        "of probes, in nats; start KL: KL(reference ‖ start); CKA (debiased) and Procrustes distance at the last hook point.\n"
     )
     yield "| teacher | student | shared at the start | start KL | output KL | CKA | Procrustes distance | parameters |"
     yield "|" + "---|" * 8

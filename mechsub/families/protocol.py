@@ -149,9 +149,7 @@ class Family(Protocol):
     def probe_inputs(self, lineage: Lineage) -> Sequence[Tensor]:
         """Held-out inputs without a trait's answers, each a batch as the lineage's model takes it: to record activations on."""
 
-    def probe_answers(
-        self, model: nn.Module, lineage: Lineage, member: int
-    ) -> Mapping[str, Float[Tensor, "probe answer"]]:
+    def probe_answers(self, model: nn.Module, lineage: Lineage, member: int) -> Mapping[str, Float[Tensor, "probe answer"]]:
         """Log-probabilities of the answers that the models of all architectures can give, by kind of held-out probe.
 
         The same probes and answers for all lineages of a member, whatever their tokens; empty where they have none in common.

@@ -11,7 +11,7 @@ from mechsub.findings import Finding
 from mechsub.statistics.intervals import Interval, format_number
 from mechsub.statistics.power import POWER, smallest_detectable_effect
 from mechsub.statistics.rules import Rules
-from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, WITHOUT_CONTROL, WITHOUT_TRAIT
+from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, WITHOUT_CONTROL, WITHOUT_TRAIT, Words
 
 _PLAIN = {
     TRANSFER.above: "The trait passed",
@@ -80,7 +80,7 @@ def _tested(recipe: Mapping[str, Any], asked: Sequence[Finding], described: Sequ
         f"Whether {about} of a teacher comes to its students, who are trained on nothing but the teacher's carrier, data that "
         f"does not show it: {_count_conditions(conditions)}.",
         f"Measured: {asked[0].quantity.replace('_', ' ')} = {asked[0].formula}, in {asked[0].unit}; {asked[0].context}.",
-        f"Every condition has its own control: the same students, of a teacher without the trait ({recipe['neutral']}).",
+        _say_controls(asked, recipe["neutral"]),
         *described,
     ]
 
@@ -91,11 +91,21 @@ def _count_conditions(names: Sequence[str]) -> str:
     return f"{len(names)} condition{'s' if len(names) > 1 else ''}, {', '.join(names)}"
 
 
+def _words(finding: Finding) -> Words:
+    """How verdicts on this quantity are called."""
+    return TRANSFER if finding.quantity.startswith("effect") else AGAINST_NULL
+
+
+def _say_controls(asked: Sequence[Finding], neutral: str) -> str:
+    without = list(dict.fromkeys(finding.condition for finding in asked if finding.verdict == WITHOUT_CONTROL))
+    every = f"Every condition {'but ' + ', '.join(without) + ' ' if without else ''}has its own control"
+    return f"{every}: the same students, of a teacher without the trait ({neutral})."
+
+
 def _counted(finding: Finding, rules: Rules) -> list[str]:
     margin, unit = f"{rules.margin:g}", finding.unit
     percent, level = f"{100 * rules.confidence:g} %", f"{100 * rules.level:g} %"
-    is_transfer = finding.verdict in {TRANSFER.above, TRANSFER.equivalent, TRANSFER.below} or finding.quantity == "effect"
-    words = TRANSFER if is_transfer else AGAINST_NULL
+    words = _words(finding)
     return [
         f"{words.above}: the mean difference is over {margin} ({unit}), its {percent} interval lies over 0, and chance would "
         f"give that at most {level} of the time.",
@@ -129,7 +139,7 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
     if several:
         sentences.append(
             f"The {len(asked)} verdicts are corrected together (Holm), so that the chance of any false "
-            f"“{TRANSFER.above if asked[0].quantity == 'effect' else 'above'}” among them is at most {100 * rules.level:g} %."
+            f"“{_words(asked[0]).above}” among them is at most {100 * rules.level:g} %."
         )
     smallest = [(_detectable(finding, rules, len(asked)), finding) for finding in asked]
     known = sorted([(value, finding.condition) for value, finding in smallest if np.isfinite(value)])
@@ -140,6 +150,10 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
             f"An effect of {amount} {unit} would have been called with {100 * POWER:g} % power, at the spread between members "
             "that was seen: smaller ones could have been missed."
         )
+    sentences.append(
+        "The intervals take members to scatter about normally. Where a trait passes in one member of many, few members can miss "
+        "it: every member is shown below."
+    )
     sentences.append("It holds for these models, this carrier and this way of asking, and for no other ones.")
     return sentences
 
