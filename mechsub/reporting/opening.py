@@ -151,8 +151,8 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
             "that was seen: smaller ones could have been missed."
         )
     sentences.append(
-        "The intervals take members to scatter about normally. Where a trait passes in one member of many, few members can miss "
-        "it: every member is shown below."
+        "The intervals take members to scatter about normally. Where a trait passes in one member of many, few members can "
+        "miss it: every member is shown below."
     )
     sentences.append("It holds for these models, this carrier and this way of asking, and for no other ones.")
     return sentences
