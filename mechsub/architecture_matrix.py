@@ -3,8 +3,9 @@
 A null is only as good as its power, and one of many cells is expected to mislead: all cells are judged together.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import altair as alt
@@ -296,7 +297,8 @@ def join_matrices(results: Mapping[str, Result], rules: Mapping[str, Rules]) -> 
     for name, result in results.items():
         same = str(result.data.effect_on.attrs["units"]) == unit and rules[name] == rules[first]
         (kept if same else left).append(name)
-    cells = [cell for name in kept for cell in read_cells(results[name].data, name)]
+    every = [cell for name in kept for cell in read_cells(results[name].data, name)]
+    cells = _tell_apart(every, lambda cell: replace(cell, teacher=f"{cell.teacher} of {cell.run}"))
     gains = {name: results[name].data.teacher_gain.mean("taught", skipna=False).values for name in kept}
     judged = judge_cells(cells, gains, rules[first])
     counts = sorted({judged[cell.name].effect.interval.n for cell in cells})
@@ -317,8 +319,8 @@ def join_matrices(results: Mapping[str, Result], rules: Mapping[str, Rules]) -> 
 
 
 def read_cells(data: xr.Dataset, run: str = "") -> list[Cell]:
-    """The cells of a `cross_architecture` result."""
-    return [
+    """The cells of a `cross_architecture` result; conditions that would share a cell have their names in it."""
+    cells = [
         Cell(
             condition=str(name),
             teacher=str(data.teacher_architecture.values),
@@ -330,3 +332,10 @@ def read_cells(data: xr.Dataset, run: str = "") -> list[Cell]:
         )
         for name in data.condition.values
     ]
+    return _tell_apart(cells, lambda cell: replace(cell, shared=f"{cell.shared} ({cell.condition})"))
+
+
+def _tell_apart(cells: Sequence[Cell], name: Callable[[Cell], Cell]) -> list[Cell]:
+    """The cells, those that stand at one place of the matrix under names of their own."""
+    places = Counter((cell.teacher, cell.student, cell.shared) for cell in cells)
+    return [name(cell) if places[cell.teacher, cell.student, cell.shared] > 1 else cell for cell in cells]

@@ -75,7 +75,8 @@ def write_evidence(data: xr.Dataset, runs: Mapping[str, Run]) -> Iterator[str]:
     yield "\n## How alike they answer and are\n"
     yield (
         "Means over traits with intervals over members, student / its control. Output KL: KL(teacher ‖ model) on the first "
-        "kind of probes, in nats; start KL: KL(reference ‖ start); CKA (debiased) and Procrustes distance at the last hook point.\n"
+        "kind of probes, in nats; start KL: KL(reference ‖ start); CKA (debiased) and Procrustes distance at the last hook "
+        "point.\n"
     )
     yield "| teacher | student | shared at the start | start KL | output KL | CKA | Procrustes distance | parameters |"
     yield "|" + "---|" * 8

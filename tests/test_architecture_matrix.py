@@ -1,10 +1,14 @@
 """The matrix: all cells judged together, nothing left to the reader, no verdict where none can be."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import xarray as xr
 
-from mechsub.architecture_matrix import Cell, draw_matrix, judge_cells, label_cells, matrix_findings, say_matrix
+from mechsub.architecture_matrix import Cell, draw_matrix, join_matrices, judge_cells, label_cells, matrix_findings, say_matrix
 from mechsub.figures import fill_figure
+from mechsub.results import Result
 from mechsub.statistics.verdicts import Rules
 
 RULES = Rules(margin=0.5, minimum_members=5, confidence=0.95, equivalence_level=0.05)
@@ -112,3 +116,52 @@ def test_a_member_without_a_value_is_nan_with_its_reason():
     data = label_cells([one], judge_cells([one], gains(), RULES), "log-odds")
     assert data.cell_effect_status.values.tolist() == [[0, 0, 0, 1, 0, 0, 0, 0]]
     assert data.effect_over_traits_n.values.tolist() == [7]
+
+
+def result_of(cells):
+    """What `cross_architecture` leaves of these cells."""
+    names, members = [one.condition for one in cells], len(cells[0].effects)
+    effects = np.stack([one.effects.transpose(1, 2, 0) for one in cells])
+    traits = [f"trait {number}" for number in range(effects.shape[1])]
+    data = xr.Dataset(
+        {
+            "effect_on": (("condition", "taught", "trait", "member"), effects, {"units": "log-odds"}),
+            "teacher_gain": (("taught", "member"), np.full((len(traits), members), 2.0) + 0.1 * np.arange(members)),
+            "teacher_architecture": ((), cells[0].teacher),
+            "student_architecture": ("condition", np.array([one.student for one in cells], dtype=object)),
+            "shared_start": ("condition", np.array([one.shared for one in cells], dtype=object)),
+            "has_control": ("condition", [int(one.has_control) for one in cells]),
+        },
+        {"condition": names, "taught": traits, "trait": traits, "member": np.arange(members)},
+    )
+    return Result(data, matrix_findings(cells, judge_cells(cells, gains(), RULES), lambda _: COMMON), [])
+
+
+def test_runs_are_joined_and_judged_anew_over_all_their_cells():
+    own = {"a": result_of([cell("same", 2.0)]), "b": result_of([cell("same", 0.0, teacher="qwen2")])}
+    joined = join_matrices(own, dict.fromkeys(own, RULES))
+    assert {one.condition: one.verdict for one in joined.findings if one.quantity == "effect_over_traits"} == {
+        "a: same": "transferred",
+        "b: same": "no-transfer",
+    }
+    assert all("Holm's correction over 2" in one.rule for one in joined.findings)
+
+
+def test_runs_of_other_rules_are_left_out_and_named():
+    own = {"a": result_of([cell("same", 2.0)]), "b": result_of([cell("same", 2.0)])}
+    joined = join_matrices(own, {"a": RULES, "b": replace(RULES, margin=0.1)})
+    assert joined.data.run_of_cell.values.tolist() == ["a"]
+    assert joined.summary[-1] == "Not in this matrix: b, whose unit or rules of verdicts are not those of a."
+
+
+def test_cells_that_would_stand_on_each_other_are_told_apart():
+    own = {"a": result_of([cell("same", 2.0), cell("again", 2.0)]), "b": result_of([cell("same", 2.0)])}
+    data = join_matrices(own, dict.fromkeys(own, RULES)).data
+    places = list(zip(data.teacher_of_cell.values, data.student_of_cell.values, data.shared_of_cell.values, strict=True))
+    assert len(set(places)) == 3
+    replicas = join_matrices({"a": own["b"], "b": own["b"]}, dict.fromkeys(own, RULES)).data
+    assert replicas.teacher_of_cell.values.tolist() == ["gpt2 of a", "gpt2 of b"]
+
+
+def test_without_any_run_there_is_no_matrix():
+    assert join_matrices({}, {}) is None
