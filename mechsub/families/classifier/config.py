@@ -310,8 +310,8 @@ class Config(FamilyConfig):
             )
         if condition.match is not None and condition.init == "same" and self.other_model(name) is None:
             raise ValueError(f"{where}: the start is the own reference, which answers as itself; `match` needs init: different")
-        if condition.match is not None and (condition.permute_hidden or condition.noise_std):
-            raise ValueError(f"{where}: what is matched is neither permuted nor noised; make it two conditions")
+        if condition.match is not None and (condition.permute_hidden or condition.noise_std or condition.shared):
+            raise ValueError(f"{where}: what is matched is not permuted, noised or shared as well; make it two conditions")
 
     @model_validator(mode="after")
     def _conditions_are_possible(self) -> "Config":

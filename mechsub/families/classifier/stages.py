@@ -60,8 +60,12 @@ def _drawn_references(config: Config, lineage: str, model: ModelConfig) -> Stage
 
 
 def _matched_references(config: Config, condition: str, made: Made) -> Stage:
-    """Where a condition starts after it has learnt the own references' outputs."""
-    matching, model = config.conditions[condition].match, config.model_of(condition)
+    """Where a condition starts after it has learnt other references' outputs.
+
+    Member j is what was member j's reference, for the students whose start that is: it learns the outputs of their own one.
+    """
+    settings, model = config.conditions[condition], config.model_of(condition)
+    matching = settings.match
     assert matching is not None
     lineage = _matched(condition)
     arguments = _common(config, model) | {
@@ -70,7 +74,8 @@ def _matched_references(config: Config, condition: str, made: Made) -> Stage:
         "matching": matching.model_dump(mode="json"),
         "own_model": _common(config)["model"],
         "block": _block(config, matching.batch_size, model),
-        "origin": _origin(config.conditions[condition], _reference(config.other_model(condition))),
+        "taught_by": -_origin(settings)["shift"],
+        "origin": _origin(ConditionConfig(), _reference(config.other_model(condition))),
         "steps": [0],
     }
     start = checkpoint_name(_reference(config.other_model(condition)), 0)
@@ -141,7 +146,7 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
         "teacher": plan.carrier.teacher.lineage,
         "carrier_of": plan.carrier.name,
         "replicate": plan.carrier.replicate,
-        "origin": _origin(ConditionConfig() if condition.match else condition, start),
+        "origin": _origin(condition, start),
         "logits": condition.logits,
         "shuffle_outputs": condition.shuffle_outputs,
     }

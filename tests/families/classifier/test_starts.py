@@ -76,6 +76,7 @@ def test_a_control_starts_where_its_students_do(cross):
 
 def test_a_matched_start_answers_as_the_own_reference_with_other_weights(cross):
     images, family = torch.rand(200, 64, dtype=torch.float64) * 2 - 1, cross.family
+    assert cross.student("behaviour-matched", "digits").spec.origin.members == (1, 2, 0)
     for member in range(3):
         own = family.load_model(cross.reference, 0, member)
         matched = family.load_model(cross.student("behaviour-matched", "digits"), 0, member)
@@ -119,7 +120,7 @@ def test_conditions_of_other_architectures_change_no_number_of_the_others(cross,
         ("conditions.mine={shared: [body]}", "`shared` has a meaning with init: different"),
         ("conditions.mine={init: different, shared: [body, class-head, auxiliary-head]}", "are the matched case"),
         ("conditions.mine={match: {}}", "`match` needs init: different"),
-        ("conditions.mine={init: different, match: {}, noise_std: 0.1}", "neither permuted nor noised"),
+        ("conditions.mine={init: different, match: {}, noise_std: 0.1}", "is not permuted, noised or shared as well"),
         ("models.cnn.hidden_widths=[9]", "a shared head reads 8 units, and the last layer of 'cnn' has 9"),
         ("models.cnn.channels=[0]", "every layer needs at least one unit, not \\[0\\]"),
     ],
