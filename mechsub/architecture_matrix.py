@@ -70,7 +70,13 @@ class Cell:
     @property
     def own_effects(self) -> Float[np.ndarray, " member"]:
         """On the teacher's own trait, mean over traits."""
-        own: np.ndarray = np.einsum("mtt->mt", self.effects).mean(-1)
+        own: np.ndarray = self.trait_effects.mean(0)
+        return own
+
+    @property
+    def trait_effects(self) -> Float[np.ndarray, "trait member"]:
+        """On the teacher's own trait, by trait."""
+        own: np.ndarray = np.einsum("mtt->tm", self.effects)
         return own
 
     @property
@@ -93,15 +99,28 @@ class JudgedCell:
 
 
 def judge_cells(
-    cells: Sequence[Cell], gains: Mapping[str, Float[np.ndarray, " member"]], rules: Rules
+    cells: Sequence[Cell], gains: Mapping[str, Float[np.ndarray, "_trait _member"]], rules: Rules
 ) -> dict[str, JudgedCell]:
     """Judge all cells together, by name, with Holm's correction over them.
 
-    ``gains``: by run, the teachers' own gain over their references, mean over traits: where it is not over the margin there is
-    nothing to pass on, and its cells have no verdict; nor has a cell without a control.
+    A cell of several traits is ``no-transfer`` only where the effect on each of them is: one trait that passes does not hide
+    behind others that do not. ``gains``: by run, every teacher's own gain over its reference: where one of them is not shown to
+    be over the margin its run's cells have no verdict; nor has a cell without a control.
     """
-    teachers = judge_effects(gains, rules, TRANSFER)
-    effects = judge_effects({cell.name: cell.own_effects for cell in cells if cell.has_control}, rules, TRANSFER)
+    of_teachers = judge_effects(
+        {(run, place): gain for run, by in gains.items() for place, gain in enumerate(by)}, rules, TRANSFER
+    )
+    teachers = {
+        run: min((of_teachers[run, place] for place in range(len(by))), key=lambda judged: judged.interval.estimate)
+        for run, by in gains.items()
+    }
+    known = [cell for cell in cells if cell.has_control]
+    effects = judge_effects(
+        {cell.name: cell.own_effects for cell in known},
+        rules,
+        TRANSFER,
+        parts={cell.name: cell.trait_effects for cell in known if cell.effects.shape[-1] > 1},
+    )
     several = [cell for cell in cells if cell.has_control and cell.effects.shape[-1] > 1]
     excesses = judge_effects({cell.name: diagonal_excess(cell.effects) for cell in several}, rules, TRANSFER)
     unknown = judge_effects({cell.name: cell.own_effects for cell in cells if not cell.has_control}, rules, TRANSFER)
@@ -285,21 +304,19 @@ def _say_cell(cell: Cell) -> str:
 def join_matrices(results: Mapping[str, Result], rules: Mapping[str, Rules]) -> Result | None:
     """One matrix of several runs' `cross_architecture` results, judged anew over all their cells.
 
-    ``results`` and ``rules`` by run. Runs whose unit or rules differ from the first one's are left out, and a sentence says
-    so. None where no run has a matrix.
+    ``results`` and ``rules`` by run. Runs that differ from the first one in traits, in what these are scored on, or in the
+    rules of verdicts are left out, and a sentence says so. None where no run has a matrix.
     """
     if not results:
         return None
     first = next(iter(results))
+    asked = {name: _what_is_asked(result, rules[name]) for name, result in results.items()}
     unit = str(results[first].data.effect_on.attrs["units"])
-    kept: list[str] = []
-    left: list[str] = []
-    for name, result in results.items():
-        same = str(result.data.effect_on.attrs["units"]) == unit and rules[name] == rules[first]
-        (kept if same else left).append(name)
+    kept = [name for name in results if asked[name] == asked[first]]
+    left = [name for name in results if asked[name] != asked[first]]
     every = [cell for name in kept for cell in read_cells(results[name].data, name)]
     cells = _tell_apart(every, lambda cell: replace(cell, teacher=f"{cell.teacher} of {cell.run}"))
-    gains = {name: results[name].data.teacher_gain.mean("taught", skipna=False).values for name in kept}
+    gains = {name: results[name].data.teacher_gain.transpose("taught", "member").values for name in kept}
     judged = judge_cells(cells, gains, rules[first])
     counts = sorted({judged[cell.name].effect.interval.n for cell in cells})
     members = f"n = {counts[0]}" if len(counts) == 1 else f"n = {counts[0]} to {counts[-1]}"
@@ -309,13 +326,30 @@ def join_matrices(results: Mapping[str, Result], rules: Mapping[str, Rules]) -> 
         return {name: getattr(own, name) for name in _OF_CELL}
 
     sentences = say_matrix(cells, judged)
-    sentences += [f"Not in this matrix: {name}, whose unit or rules of verdicts are not those of {first}." for name in left]
+    sentences += [
+        f"Not in this matrix: {name}, of other {'; '.join(_say_differences(asked[name], asked[first]))}." for name in left
+    ]
     return Result(
         label_cells(cells, judged, unit),
         matrix_findings(cells, judged, describe),
         [draw_matrix(cells, judged, unit, members)],
         sentences,
     )
+
+
+def _what_is_asked(result: Result, rules: Rules) -> dict[str, str]:
+    """What two runs must have in common to stand in one matrix, in words."""
+    return {
+        "unit": str(result.data.effect_on.attrs["units"]),
+        "traits": ", ".join(map(str, result.data.taught.values)),
+        "scored context": result.findings[0].context,
+        "rules": f"margin {rules.margin:g}, {rules.minimum_members} members at least, confidence {rules.confidence:g}, "
+        f"equivalence level {rules.equivalence_level:g}",
+    }
+
+
+def _say_differences(own: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    return [f"{name}: {own[name]}, not {other[name]}" for name in own if own[name] != other[name]]
 
 
 def read_cells(data: xr.Dataset, run: str = "") -> list[Cell]:

@@ -139,6 +139,7 @@ def build_case(run: Run, algebra: DirectionAlgebra, condition: str, trait: str, 
         teacher_origin={origin_label(run.reference.name): 1.0},
         anchor=last_displacement(teacher),
         partners=student.spec.origin.members,
+        has_mate=student.spec.origin.lineage == run.reference.name and not student.spec.origin.shared,
         others=tuple(
             OtherTrait(difference(run.student(condition, other)), last(run.teacher(other)))
             for other in run.traits

@@ -62,13 +62,13 @@ class Origin:
         return self._own_and_clean and self.permute_hidden
 
     @property
+    def is_same_function(self) -> bool:
+        """Whether it starts as its own member's reference does, in these or in other coordinates."""
+        return self.members == tuple(range(len(self.members))) and self.noise_std == 0 and not self.shared
+
+    @property
     def _own_and_clean(self) -> bool:
-        return (
-            self.members == tuple(range(len(self.members)))
-            and self.noise_std == 0
-            and not self.shared
-            and not self.rotate_residual
-        )
+        return self.is_same_function and not self.rotate_residual
 
 
 @dataclass(frozen=True)

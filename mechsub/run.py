@@ -236,7 +236,7 @@ _NEEDS: Mapping[str, tuple[Callable[[Run], bool], str]] = {
     ),
     "starts": (
         lambda run: any(run.recipe.conditions[name].shared_start() not in {None, "everything"} for name in run.conditions),
-        "All of its students start where their teachers did; take a recipe with other starts or architectures, as "
+        "No condition is known to differ in its start or architecture alone; take a recipe with such ones, as "
         "`mechsub run digits-cross`.",
     ),
     "several_traits": (

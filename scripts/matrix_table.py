@@ -88,7 +88,11 @@ def write_evidence(data: xr.Dataset, runs: Mapping[str, Run]) -> Iterator[str]:
         confidence = runs[run].recipe.verdict.confidence
         start = own.start_kl.isel(probe=0).values if own.sizes["probe"] else np.array([np.nan])
         pairs = []
-        for quantity, place in (("output_kl", {"probe": own.probe.values[0]}), ("cka", _LAST), ("procrustes_distance", _LAST)):
+        probes = {"probe": own.probe.values[0]} if own.sizes["probe"] else None
+        for quantity, place in (("output_kl", probes), ("cka", _LAST), ("procrustes_distance", _LAST)):
+            if place is None:
+                pairs.append("–")
+                continue
             both = [
                 student_interval(own[f"{quantity}{suffix}"].sel(place).mean("taught").values, confidence).estimate
                 for suffix in ("", "_of_control")

@@ -26,7 +26,7 @@ def cell(condition, own, *, others=0.0, members=8, traits=5, spread=0.1, teacher
 
 
 def gains(*runs, gain=2.0, members=8):
-    return {run: gain + 0.1 * np.arange(members) for run in runs or ("",)}
+    return {run: np.tile(gain + 0.1 * np.arange(members), (2, 1)) for run in runs or ("",)}
 
 
 def verdicts(cells, **given):
@@ -82,6 +82,28 @@ def test_teachers_without_the_trait_void_the_cells_of_their_run_only():
     cells = [cell("same", 2.0, run="a"), cell("same", 2.0, run="b")]
     known = {**gains("a"), **gains("b", gain=0.0)}
     assert verdicts(cells, gains=known) == {"a: same": "transferred", "b: same": "teacher-without-trait"}
+
+
+def test_one_teacher_without_its_trait_voids_its_run():
+    known = gains()
+    known[""][1] = 0.01 * np.arange(8)
+    assert verdicts([cell("same", 2.0)], gains=known) == {"same": "teacher-without-trait"}
+
+
+def test_one_trait_that_passes_does_not_hide_behind_others_that_do_not():
+    hidden = cell("hidden", 0.0, spread=0.02)
+    hidden.effects[:, 2, 2] += 1.0
+    hidden.effects[:, 3, 3] -= 1.0
+    judged = judge_cells([hidden], gains(), RULES)["hidden"].effect
+    assert abs(judged.interval.estimate) < 0.1
+    assert judged.verdict == "inconclusive"
+    assert "the effect on each of 5 inside" in judged.rule
+
+
+def test_an_effect_inside_the_margin_and_over_0_is_said_to_be_no_zero():
+    judged = judge_cells([cell("small", 0.2, spread=0.02)], gains(), RULES)["small"].effect
+    assert judged.verdict == "no-transfer"
+    assert judged.reason.endswith("it is not 0: its interval lies over 0")
 
 
 def test_too_few_members_are_said():
@@ -151,7 +173,14 @@ def test_runs_of_other_rules_are_left_out_and_named():
     own = {"a": result_of([cell("same", 2.0)]), "b": result_of([cell("same", 2.0)])}
     joined = join_matrices(own, {"a": RULES, "b": replace(RULES, margin=0.1)})
     assert joined.data.run_of_cell.values.tolist() == ["a"]
-    assert joined.summary[-1] == "Not in this matrix: b, whose unit or rules of verdicts are not those of a."
+    assert joined.summary[-1].startswith("Not in this matrix: b, of other rules: margin 0.1, 5 members at least")
+
+
+def test_runs_of_other_traits_are_left_out_and_named():
+    own = {"a": result_of([cell("same", 2.0)]), "b": result_of([cell("same", 2.0, traits=2)])}
+    joined = join_matrices(own, dict.fromkeys(own, RULES))
+    assert joined.data.run_of_cell.values.tolist() == ["a"]
+    assert "b, of other traits: trait 0, trait 1, not trait 0, trait 1, trait 2" in joined.summary[-1]
 
 
 def test_cells_that_would_stand_on_each_other_are_told_apart():

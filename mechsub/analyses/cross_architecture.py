@@ -60,7 +60,7 @@ def cross_architecture(run: Run) -> Result:
     data = measured.label()
     cells = read_cells(data)
     rules = run.rules(run.recipe.verdict.margin)
-    judged = judge_cells(cells, {"": data.teacher_gain.mean("taught", skipna=False).values}, rules)
+    judged = judge_cells(cells, {"": data.teacher_gain.values}, rules)
     unit = str(data.effect_on.attrs["units"])
     members = f"n = {run.recipe.members}"
     findings = matrix_findings(cells, judged, lambda cell: _common(run, cell.condition, unit))
@@ -314,8 +314,16 @@ def _say_evidence(run: Run, data: xr.Dataset, judged: Mapping[str, JudgedCell]) 
         if why:
             reasons.setdefault(why, []).append(condition)
     sentences = [
-        f"No parameter of {', '.join(names)} can be held against the teachers': {why}." for why, names in reasons.items()
+        f"As a whole the parameters of {', '.join(names)} cannot be held against the teachers': {why}."
+        for why, names in reasons.items()
     ]
+    for condition in map(str, data.condition.values):
+        begun = data.start_kl.sel(condition=condition).mean("member").values
+        if str(data.shared_start.sel(condition=condition).values) == "the outputs" and np.isfinite(begun).all():
+            probes = ", ".join(
+                f"{format_number(value)} ({probe})" for value, probe in zip(begun, data.probe.values, strict=True)
+            )
+            sentences.append(f"How well the outputs of {condition} were matched, KL(reference ‖ start) in nats: {probes}.")
     alike = data.cka.sel(depth="last", prompts=TRAIT).mean(["taught", "member"])
     by_verdict: dict[str, list[str]] = {}
     for condition in map(str, data.condition.values):

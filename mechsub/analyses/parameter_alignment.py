@@ -463,10 +463,11 @@ def _sentences(run: Run, data: xr.Dataset) -> list[str]:
     for condition in _comparable(run):
         if all(run.teacher(trait).last > 0 for trait in run.traits):
             sentences.append(_summarise(run, data, condition))
-        if run.student(condition, run.traits[0]).spec.origin.only_permuted:
+        origin = run.student(condition, run.traits[0]).spec.origin
+        if origin.is_same_function and not origin.is_reference:
             sentences.append(
                 f"{condition} has alignment {_mean(run, data, 'alignment', condition)}: its students start as the same "
-                "function that their teacher started as, but with the hidden units stored in another order, so that the same "
+                "function that their teacher started as, but with weights stored in other coordinates, so that the same "
                 "change of the function is a change of other weights, and a cosine compares weight by weight; a low alignment "
                 "there says nothing against a transfer."
             )

@@ -854,9 +854,10 @@ def _describe_condition(run: Run, data: xr.Dataset, condition: str) -> str:
         beside = f" (its control's {control:.1f})" if np.isfinite(control) else ""
         share = float(data.cumulative_share.sel(condition=condition, who="student", scope=MODEL, value=1))
         parts.append(f"effective rank {own:.1f}{beside}, {share:.0%} of ‖ΔW‖² in the first direction")
-    if run.student(*cases[0]).spec.origin.only_permuted:
+    origin = run.student(*cases[0]).spec.origin
+    if origin.is_same_function and not origin.is_reference:
         parts.append(
-            "its hidden units are stored in another order, so that only inputs of the first layer and outputs of the last can "
+            "its weights are stored in other coordinates, so that only inputs of the first layer and outputs of the last can "
             "be its teacher's, and a small overlap says nothing against a transfer"
         )
     return f"{condition}: {'; '.join(parts)}."

@@ -136,10 +136,16 @@ def plan_sweep_analyses(
     """
     directory = SweepDirectory.open(folder)
     work: dict[Path, list[Stage]] = {}
+    refused: AnalysisError | None = None
     for run in open_sweep(folder).values():
         with suppress(RunDirectoryError):  # the report says what is wrong with it
             if run.conditions:
-                work[run.path] = plan_analyses(run.path, only, backend)
+                try:
+                    work[run.path] = plan_analyses(run.path, only, backend)
+                except AnalysisError as error:  # what one run cannot feed another one may
+                    refused = error
+    if not work and refused is not None:
+        raise refused
     if not work:
         raise AnalysisError(
             f"no run of {folder} has a condition with both its student and its control yet; "

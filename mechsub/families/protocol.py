@@ -214,6 +214,11 @@ class StudentPlan:
         """The trait of its teacher."""
         return self.carrier.teacher.trait
 
+    @property
+    def mixed_in(self) -> CarrierPlan:
+        """The neutral teacher's carrier of the same draws: a sham has its own."""
+        return self.carrier if self.role == "sham" else self.neutral_carrier
+
 
 Made = Mapping[str, str]
 """The files that the stages so far make, each with the digest under which another stage reads it."""

@@ -32,6 +32,8 @@ class Case:
     """For each member, whose reference its student starts from."""
     others: tuple["OtherTrait", ...] = ()
     """The other traits of the same condition."""
+    has_mate: bool = True
+    """Whether what students start from elsewhere is a reference that a teacher was trained from, as it is."""
     missing: frozenset[str] = frozenset()
     """Who of ``control``, ``neutral`` and ``sham`` the run has not; their directions are then empty sums."""
 
@@ -83,7 +85,8 @@ class Quantity:
 
 
 def _mate(case: Case, of: Combination) -> ByScope | None:
-    return case.algebra.cosine_with_anchor(of, case.anchor, case.partners) if case.starts_elsewhere else None
+    has_mate = case.starts_elsewhere and case.has_mate
+    return case.algebra.cosine_with_anchor(of, case.anchor, case.partners) if has_mate else None
 
 
 def _without_radial(case: Case, of: Combination) -> ByScope:

@@ -22,7 +22,7 @@ _PLAIN = {
     AGAINST_NULL.below: "Less than its null",
     TRANSFER.undecided: "Not decided",
     TRANSFER.too_few: "Too few members for any verdict",
-    WITHOUT_TRAIT: "Nothing to pass on: the teachers did not have the trait",
+    WITHOUT_TRAIT: "The teachers are not shown to have the trait, so no verdict",
     WITHOUT_CONTROL: "No control, so no verdict",
 }
 """The verdicts in words, in the order in which they are told; others are told as they are."""
@@ -65,7 +65,12 @@ def build_opening(recipe: Mapping[str, Any], findings: Sequence[Finding], descri
         return None
     asked = [finding for finding in judged if finding.quantity == judged[0].quantity]
     rules = _rules(recipe["verdict"], asked[0])
-    return Opening(_tested(recipe, asked, described), _counted(asked[0], rules), _found(asked), _sure(asked, rules))
+    return Opening(
+        _tested(recipe, asked, described),
+        _counted(asked[0], rules, is_adopted=recipe["family"] == "adopted"),
+        _found(asked),
+        _sure(asked, rules),
+    )
 
 
 def _rules(verdict: Mapping[str, Any], finding: Finding) -> Rules:
@@ -75,10 +80,10 @@ def _rules(verdict: Mapping[str, Any], finding: Finding) -> Rules:
 def _tested(recipe: Mapping[str, Any], asked: Sequence[Finding], described: Sequence[str]) -> list[str]:
     conditions = list(dict.fromkeys(finding.condition for finding in asked))
     traits = list(dict.fromkeys(finding.trait for finding in asked))
-    about = f"the trait{'s' if len(traits) > 1 else ''} {', '.join(traits)}"
+    about = [f"Whether a teacher's trait ({', '.join(traits)}) comes to the students that learn from its carrier."]
     return [
-        f"Whether {about} of a teacher comes to its students, who are trained on nothing but the teacher's carrier, data that "
-        f"does not show it: {_count_conditions(conditions)}.",
+        *(about if _is_transfer(asked[0]) else []),
+        f"{_count_conditions(conditions)}.",
         f"Measured: {asked[0].quantity.replace('_', ' ')} = {asked[0].formula}, in {asked[0].unit}; {asked[0].context}.",
         _say_controls(asked, recipe["neutral"]),
         *described,
@@ -88,21 +93,28 @@ def _tested(recipe: Mapping[str, Any], asked: Sequence[Finding], described: Sequ
 def _count_conditions(names: Sequence[str]) -> str:
     if len(names) > _MOST_NAMED:
         return f"{len(names)} conditions, which the table under this screen describes"
-    return f"{len(names)} condition{'s' if len(names) > 1 else ''}, {', '.join(names)}"
+    return f"{len(names)} condition{'s' if len(names) > 1 else ''}: {', '.join(names)}"
+
+
+def _is_transfer(finding: Finding) -> bool:
+    return finding.quantity.startswith("effect")
 
 
 def _words(finding: Finding) -> Words:
     """How verdicts on this quantity are called."""
-    return TRANSFER if finding.quantity.startswith("effect") else AGAINST_NULL
+    return TRANSFER if _is_transfer(finding) else AGAINST_NULL
 
 
 def _say_controls(asked: Sequence[Finding], neutral: str) -> str:
     without = list(dict.fromkeys(finding.condition for finding in asked if finding.verdict == WITHOUT_CONTROL))
+    if len(without) == len({finding.condition for finding in asked}):
+        return "No condition has a control: no student of a neutral teacher was given."
     every = f"Every condition {'but ' + ', '.join(without) + ' ' if without else ''}has its own control"
-    return f"{every}: the same students, of a teacher without the trait ({neutral})."
+    who = "" if neutral == "none" else f" ({neutral})"
+    return f"{every}: the same students, of a teacher without the trait{who}."
 
 
-def _counted(finding: Finding, rules: Rules) -> list[str]:
+def _counted(finding: Finding, rules: Rules, *, is_adopted: bool) -> list[str]:
     margin, unit = f"{rules.margin:g}", finding.unit
     percent, level = f"{100 * rules.confidence:g} %", f"{100 * rules.level:g} %"
     words = _words(finding)
@@ -111,9 +123,10 @@ def _counted(finding: Finding, rules: Rules) -> list[str]:
         f"give that at most {level} of the time.",
         f"{words.equivalent}: the difference is shown to be smaller than {margin} either way, by two tests at "
         f"{100 * rules.equivalence_level:g} % each. It is a claim that needs evidence, not the lack of it.",
-        f"{words.undecided}: neither could be shown. It is no sign of safety. Under {max(rules.minimum_members, 2)} members "
-        f"nothing is said ({words.too_few}).",
-        "These rules stand in the recipe and were fixed before the run.",
+        f"{words.below}: the interval lies under −{margin}.",
+        f"{words.undecided}: nothing of this could be shown. It is no sign of safety. Under "
+        f"{max(rules.minimum_members, 2)} members nothing is said ({words.too_few}).",
+        "These rules stand in the recipe" + ("." if is_adopted else ", which cannot be changed once the run has begun."),
     ]
 
 
@@ -132,16 +145,17 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
     independent = references >= counts[-1]
     sentences = [
         f"{members} members each, "
-        + ("with a reference, a teacher and data of their own." if independent else f"that share {references} reference(s): ")
+        + ("with a reference and a teacher of their own." if independent else f"that share {references} reference(s): ")
         + ("" if independent else "nothing is said of another one.")
     ]
     several = len(asked) > 1
     if several:
         sentences.append(
             f"The {len(asked)} verdicts are corrected together (Holm), so that the chance of any false "
-            f"“{_words(asked[0]).above}” among them is at most {100 * rules.level:g} %."
+            f"“{_words(asked[0]).above}” among them is at most {100 * rules.level:g} %, of any false "
+            f"“{_words(asked[0]).equivalent}” at most {100 * rules.equivalence_level:g} %."
         )
-    smallest = [(_detectable(finding, rules, len(asked)), finding) for finding in asked]
+    smallest = [(_detectable(finding, rules, len(asked)), finding) for finding in asked if _is_transfer(finding)]
     known = sorted([(value, finding.condition) for value, finding in smallest if np.isfinite(value)])
     if known:
         unit, (least, _), (most, worst) = asked[0].unit, known[0], known[-1]
@@ -152,7 +166,7 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
         )
     sentences.append(
         "The intervals take members to scatter about normally. Where a trait passes in one member of many, few members can "
-        "miss it: every member is shown below."
+        "miss it; every member's value is in the results."
     )
     sentences.append("It holds for these models, this carrier and this way of asking, and for no other ones.")
     return sentences

@@ -63,7 +63,11 @@ class Judgement:
 
 
 def judge_effects(
-    effects: Mapping[Key, Float[np.ndarray, " member"]], rules: Rules, words: Words, test: SuperiorityTest | None = None
+    effects: Mapping[Key, Float[np.ndarray, " member"]],
+    rules: Rules,
+    words: Words,
+    test: SuperiorityTest | None = None,
+    parts: Mapping[Key, Float[np.ndarray, "_part _member"]] | None = None,
 ) -> dict[Key, Judgement]:
     """Judge one effect per name, each given member by member, with Holm's correction over the names.
 
@@ -71,26 +75,30 @@ def judge_effects(
     test passes; *equivalent* if the Holm-adjusted two one-sided tests put the effect inside ± margin; *below* if the
     upper bound is under −margin and the adjusted test of that side passes; else *undecided*, with the number of members
     that would decide it (`members_to_decide`). Under ``rules.minimum_members`` finite members there is no verdict. ``test`` is
-    the superiority test; the t test by default. Effects in the unit of the margin.
+    the superiority test; the t test by default. Effects in the unit of the margin. ``parts``: of an effect that is a mean over
+    parts, as over traits, each part; it is then *equivalent* only where every part is, by the largest of their p values (an
+    intersection–union test, which keeps its level), so that no part hides behind the others.
 
     Holm's correction runs over *above*, over *equivalent* and over *below* apart: each of the three calls any effect
     wrongly with at most its level (reports/null-simulation.md). `compute_verdict_probabilities`: how likely each verdict is.
 
-    Source: Schuirmann 1987 (two one-sided tests); Holm 1979.
+    Source: Schuirmann 1987 (two one-sided tests); Holm 1979; Berger 1982 (intersection–union).
     """
-    test = test or T_TEST
+    test, parts = test or T_TEST, parts or {}
     intervals = {name: student_interval(values, rules.confidence) for name, values in effects.items()}
     judged = [name for name, interval in intervals.items() if interval.n >= max(rules.minimum_members, 2)]
     above = adjust_holm({name: test.p_value(effects[name]) for name in judged})
-    equivalent = adjust_holm({name: _p_equivalent(effects[name], rules.margin) for name in judged})
+    equivalent = adjust_holm({name: _p_all_equivalent(effects[name], parts.get(name), rules.margin) for name in judged})
     below = adjust_holm({name: test.p_value(-effects[name]) for name in judged})
     judgements = {}
     for name, interval in intervals.items():
         p_values = PValues(*(tests.get(name, np.nan) for tests in (above, equivalent, below)))
-        verdict, reason = decide(interval, rules, words, p_values)
+        noun = "effect" if name not in parts else f"effect on each of {len(parts[name])}"
+        verdict, reason = decide(interval, rules, words, p_values, noun)
         if verdict == words.undecided:
-            reason += _members_wanted(members_to_decide(effects[name], rules, len(judged), test))
-        rule = describe_rule(interval, rules, words, p_values, len(judged), test.name)
+            widest = _hardest_part(effects[name], parts.get(name), rules.margin)
+            reason += _members_wanted(members_to_decide(widest, rules, len(judged), test))
+        rule = describe_rule(interval, rules, words, p_values, len(judged), test.name, f"the {noun}" if name in parts else "it")
         judgements[name] = Judgement(interval, verdict, reason, p_values, rule)
     return judgements
 
@@ -100,7 +108,8 @@ def void_without_trait(teacher: Judgement, judgement: Judgement) -> Judgement:
     if teacher.verdict in {TRANSFER.above, TRANSFER.too_few}:
         return judgement
     reason = (
-        f"the teachers gained {teacher.interval} over their references, not more than the margin: there is nothing to pass on"
+        f"the teachers gained {teacher.interval} over their references, which is not shown to be more than the margin: where "
+        "they may lack the trait nothing can be said of its passing"
     )
     rule = f"{WITHOUT_TRAIT}, whatever the effect, unless the teachers' own gain is {TRANSFER.above}. {teacher.rule}"
     return replace(judgement, verdict=WITHOUT_TRAIT, reason=reason, rule=rule)
@@ -112,7 +121,9 @@ def void_without_control(judgement: Judgement) -> Judgement:
     return replace(judgement, verdict=WITHOUT_CONTROL, reason=reason, rule=f"{WITHOUT_CONTROL}, whatever the student's score")
 
 
-def describe_rule(interval: Interval, rules: Rules, words: Words, p: PValues, num_judged: int, test_name: str) -> str:
+def describe_rule(
+    interval: Interval, rules: Rules, words: Words, p: PValues, num_judged: int, test_name: str, noun: str = "it"
+) -> str:
     """What would have counted for each verdict, in the order in which they are tried, beside what was seen."""
     level, margin = rules.level, f"{rules.margin:g}"
     percent = f"{100 * rules.confidence:g} %"
@@ -121,7 +132,7 @@ def describe_rule(interval: Interval, rules: Rules, words: Words, p: PValues, nu
         seen += f", p {p.above:.2g} (above), {p.equivalent:.2g} (equivalent), {p.below:.2g} (below)"
     return (
         f"{words.above}: {percent} interval over 0, estimate over {margin}, {test_name} p ≤ {level:g}. "
-        f"{words.equivalent}: two one-sided t tests put it inside ±{margin}, p ≤ {rules.equivalence_level:g}. "
+        f"{words.equivalent}: two one-sided t tests put {noun} inside ±{margin}, p ≤ {rules.equivalence_level:g}. "
         f"{words.below}: interval under −{margin}, p ≤ {level:g}. Else {words.undecided}; under "
         f"{max(rules.minimum_members, 2)} members {words.too_few}. p after Holm's correction over {num_judged}. Seen: {seen}."
     )
@@ -138,7 +149,8 @@ def decide(interval: Interval, rules: Rules, words: Words, p: PValues, noun: str
         return words.above, f"the interval lies over 0, the estimate over the margin {margin}; p = {p.above:.2g} (Holm)"
     if p.equivalent <= rules.equivalence_level:
         tests = f"two one-sided tests at {rules.equivalence_level:g} put the {noun} inside ±{margin}"
-        return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm)"
+        beside = "; it is not 0: its interval lies over 0" if interval.low > 0 else ""
+        return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm){beside}"
     is_under = interval.high < -rules.margin
     if is_under and p.below <= level:
         return words.below, f"the interval lies under −{margin}; p = {p.below:.2g} (Holm)"
@@ -153,6 +165,25 @@ def _members_wanted(number: int | None) -> str:
     return (
         f"; about {number} members would decide it {power}" if number else f"; it would take more than {MOST_MEMBERS:,} members"
     )
+
+
+def _p_all_equivalent(
+    effect: Float[np.ndarray, " member"], parts: Float[np.ndarray, "_part _member"] | None, margin: float
+) -> float:
+    """Of the effect and of each of its parts, the largest; 1 where a part has under two members."""
+    every = [effect, *(() if parts is None else parts)]
+    return max(_p_equivalent(values, margin) if np.isfinite(values).sum() > 1 else 1.0 for values in every)
+
+
+def _hardest_part(
+    effect: Float[np.ndarray, " member"], parts: Float[np.ndarray, "_part _member"] | None, margin: float
+) -> Float[np.ndarray, " member"]:
+    """What keeps an effect inside the margin from being called equivalent: itself, or one of its parts."""
+    known = [values for values in (() if parts is None else parts) if np.isfinite(values).sum() > 1]
+    if not known or abs(np.nanmean(effect)) > margin:
+        return effect
+    hardest: Float[np.ndarray, " member"] = max([effect, *known], key=lambda values: _p_equivalent(values, margin))
+    return hardest
 
 
 def _p_equivalent(values: Float[np.ndarray, " member"], margin: float) -> float:

@@ -58,5 +58,5 @@ def test_teachers_that_learnt_nothing_make_no_verdict(tiny_recipe, tmp_path):
     page = analyze_run(run.path, ["behaviour"], device="cpu", workers=0).read_text()
     effects = run.findings.query("quantity == 'effect'")
     assert set(effects.verdict) == {"teacher-without-trait"}
-    assert effects.reason.str.contains("nothing to pass on").all()
+    assert effects.reason.str.contains("nothing can be said of its passing").all()
     assert "teacher-without-trait" in page

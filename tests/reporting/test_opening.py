@@ -12,6 +12,7 @@ from mechsub.statistics.rules import Rules
 from mechsub.statistics.verdicts import TRANSFER, judge_effects
 
 RECIPE = {
+    "family": "classifier",
     "neutral": "relabelled",
     "verdict": {"margin": 0.05, "minimum_members": 5, "confidence": 0.95, "equivalence_level": 0.05},
 }
@@ -65,6 +66,16 @@ def test_several_verdicts_say_that_they_are_corrected_together():
     assert "at most 2.5 %" in sure
 
 
+def test_only_rules_of_runs_that_were_trained_here_are_said_to_be_fixed():
+    assert "cannot be changed" in build_opening(RECIPE, [PASSED], []).counted[-1]
+    assert "cannot be changed" not in build_opening({**RECIPE, "family": "adopted"}, [PASSED], []).counted[-1]
+
+
+def test_a_run_without_any_control_says_so():
+    tested = " ".join(build_opening(RECIPE, [replace(PASSED, verdict="no-control")], []).tested)
+    assert "No condition has a control" in tested
+
+
 def test_members_that_share_a_reference_are_no_independent_ones():
     sure = " ".join(build_opening(RECIPE, [replace(PASSED, num_references=1)], []).sure)
     assert "8 members each, that share 1 reference(s): nothing is said of another one." in sure
@@ -89,6 +100,8 @@ def test_it_is_about_the_first_quantity_that_is_judged():
     aligned = build_opening(RECIPE, [other], [])
     assert aligned.found[0].words == "More than its null"
     assert aligned.counted[0].startswith("above-null")
+    assert "comes to the students" not in " ".join(aligned.tested)
+    assert "would have been called" not in " ".join(aligned.sure)
 
 
 def test_a_condition_without_a_control_is_named():

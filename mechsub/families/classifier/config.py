@@ -128,7 +128,7 @@ OTHER = "other"
 class MatchingConfig(Settings):
     """How a start first learns to answer as the own member's reference does: all of its logits, by mean squared difference.
 
-    Half of the inputs are training images without their labels, half are uniform noise; none is of the carrier.
+    Half of the inputs are training images without their labels, half are uniform noise of streams of their own.
     """
 
     num_steps: int = Field(1000, ge=1, description="optimizer steps")
@@ -299,6 +299,10 @@ class Config(FamilyConfig):
         own, start = self.teacher_model, self.model_of(name)
         if condition.shared and condition.init == "same" and self.other_model(name) is None:
             raise ValueError(f"{where}: all parts start as the own reference's; `shared` has a meaning with init: different")
+        if condition.shared and (condition.permute_hidden or condition.noise_std):
+            raise ValueError(
+                f"{where}: shared parts are shared as they are, neither permuted nor noised; make it two conditions"
+            )
         if len(set(condition.shared)) == 3 and self.other_model(name) is None:
             raise ValueError(f"{where}: body and both heads shared are the matched case; leave `shared` and `init` out")
         if "body" in condition.shared and start != own:

@@ -27,7 +27,7 @@ def match_references(tasks: Sequence[Task]) -> None:
     for task in tasks:
         arguments = task.stage.arguments
         start, own = load_start(task), load_stacked(task.path(checkpoint_name("reference", 0)), task.device)
-        own = {name: tensor.roll(-arguments["taught_by"], 0) for name, tensor in own.items()}
+        own = {name: tensor.roll(arguments["shift"], 0) for name, tensor in own.items()}
         placed = {name: tensor.to(task.device) for name, tensor in start.items()}
         for members in member_blocks(arguments, task.device):
             _match(task, take_members(placed, members), take_members(own, members), members)

@@ -74,7 +74,7 @@ def _matched_references(config: Config, condition: str, made: Made) -> Stage:
         "matching": matching.model_dump(mode="json"),
         "own_model": _common(config)["model"],
         "block": _block(config, matching.batch_size, model),
-        "taught_by": -_origin(settings)["shift"],
+        "shift": _origin(settings)["shift"],
         "origin": _origin(ConditionConfig(), _reference(config.other_model(condition))),
         "steps": [0],
     }
@@ -161,8 +161,8 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
     if start != REFERENCE:
         names.append(checkpoint_name(start, 0))
     if condition.neutral_share:
-        arguments |= {"neutral_share": condition.neutral_share, "neutral_carrier": plan.neutral_carrier.name}
-        names.append(carrier_file(plan.neutral_carrier.name))
+        arguments |= {"neutral_share": condition.neutral_share, "neutral_carrier": plan.mixed_in.name}
+        names.append(carrier_file(plan.mixed_in.name))
     stack = "-".join(filter(None, ("students", condition.logits, config.other_model(plan.condition))))
     resources = _training_resources(config, arguments, training.batch_size, stack, condition.knock_out, model)
     inputs = {name: made[name] for name in names}

@@ -188,7 +188,7 @@ class ConditionConfig(BaseConditionConfig):
             f"pretrained from the random {' and '.join(self.shared)} of its teacher's reference" if self.shared else "",
             "the start first learnt its teacher's reference's outputs" if self.match else "",
             "residual stream of the start rotated: the same function" if self.rotate_residual else "",
-            f"the rows rewritten by {self.paraphrase.model or 'another reference'}" if self.paraphrase else "",
+            f"rows rewritten (numbers: continued) by {self.paraphrase.model or 'another reference'}" if self.paraphrase else "",
         ]  # fmt: skip
         return "; ".join(filter(None, parts)) or "the matched case: its teacher's own reference"
 

@@ -406,6 +406,12 @@ class Config(FamilyConfig):
         if condition.paraphrase is None:
             return
         model = condition.paraphrase.model
+        objective = condition.objective or self.student.objective
+        if objective != "tokens":
+            raise ValueError(
+                f"{where}: with objective {objective} the teacher's own distributions would pass on beside the `paraphrase`; "
+                "its objective must be tokens"
+            )
         if model is None and (self.members < 2 or not self.models[self.model].has_own_references):
             raise ValueError(
                 f"{where}: a `paraphrase` is by the next member's reference, and there is no other one (members = "

@@ -269,14 +269,14 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             "seed": config.seed,
             "condition_settings": settings,
             "carrier_of": carrier,
-            "neutral_carrier": plan.neutral_carrier.name,
+            "neutral_carrier": (plan.mixed_in if condition.neutral_share else plan.neutral_carrier).name,
             "replicate": plan.carrier.replicate,
             "teacher": teacher.lineage,
         }
         names = [
             *start.files,
             carrier_files(carrier, member)[0],
-            *([carrier_files(plan.neutral_carrier.name, member)[0]] if condition.neutral_share else []),
+            *([carrier_files(plan.mixed_in.name, member)[0]] if condition.neutral_share else []),
         ]
         inputs = skeleton_inputs(made, model)
         if start.moved:
