@@ -27,6 +27,8 @@ _PLAIN = {
 }
 """The verdicts in words, in the order in which they are told; others are told as they are."""
 _MOST_NAMED = 8
+ALL_TRAITS = "mean over traits"
+"""In a finding's place of a trait."""
 _OPEN = {TRANSFER.undecided, TRANSFER.too_few}
 
 
@@ -80,7 +82,8 @@ def _rules(verdict: Mapping[str, Any], finding: Finding) -> Rules:
 def _tested(recipe: Mapping[str, Any], asked: Sequence[Finding], described: Sequence[str]) -> list[str]:
     conditions = list(dict.fromkeys(finding.condition for finding in asked))
     traits = list(dict.fromkeys(finding.trait for finding in asked))
-    about = [f"Whether a teacher's trait ({', '.join(traits)}) comes to the students that learn from its carrier."]
+    named = "" if ALL_TRAITS in traits else f" ({', '.join(traits)})"
+    about = [f"Whether a teacher's trait{named} comes to the students that learn from its carrier."]
     return [
         *(about if _is_transfer(asked[0]) else []),
         f"{_count_conditions(conditions)}.",
@@ -92,7 +95,7 @@ def _tested(recipe: Mapping[str, Any], asked: Sequence[Finding], described: Sequ
 
 def _count_conditions(names: Sequence[str]) -> str:
     if len(names) > _MOST_NAMED:
-        return f"{len(names)} conditions, which the table under this screen describes"
+        return f"{len(names)} conditions, which stand below"
     return f"{len(names)} condition{'s' if len(names) > 1 else ''}: {', '.join(names)}"
 
 
@@ -121,7 +124,8 @@ def _counted(finding: Finding, rules: Rules, *, is_adopted: bool) -> list[str]:
     return [
         f"{words.above}: the mean difference is over {margin} ({unit}), its {percent} interval lies over 0, and chance would "
         f"give that at most {level} of the time.",
-        f"{words.equivalent}: the difference is shown to be smaller than {margin} either way, by two tests at "
+        f"{words.equivalent}: the difference{' on every single trait' if finding.trait == ALL_TRAITS else ''} is shown to be "
+        f"smaller than {margin} either way, by two tests at "
         f"{100 * rules.equivalence_level:g} % each. It is a claim that needs evidence, not the lack of it.",
         f"{words.below}: the interval lies under −{margin}.",
         f"{words.undecided}: nothing of this could be shown. It is no sign of safety. Under "

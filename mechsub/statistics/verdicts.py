@@ -157,7 +157,8 @@ def decide(interval: Interval, rules: Rules, words: Words, p: PValues, noun: str
     if is_over or is_under:
         p_value = p.above if is_over else p.below
         return words.undecided, f"the interval would do, but the test does not: p = {p_value:.2g} (Holm) is over {level:g}"
-    return words.undecided, f"neither shown to lie beyond the margin {margin} nor inside it"
+    inside = "inside it" if " on each " not in noun else f"the {noun} inside it"
+    return words.undecided, f"neither shown to lie beyond the margin {margin} nor {inside}"
 
 
 def _members_wanted(number: int | None) -> str:
