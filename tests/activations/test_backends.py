@@ -192,7 +192,7 @@ def test_a_model_is_as_it_was_when_a_context_closes_also_by_an_error(name, backe
 def test_the_classifiers_hidden_layers_go_through_the_same_protocol(backend):
     model = make_classifier()
     images = torch.randn(7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    points = classifier_points({"hidden_widths": [5, 4]})
+    points = classifier_points({"num_pixels": 6, "hidden_widths": [5, 4]})
     shift = torch.arange(4.0, dtype=torch.float64)
     seen: dict[str, torch.Tensor] = {}
     with torch.no_grad(), open_backend(backend).open(model) as view:

@@ -30,7 +30,7 @@ def test_of_an_architecture_that_is_not_known_only_the_names_are_given(points):
 
 
 def test_the_classifiers_last_hidden_layer_is_what_its_head_reads():
-    points = hidden_points({"hidden_widths": [5, 4]})
+    points = hidden_points({"num_pixels": 6, "hidden_widths": [5, 4]})
     assert [(point.name, point.width, point.is_read_out) for point in points] == [
         ("blocks.0.mlp.hook_post", 5, False),
         ("blocks.1.mlp.hook_post", 4, True),

@@ -196,7 +196,7 @@ def test_hidden_units_without_positions_are_collected_alike():
     prompts = PromptSet("images", batches)
     weights = prompts.weigh(POSITION)
     means, covariances = Means([one[..., None] for one in weights]), Covariances(weights)
-    points = hidden_points({"hidden_widths": [5, 4]})
+    points = hidden_points({"num_pixels": 6, "hidden_widths": [5, 4]})
     with open_backend("hooks").open(model) as view:
         record(view, batches, points, [means, covariances])
     hidden = images

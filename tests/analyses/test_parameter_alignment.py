@@ -124,4 +124,4 @@ def test_findings_name_scope_null_and_n(tiny_run):
 
 def test_permuted_students_are_explained_in_the_report(tiny_run):
     page = (tiny_run.path / "report/index.html").read_text()
-    assert "stored in another order" in page
+    assert "stored in other coordinates" in page

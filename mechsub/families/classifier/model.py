@@ -208,16 +208,16 @@ def _cut_patches(images: Float[Tensor, "image pixel"], side: int) -> Float[Tenso
 
 
 def draw_reference(
-    spec: Mapping[str, Any], scale: float, seed: int, members: Sequence[int], name: str = "reference"
+    spec: Mapping[str, Any], scale: float, seed: int, members: Sequence[int], lineage: str = "reference"
 ) -> Parameters:
     """Initial parameters of each member: weights N(0, scale² / fan_in), biases 0, from the member's own stream.
 
-    ``name``: of the stream; each architecture has its own.
+    ``lineage``: names the stream; each architecture has its own.
     """
     dtype = getattr(torch, spec["dtype"])
     stacked: dict[str, list[Tensor]] = {name: [] for name in tensor_table(spec)}
     for member in members:
-        stream = random_stream(seed, "member", member, name)
+        stream = random_stream(seed, "member", member, lineage)
         for name, info in tensor_table(spec).items():
             if name.endswith("weight"):
                 drawn = stream.standard_normal(info.shape) * scale / np.sqrt(info.shape[1])

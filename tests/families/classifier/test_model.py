@@ -17,6 +17,7 @@ from mechsub.families.classifier.model import (
     tensor_table,
 )
 from mechsub.lineages import Origin
+from mechsub.streams import random_stream
 
 
 def spec_of(**fields):
@@ -138,5 +139,13 @@ def test_shared_parts_are_the_own_references_and_no_other_ones(shared):
 
 
 def test_architectures_draw_from_streams_of_their_own():
-    own, other = (draw_reference(spec_of(), 1.0, 0, range(1), name) for name in ("reference", "reference.cnn"))
-    assert not torch.equal(own["layers.0.weight"], other["layers.0.weight"])
+    own, other = (draw_reference(spec_of(), 1.0, 0, range(3), name) for name in ("reference", "reference.cnn"))
+    for member in range(3):
+        assert not torch.isclose(own["layers.0.weight"][member], other["layers.0.weight"][member]).any()
+
+
+def test_every_member_draws_from_the_stream_of_its_name():
+    drawn = draw_reference(spec_of(), 1.0, 7, range(3), "reference.cnn")["layers.0.weight"]
+    for member in range(3):
+        expected = random_stream(7, "member", member, "reference.cnn").standard_normal((9, 5)) / np.sqrt(5)
+        torch.testing.assert_close(drawn[member], torch.from_numpy(expected))
