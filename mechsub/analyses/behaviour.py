@@ -265,9 +265,9 @@ def _findings(scores: _Scores, case: Case, judgement: Judgement) -> list[Finding
     gain = _described(
         scores.interval(scores.final(student, case[1]) - _origin_scores(scores, student, case[1])),
         common,
-        quantity="gain_over_reference",
+        quantity="gain_over_start",
         null="none: an untouched start is no control, since nothing trained it",
-        reason="a description; it differs from the effect by how far the control moved from the reference",
+        reason="a description; it differs from the effect by how far the control moved from its start",
         formula="score(student) at the last step − score(student) at its start",
     )
     return [score, effect, gain, *_other_contexts(scores, case, common), *_other_measures(scores, case, common)]
@@ -430,7 +430,7 @@ def _lowered_controls(scores: _Scores) -> list[str]:
         return []
     return [
         "A control moves too, by what any training on such a carrier does and by its neutral teacher. Where that puts it more "
-        "than the margin under the references that it starts from, the effect exceeds the gain over the reference "
+        "than the margin under where it starts, the effect exceeds the gain over the start "
         "by the difference: "
         f"{', '.join(below)}."
     ]

@@ -47,7 +47,7 @@ def test_every_condition_has_a_score_and_an_effect_with_its_null(tiny_run):
     found = tiny_run.findings.query("analysis == 'behaviour'")
     for condition in tiny_run.conditions:
         rows = found[found.condition == condition].set_index("quantity")
-        assert list(rows.index) == ["trait_score", "effect", "gain_over_reference"]
+        assert list(rows.index) == ["trait_score", "effect", "gain_over_start"]
         assert list(rows.verdict != "") == [False, True, False]
         assert (rows.n == 3).all() and (rows.num_references == 3).all()
 
