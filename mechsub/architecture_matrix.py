@@ -16,7 +16,14 @@ from jaxtyping import Float
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding, interval_fields
 from mechsub.results import Result, label_variable, status_variable
-from mechsub.statistics.diagonal import MINIMUM_TRAITS, LabelPermutation, diagonal_excess, permute_taught, permute_traits
+from mechsub.statistics.diagonal import (
+    EXCESS_FORMULA,
+    MINIMUM_TRAITS,
+    LabelPermutation,
+    diagonal_excess,
+    permute_taught,
+    permute_traits,
+)
 from mechsub.statistics.intervals import Interval
 from mechsub.statistics.verdicts import (
     TRANSFER,
@@ -34,7 +41,7 @@ MATRIX_ANALYSIS = "cross_architecture"
 EFFECT, EXCESS = "effect_over_traits", "diagonal_excess"
 FORMULAS = {
     EFFECT: "score(student) − score(control) of the teacher's trait, mean over traits, member by member, at the last step",
-    EXCESS: "mean over traits of the effect on the own trait − mean of the effects on the other ones",
+    EXCESS: EXCESS_FORMULA,
 }
 SOURCE = "null: Cloud et al., arXiv:2507.14805; shared parts and MLP → CNN: Brockers, arXiv:2605.23645"
 _COLORS = {
@@ -114,20 +121,18 @@ def judge_cells(
         run: min((of_teachers[run, place] for place in range(len(by))), key=lambda judged: judged.interval.estimate)
         for run, by in gains.items()
     }
-    known = [cell for cell in cells if cell.has_control]
     effects = judge_effects(
-        {cell.name: cell.own_effects for cell in known},
+        {cell.name: cell.own_effects for cell in cells},
         rules,
         TRANSFER,
-        parts={cell.name: cell.trait_effects for cell in known if cell.effects.shape[-1] > 1},
+        parts={cell.name: cell.trait_effects for cell in cells if cell.effects.shape[-1] > 1},
     )
     several = [cell for cell in cells if cell.has_control and cell.effects.shape[-1] > 1]
     excesses = judge_effects({cell.name: diagonal_excess(cell.effects) for cell in several}, rules, TRANSFER)
-    unknown = judge_effects({cell.name: cell.own_effects for cell in cells if not cell.has_control}, rules, TRANSFER)
     judged = {}
     for cell in cells:
         if not cell.has_control:
-            judged[cell.name] = JudgedCell(void_without_control(unknown[cell.name]), None, None, None)
+            judged[cell.name] = JudgedCell(void_without_control(effects[cell.name]), None, None, None)
             continue
         teacher, excess = teachers[cell.run], excesses.get(cell.name)
         judged[cell.name] = JudgedCell(

@@ -9,6 +9,8 @@ from mechsub.statistics.intervals import Interval
 from mechsub.statistics.verdicts import Judgement
 
 SCHEMA_VERSION = 1
+ALL_TRAITS = "mean over traits"
+"""In the place of a trait: of each member the mean over several."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,12 +7,11 @@ import xarray as xr
 from jaxtyping import Float
 
 from mechsub.cases import CaseName
+from mechsub.findings import ALL_TRAITS
 from mechsub.lineages import Lineage
 from mechsub.results import status_variable
 from mechsub.run import Run
 
-ALL_TRAITS = "mean over traits"
-"""In the place of a trait: of each member the mean over all that are taught."""
 _POOLED = "_over_traits"
 
 

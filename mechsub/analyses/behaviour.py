@@ -14,7 +14,7 @@ from mechsub.findings import Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
-from mechsub.statistics.diagonal import MINIMUM_TRAITS, diagonal_excess, permute_taught, permute_traits
+from mechsub.statistics.diagonal import EXCESS_FORMULA, MINIMUM_TRAITS, diagonal_excess, permute_taught, permute_traits
 from mechsub.statistics.intervals import Interval, format_number, student_interval
 from mechsub.statistics.verdicts import (
     TRANSFER,
@@ -27,7 +27,6 @@ from mechsub.statistics.verdicts import (
 
 SOURCE = "Cloud et al., arXiv:2507.14805"
 EFFECT = "score(student) − score(control), member by member, at the last step"
-EXCESS = "mean over traits of the effect on the own trait − mean of the effects on the other ones"
 SCORE = "trait_score"
 _STATUS = ("ok", "not_recorded_at_this_step", "not_measured")
 _FEW = ("ok", "one_member_has_no_interval", "no_member_has_a_value")
@@ -325,7 +324,7 @@ def _excess_finding(scores: _Scores, condition: str, judgement: Judgement) -> Fi
         reason=f"{judgement.reason}; permutation p = {swapped.p_above:.2g}: a claim about {traits}; "
         f"about traits in general {wider}",
         rule=judgement.rule,
-        formula=EXCESS,
+        formula=EXCESS_FORMULA,
         **interval_fields(judgement.interval),
         **fields,
     )
@@ -588,7 +587,7 @@ def _matrix_figure(run: Run, data: xr.Dataset) -> Figure:
         caption=(
             f"Student − control ({run.family.measures[SCORE].unit}) at the last step, mean over members (n = "
             f"{run.recipe.members}); {_first_context(run)}. Off-diagonals are not zero where traits share directions: the "
-            f"diagonal excess, {EXCESS}, sets the diagonal against them."
+            f"diagonal excess, {EXCESS_FORMULA}, sets the diagonal against them."
         ),
         variables=("effect_on",),
         spec=chart_spec(chart),

@@ -26,12 +26,11 @@ from mechsub.architecture_matrix import (
     say_matrix,
 )
 from mechsub.figures import Figure, chart_spec, color_by_who, fold_variables
-from mechsub.findings import Finding, interval_fields
+from mechsub.findings import ALL_TRAITS, Finding, interval_fields
 from mechsub.lineages import Lineage
 from mechsub.mean_activations import NEUTRAL, TRAIT
 from mechsub.open_models import OpenModel
 from mechsub.paired_activations import PairReader, add_rows, pair_groups
-from mechsub.pooling import ALL_TRAITS
 from mechsub.representations import Unknown, Value, ValueTable, compare_rows
 from mechsub.results import Result, label_variable, status_variable
 from mechsub.run import Run
@@ -69,7 +68,7 @@ def cross_architecture(run: Run) -> Result:
         data.merge(label_cells(cells, judged, unit)),
         findings,
         [draw_matrix(cells, judged, unit, members), _output_figure(run, data), _similarity_figure(run, data)],
-        [*say_matrix(cells, judged), *_say_evidence(run, data, judged)],
+        [*say_matrix(cells, judged), *_say_evidence(data, judged)],
     )
 
 
@@ -81,7 +80,7 @@ class _Measured:
     tables: dict[str, ValueTable] = field(default_factory=dict)
     """By quantity, students' and (``_of_control``) controls'."""
     answers: dict[tuple[str, int], Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
-    """Of lineages' last steps, and of starts under the lineage's name and step 0, by member."""
+    """Of lineages' last steps, by member; of one member at a time."""
     scores: dict[tuple[str, int], Float[np.ndarray, " trait"]] = field(default_factory=dict, repr=False)
     """Of lineages' last steps, by member."""
 
@@ -92,7 +91,7 @@ class _Measured:
 
     @cached_property
     def reader(self) -> PairReader:
-        """Opens models with their hook points called by relative depth."""
+        """Opens models."""
         return PairReader(self.run, stream_only=True)
 
     @cached_property
@@ -306,7 +305,7 @@ def _descriptions(run: Run, data: xr.Dataset, condition: str) -> list[Finding]:
     return findings
 
 
-def _say_evidence(run: Run, data: xr.Dataset, judged: Mapping[str, JudgedCell]) -> list[str]:
+def _say_evidence(data: xr.Dataset, judged: Mapping[str, JudgedCell]) -> list[str]:
     """What is incomparable and why, and how alike models are whose verdicts differ."""
     reasons: dict[str, list[str]] = {}
     for condition in map(str, data.condition.values):
@@ -336,23 +335,24 @@ def _say_evidence(run: Run, data: xr.Dataset, judged: Mapping[str, JudgedCell]) 
     return sentences
 
 
-def _output_figure(run: Run, data: xr.Dataset) -> Figure:
-    names = {_KL: "student", f"{_KL}_of_control": "control"}
-    base = fold_variables("nats", names)
-    y = alt.Y("condition:N", sort=list(map(str, data.condition.values)), title=None)
-    encoded = base.encode(
-        x=alt.X("nats:Q", title="KL(teacher ‖ model), nats", scale=alt.Scale(type="symlog", constant=0.01)),
-        y=y,
+def _draw_beside_controls(data: xr.Dataset, quantity: str, x: alt.X, panel: alt.Facet) -> alt.TopLevelMixin:
+    """Students over their controls, condition by condition: a dot a member and trait, a bar for the mean."""
+    names = {quantity: "student", f"{quantity}_of_control": "control"}
+    encoded = fold_variables("value", names).encode(
+        x=x,
+        y=alt.Y("condition:N", sort=list(map(str, data.condition.values)), title=None),
         yOffset=alt.YOffset("who:N", sort=list(names.values())),
         color=color_by_who(names),
     )
-    dots = encoded.mark_circle(size=22, opacity=0.4).encode(tooltip=["condition:N", "taught:N", "member:O", "who:N", "nats:Q"])
-    means = encoded.mark_tick(thickness=3, size=11).encode(x=alt.X("mean(nats):Q"))
-    chart = (
-        alt.layer(dots, means)
-        .properties(width=250, height=alt.Step(12))
-        .facet(facet=alt.Facet("probe:N", title=None), columns=3)
-    )
+    dots = encoded.mark_circle(size=22, opacity=0.4).encode(tooltip=["condition:N", "taught:N", "member:O", "who:N", "value:Q"])
+    means = encoded.mark_tick(thickness=3, size=11).encode(x=alt.X("mean(value):Q"))
+    chart: alt.TopLevelMixin = alt.layer(dots, means).properties(width=250, height=alt.Step(12)).facet(facet=panel, columns=3)
+    return chart
+
+
+def _output_figure(run: Run, data: xr.Dataset) -> Figure:
+    x = alt.X("value:Q", title="KL(teacher ‖ model), nats", scale=alt.Scale(type="symlog", constant=0.01))
+    chart = _draw_beside_controls(data, _KL, x, alt.Facet("probe:N", title=None))
     return Figure(
         name="outputs",
         title="How far a student's answers are from its teacher's, beside its control's",
@@ -366,20 +366,8 @@ def _output_figure(run: Run, data: xr.Dataset) -> Figure:
 
 
 def _similarity_figure(run: Run, data: xr.Dataset) -> Figure:
-    names = {_CKA: "student", f"{_CKA}_of_control": "control"}
-    encoded = fold_variables("value", names).encode(
-        x=alt.X("value:Q", title="debiased CKA with the teacher", scale=alt.Scale(zero=False)),
-        y=alt.Y("condition:N", sort=list(map(str, data.condition.values)), title=None),
-        yOffset=alt.YOffset("who:N", sort=list(names.values())),
-        color=color_by_who(names),
-    )
-    dots = encoded.mark_circle(size=22, opacity=0.4).encode(tooltip=["condition:N", "taught:N", "member:O", "who:N", "value:Q"])
-    means = encoded.mark_tick(thickness=3, size=11).encode(x=alt.X("mean(value):Q"))
-    chart = (
-        alt.layer(dots, means)
-        .properties(width=250, height=alt.Step(12))
-        .facet(facet=alt.Facet("depth:N", sort=list(_DEPTHS), title=None), columns=3)
-    )
+    x = alt.X("value:Q", title="debiased CKA with the teacher", scale=alt.Scale(zero=False))
+    chart = _draw_beside_controls(data, _CKA, x, alt.Facet("depth:N", sort=list(_DEPTHS), title=None))
     return Figure(
         name="similarity",
         title="Likeness is not transfer: CKA with the teacher, student beside control",

@@ -9,15 +9,15 @@ from mechsub.comparison.differences import PAIRED, WELCH, Difference, judge_diff
 from mechsub.comparison.notes import Note, list_some, merge_notes, notes_on_run, notes_on_traits
 from mechsub.comparison.quantities import QUANTITIES, Case, Measured, Quantity, mean_over_traits, measure, subtract_null
 from mechsub.comparison.runs import ComparedRun, pair_members
-from mechsub.findings import Finding
+from mechsub.findings import ALL_TRAITS, Finding
 from mechsub.results import Result
 from mechsub.statistics.intervals import Interval, student_interval
 from mechsub.statistics.permutation import flip_signs
 from mechsub.statistics.rules import Rules
 from mechsub.statistics.verdicts import WITHOUT_TRAIT, Judgement
 
-POOLED = "mean over traits"
-"""In the place of a trait: of each member the mean over the traits that all runs of a panel teach."""
+POOLED = ALL_TRAITS
+"""Here over the traits that all runs of a panel teach."""
 
 
 @dataclass(frozen=True)

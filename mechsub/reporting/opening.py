@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from scipy import special
 
-from mechsub.findings import Finding
+from mechsub.findings import ALL_TRAITS, Finding
 from mechsub.statistics.intervals import Interval, format_number
 from mechsub.statistics.power import POWER, smallest_detectable_effect
 from mechsub.statistics.rules import Rules
@@ -27,8 +27,6 @@ _PLAIN = {
 }
 """The verdicts in words, in the order in which they are told; others are told as they are."""
 _MOST_NAMED = 8
-ALL_TRAITS = "mean over traits"
-"""In a finding's place of a trait."""
 _OPEN = {TRANSFER.undecided, TRANSFER.too_few}
 
 

@@ -13,6 +13,7 @@ from mechsub.streams import random_stream
 MINIMUM_TRAITS = 5
 """For a claim about traits in general: three can be permuted in 6 ways only, so that no p is under 1/6."""
 _EXACT_TRAITS = 8
+EXCESS_FORMULA = "mean over traits of the effect on the own trait − mean of the effects on the other ones"
 _RESAMPLES = 10_000
 _ROUNDING = 1e-12
 """Permutations that give the same mean in another order of sums count as equal."""

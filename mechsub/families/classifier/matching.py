@@ -29,18 +29,18 @@ def match_references(tasks: Sequence[Task]) -> None:
         start, own = load_start(task), load_stacked(task.path(checkpoint_name("reference", 0)), task.device)
         own = {name: tensor.roll(arguments["shift"], 0) for name, tensor in own.items()}
         placed = {name: tensor.to(task.device) for name, tensor in start.items()}
+        images = load_images(task.run, next(iter(placed.values())).dtype, task.device)
         for members in member_blocks(arguments, task.device):
-            _match(task, take_members(placed, members), take_members(own, members), members)
+            _match(task, images, take_members(placed, members), take_members(own, members), members)
         recorder = make_recorder(task)
         recorder(StepInfo(arguments["lineage"], 0, 0, True, None, placed, {}))
         recorder.finish()
 
 
-def _match(task: Task, start: Parameters, own: Parameters, members: slice) -> None:
+def _match(task: Task, images: LabelledImages, start: Parameters, own: Parameters, members: slice) -> None:
     """Train some members in place."""
     arguments = task.stage.arguments
     config = MatchingConfig(**arguments["matching"])
-    images = load_images(task.run, next(iter(start.values())).dtype, task.device)
     leaves = {name: tensor.requires_grad_() for name, tensor in start.items()}
     optimizer = make_optimizer(leaves.values(), config.optimizer)
     streams = [random_stream(arguments["seed"], "member", member, "matching") for member in range(members.start, members.stop)]
