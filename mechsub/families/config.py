@@ -1,6 +1,6 @@
 """Recipe fields that every family has: the base of each family's own settings."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any
 
 from pydantic import Field, StringConstraints
@@ -10,6 +10,9 @@ from mechsub.training.config import CheckpointConfig
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 """Names become names of folders."""
+
+OTHER = "other"
+"""A condition's `model` that names the other one of the recipe's two models."""
 
 
 class BaseConditionConfig(Settings):
@@ -101,6 +104,22 @@ class FamilyConfig(Settings):
     def num_references(self, condition: str | None = None) -> int:
         """How many references of their own the members have, in the teachers' model and in that of a condition."""
         return self.members
+
+
+def name_model(asked: str, own: str, models: Collection[str]) -> str:
+    """The name of the model that a condition asks for: as given, or the other one of two (:func:`check_model`)."""
+    return next(model for model in models if model != own) if asked == OTHER else asked
+
+
+def check_model(where: str, asked: str, *, own: str | None, models: Collection[str], starts_elsewhere: bool) -> None:
+    """A condition's model is another one of the recipe's, or the teacher's own from another start; else a ValueError."""
+    others = [model for model in models if model != own]
+    if asked == OTHER and len(others) != 1:
+        raise ValueError(f"{where}: `model` is the other one of two, but `models` has {len(others)} others, {others}; name one")
+    if asked not in {OTHER, *models}:
+        raise ValueError(f"{where}: no model is called {asked!r}; {nearest_name(asked, others)}")
+    if asked == own and not starts_elsewhere:
+        raise ValueError(f"{where}: `model` is the teacher's own, {own!r}; leave it out, name another, or set init: different")
 
 
 def fill_conditions(

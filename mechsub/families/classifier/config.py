@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from mechsub.families.config import BaseConditionConfig, FamilyConfig, Name, fill_conditions
+from mechsub.families.config import OTHER, BaseConditionConfig, FamilyConfig, Name, check_model, fill_conditions, name_model
 from mechsub.settings import NAME_TAG, SETTINGS_TAG, Settings, nearest_name
 from mechsub.training.config import KnockOutConfig, OptimizerConfig
 
@@ -119,10 +119,6 @@ class ImageKnockOutConfig(KnockOutConfig):
     num_images: int = Field(
         1024, ge=1, description="training images of one trait gradient, drawn anew each time; never those that scores are from"
     )
-
-
-OTHER = "other"
-"""In a condition's `model`: the one architecture of `models` that is not the teacher's."""
 
 
 class MatchingConfig(Settings):
@@ -246,10 +242,10 @@ class Config(FamilyConfig):
 
     def other_model(self, condition: str) -> str | None:
         """The name of a condition's own architecture; None where it is the teachers'."""
-        name = self.conditions[condition].model
-        if name == OTHER:
-            name = next(other for other in self.models if other != self.model)
-        return None if name == self.model else name
+        asked = self.conditions[condition].model
+        if asked is None or asked == self.model:
+            return None
+        return name_model(asked, self.architecture(), self.models)
 
     def model_of(self, condition: str) -> ModelConfig:
         """A condition's architecture."""
@@ -279,19 +275,11 @@ class Config(FamilyConfig):
 
     @model_validator(mode="after")
     def _starts_are_possible(self) -> "Config":
+        own = self.model if isinstance(self.model, str) else None
         for name, condition in self.conditions.items():
-            where, others = f"`conditions.{name}`", [other for other in self.models if other != self.model]
-            if condition.model == OTHER and len(others) != 1:
-                raise ValueError(
-                    f"{where}: `model` is the other one of two, but `models` has {len(others)} others, {others}; name one"
-                )
-            if condition.model not in {None, OTHER, *self.models}:
-                hint = nearest_name(condition.model or "", others)
-                raise ValueError(f"{where}: no model is called {condition.model!r}; {hint}")
-            if condition.model is not None and condition.model == self.model and condition.init == "same":
-                raise ValueError(
-                    f"{where}: `model` is the teacher's own, {self.model!r}; leave it out, name another, or set init: different"
-                )
+            where, elsewhere = f"`conditions.{name}`", condition.init == "different"
+            if condition.model is not None:
+                check_model(where, condition.model, own=own, models=self.models, starts_elsewhere=elsewhere)
             self._check_shared(where, name, condition)
         return self
 

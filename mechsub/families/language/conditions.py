@@ -6,14 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mechsub.families.config import BaseConditionConfig
+from mechsub.families.config import OTHER, BaseConditionConfig
 from mechsub.families.language.start_config import PARTS, MatchingConfig, ParaphraseConfig, Part
 from mechsub.families.language.training_config import AdapterConfig, Objective
 from mechsub.settings import Settings
 from mechsub.training.config import KnockOutConfig
-
-OTHER = "other"
-"""In a condition's `model`: the one model of the recipe that is not the teacher's."""
 
 
 class QuestionKnockOutConfig(KnockOutConfig):

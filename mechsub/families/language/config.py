@@ -5,10 +5,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
-from mechsub.families.config import FamilyConfig, Name, VerdictConfig, fill_conditions
+from mechsub.families.config import FamilyConfig, Name, VerdictConfig, check_model, fill_conditions, name_model
 from mechsub.families.language.behaviour import load_behaviours
 from mechsub.families.language.carrier_config import CarrierConfig
-from mechsub.families.language.conditions import CONDITIONS, FREE, OTHER, ConditionConfig
+from mechsub.families.language.conditions import CONDITIONS, FREE, ConditionConfig
 from mechsub.families.language.preference import is_file_name
 from mechsub.families.language.training_config import AdapterConfig, StudentConfig, TeacherConfig, TrainingConfig
 from mechsub.settings import Settings, nearest_name
@@ -207,8 +207,7 @@ class Config(FamilyConfig):
 
     def model_of(self, condition: str) -> str:
         """The name of a condition's model."""
-        name = self.conditions[condition].model or self.model
-        return next(other for other in self.models if other != self.model) if name == OTHER else name
+        return name_model(self.conditions[condition].model or self.model, self.model, self.models)
 
     @field_validator("preference")
     @classmethod
@@ -327,18 +326,10 @@ class Config(FamilyConfig):
 
     def _check_condition(self, name: str, condition: ConditionConfig) -> None:
         where = f"`conditions.{name}`"
-        others = [other for other in self.models if other != self.model]
-        if condition.model == OTHER and len(others) != 1:
-            raise ValueError(
-                f"{where}: `model` is the other one of two, but there are {len(others)} others, {others}; name one"
-            )
-        if condition.model == self.model and condition.init == "same":
-            raise ValueError(
-                f"{where}: `model` is the teacher's own, {self.model!r}; leave it out, name another, or set init: different"
-            )
-        if condition.model not in {None, OTHER, *self.models}:
-            raise ValueError(f"{where}: no model is called {condition.model!r}; {nearest_name(condition.model or '', others)}")
-        if condition.init == "different":
+        elsewhere = condition.init == "different"
+        if condition.model is not None:
+            check_model(where, condition.model, own=self.model, models=self.models, starts_elsewhere=elsewhere)
+        if elsewhere:
             if self.members < 2:
                 raise ValueError(f"{where} starts at another member's reference: it needs members ≥ 2, not {self.members}")
             if not self.models[self.model_of(name)].has_own_references:
