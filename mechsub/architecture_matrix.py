@@ -195,7 +195,7 @@ def _label_judgements(quantity: str, judgements: Sequence[Judgement | None], uni
     return labelled
 
 
-def draw_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: str, members: str) -> Figure:
+def draw_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: str, members: str, margin: float) -> Figure:
     """Teachers side by side; in each, students across and what they share at the start down."""
     teachers, students, shared = (list(dict.fromkeys(getattr(cell, field) for cell in cells)) for field in _AXES)
     verdicts = [verdict for verdict in _COLORS if verdict in {one.effect.verdict for one in judged.values()}]
@@ -243,8 +243,8 @@ def draw_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: s
         title="Which architecture passes its trait to which, and from which start?",
         caption=(
             f"Effect ({unit}): {FORMULAS[EFFECT]}. Mean over members ({members}) with its interval. The null is no effect, 0: "
-            f"the student scores as its own control, trained alike by a neutral teacher. Verdicts are corrected (Holm) over "
-            f"the {len(cells)} cells. Where there is no tile nothing was run."
+            f"the student scores as its own control, trained alike by a neutral teacher. Verdicts, with margin {margin:g}, are "
+            f"corrected (Holm) over the {len(cells)} cells. Where there is no tile nothing was run."
         ),
         variables=fields,
         spec=chart_spec(chart),
@@ -337,7 +337,7 @@ def join_matrices(results: Mapping[str, Result], rules: Mapping[str, Rules]) -> 
     return Result(
         label_cells(cells, judged, unit),
         matrix_findings(cells, judged, describe),
-        [draw_matrix(cells, judged, unit, members)],
+        [draw_matrix(cells, judged, unit, members, rules[first].margin)],
         sentences,
     )
 

@@ -120,7 +120,7 @@ def test_more_cells_are_judged_more_strictly():
 def test_every_cell_is_drawn_with_its_verdict_and_told_in_words():
     cells = [cell("same", 2.0, shared="everything"), cell("to-qwen2", 0.0, student="qwen2")]
     judged = judge_cells(cells, gains(), RULES)
-    figure = draw_matrix(cells, judged, "log-odds", "n = 8")
+    figure = draw_matrix(cells, judged, "log-odds", "n = 8", 0.25)
     rows = fill_figure(figure, label_cells(cells, judged, "log-odds"))["datasets"]["data"]
     assert {row["cell"]: row["effect_over_traits_verdict"] for row in rows} == {
         "same": "transferred",

@@ -67,7 +67,11 @@ def cross_architecture(run: Run) -> Result:
     return Result(
         data.merge(label_cells(cells, judged, unit)),
         findings,
-        [draw_matrix(cells, judged, unit, members), _output_figure(run, data), _similarity_figure(run, data)],
+        [
+            draw_matrix(cells, judged, unit, members, rules.margin),
+            _output_figure(run, data),
+            _similarity_figure(run, data),
+        ],
         [*say_matrix(cells, judged), *_say_evidence(data, judged)],
     )
 

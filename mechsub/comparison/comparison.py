@@ -44,7 +44,7 @@ def compare(runs: Sequence[ComparedRun], baseline: str | None = None, notes: Seq
     ``baseline``: a condition of the first run, its first by default. ``notes``: what else could not be compared.
 
     Raises:
-        MechsubError: the first run has no such condition, or no quantity gives two rows.
+        MechsubError: the first run has no such condition, or nothing has two rows and no run a matrix of architectures.
     """
     conditions = list(runs[0].recipe["conditions"])
     if baseline is not None and baseline not in conditions:
@@ -52,12 +52,12 @@ def compare(runs: Sequence[ComparedRun], baseline: str | None = None, notes: Seq
             f"--baseline {baseline}: {runs[0].name}, the first run, has no such condition; it has {', '.join(conditions)}"
         )
     panels, found = build_panels(runs, baseline or conditions[0])
-    if not panels:
+    sections = [*_build_matrix(runs), *build_sections(panels)]
+    if not sections:
         raise MechsubError(
             f"there is nothing to compare in {', '.join(run.name for run in runs)}; two rows of one quantity are the least:\n"
             + "\n".join(f"  - {note}" for note in [*notes, *found])
         )
-    sections = [*_build_matrix(runs), *build_sections(panels)]
     return Comparison(runs, baseline or conditions[0], sections, tabulate_recipes(runs), [*notes, *found])
 
 

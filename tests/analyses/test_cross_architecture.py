@@ -1,5 +1,6 @@
 """cross_architecture: what it measures on a tiny run, and one matrix of several runs."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 from mechsub.analyses.cross_architecture import cross_architecture
-from mechsub.api import analyze_sweep, open_run, open_sweep, run_sweep
+from mechsub.api import analyze_sweep, compare_runs, open_run, open_sweep, run_sweep
 from mechsub.checkpoints import load_stacked, write_tensors
 from mechsub.findings import FIELDS
 from mechsub.results import read_result
@@ -145,3 +146,15 @@ def test_a_damaged_model_costs_its_own_cell(runs, tmp_path):
     assert np.isnan(data.effect_on.sel(condition="to-cnn")).values[0, 0].tolist() == [False, True, False]
     assert np.isfinite(data.effect_on.sel(condition="same-init")).all()
     assert {one.condition: one.verdict for one in result.findings if one.verdict}["to-cnn"] == "too-few-members"
+
+
+def test_a_comparison_of_runs_that_have_nothing_else_shows_their_matrix(sweep, tmp_path):
+    shutil.copytree(sweep, tmp_path / "sweep")
+    for record in tmp_path.glob("sweep/runs/*/stages/*.json"):
+        if json.loads(record.read_text())["name"] == "analysis.behaviour":
+            record.unlink()
+    for result in tmp_path.glob("sweep/runs/*/results/behaviour.h5"):
+        result.unlink()
+    page = compare_runs(tmp_path / "sweep", tmp_path / "out")
+    assert read_result(page.with_suffix(".h5")).data.section.values.tolist() == ["matrix"]
+    assert "behaviour, parameter_alignment" in page.read_text()
