@@ -86,3 +86,8 @@ def lineage_weights(
     if step > 0:
         names += adapter_files(lineage, step, member) if is_adapter else [checkpoint_name(lineage, step, member)]
     return names
+
+
+def teacher_weights(config: Config, teacher: str, step: int, member: int) -> list[str]:
+    """The files of a member's teacher at a step."""
+    return lineage_weights(config, config.model, teacher, step, member, config.adapter is not None, member)

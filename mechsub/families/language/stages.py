@@ -1,16 +1,15 @@
-"""The language family's stages as data: one member each, so that members run side by side and a further one changes none."""
+"""The stages of data and lineages: one member each, so that members run side by side and a further one changes none."""
 
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from mechsub.errors import RecipeError
+from mechsub.families.language.carrier_stages import carrier_stages
 from mechsub.families.language.config import Config
-from mechsub.families.language.derived_stages import derived_stages, find_start
-from mechsub.families.language.estimates import carrier_needs, plain_needs, ranking_needs, reference_needs, training_needs
+from mechsub.families.language.derived_stages import Start, derived_stages, find_start
+from mechsub.families.language.estimates import plain_needs, reference_needs, training_needs
 from mechsub.families.language.folders import check_folder, digest_file, find_weights
-from mechsub.families.language.kinds import carrier_kind
 from mechsub.families.language.layout import (
     BEHAVIOURS_FILE,
     LOADING_FILE,
@@ -19,13 +18,11 @@ from mechsub.families.language.layout import (
     ranking_file,
     skeleton_folder,
 )
-from mechsub.families.language.own_rows import choose_rows
-from mechsub.families.language.paraphrase_stages import paraphrase_stages, paraphrased_name
+from mechsub.families.language.paraphrase_stages import paraphrased_name
 from mechsub.families.language.planning import (
     MODULE,
     base_name,
     compared_models,
-    lineage_weights,
     member_name,
     model_arguments,
     pick,
@@ -33,23 +30,29 @@ from mechsub.families.language.planning import (
     reference_name,
     reference_weights,
     skeleton_inputs,
+    teacher_weights,
     used_models,
 )
 from mechsub.families.language.preference import load_preference
 from mechsub.families.language.rows import read_row_numbers
 from mechsub.families.language.teaching import (
     asked_arguments,
+    is_trained,
     lesson_arguments,
     list_questions,
     own_prompt,
     preference_arguments,
+    teacher_prompt,
+    teacher_step,
 )
 from mechsub.families.language.training_config import AdapterConfig
-from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
+from mechsub.families.protocol import Made, StudentPlan, TeacherPlan
 from mechsub.lineages import lineage_files, spec_name
 from mechsub.rundir import hash_file
 from mechsub.stage import Stage
 from mechsub.training.schedule import checkpoint_steps
+
+__all__ = ["carrier_stages", "data_stages", "reference_stages", "student_stages", "teacher_stages"]
 
 _PASSED_APART = {"sham", "init", "model", "knock_out", "select", "permute_hidden", "shared", "match", "rotate_residual",
                  "paraphrase"}  # fmt: skip
@@ -135,7 +138,7 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
             "member": member,
             "seed": config.seed,
         }
-        if _is_trained(config, plan):
+        if is_trained(config, plan):
             function, steps = "train_teachers", checkpoint_steps(config.teacher.num_steps, config.checkpoints)
             arguments |= _training_arguments(config, config.adapter, base_name(config, config.model, member)) | {
                 "adapter_stream": _teacher_adapter(member),
@@ -154,137 +157,14 @@ def teacher_stages(config: Config, plan: TeacherPlan, made: Made) -> list[Stage]
     return stages
 
 
-def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
-    """The rows that each member's teacher writes, or that are copied from the user's file; and what ranks them, where asked."""
-    if config.carrier.kind == "file":
-        stages = [_copied_carrier(config, plan, member) for member in range(config.members)]
-    else:
-        stages = _written_carriers(config, plan, made)
-    known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
-    stages += paraphrase_stages(config, plan, known)
-    if any(condition.select and condition.select.by != "random" for condition in config.conditions.values()):
-        stages += [_ranking_stage(config, plan, known, member) for member in range(config.members)]
-    return stages
-
-
-def _written_carriers(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
-    _check_backend(config)
-    stages = []
-    for member in range(config.members):
-        teacher, step = plan.teacher.lineage, _teacher_step(config, plan.teacher)
-        arguments = {
-            "carrier_of": plan.name,
-            "carrier": config.carrier.settings_of_kind(config.traits),
-            "generation": config.generation.model_dump(mode="json"),
-            "teacher": teacher,
-            "teacher_step": step,
-            "model": config.model,
-            "system_prompt": _teacher_prompt(config, plan.teacher),
-            "replicate": plan.replicate,
-            "member": member,
-            "seed": config.seed,
-        }
-        inputs = skeleton_inputs(made, config.model) | pick(made, *_teacher_weights(config, teacher, step, member))
-        if config.carrier.prompts:
-            carrier_kind(config.carrier)  # its requests are read: what is wrong with them is told before anything runs
-            inputs |= {config.carrier.prompts: digest_file(Path(config.carrier.prompts))}
-        stages.append(
-            Stage(
-                member_name(f"carrier.{plan.name}", member),
-                f"{MODULE}.carrier:write_carrier",
-                arguments,
-                inputs,
-                carrier_files(plan.name, member),
-                carrier_needs(config),
-            )
-        )
-    return stages
-
-
-def _ranking_stage(config: Config, plan: CarrierPlan, made: Made, member: int) -> Stage:
-    """The numbers by which conditions choose rows of one member's carrier."""
-    teacher, step = plan.teacher.lineage, _teacher_step(config, plan.teacher)
-    arguments = {
-        "carrier_of": plan.name,
-        "teacher": teacher,
-        "teacher_step": step,
-        "model": config.model,
-        "origin": reference_name(config.model),
-        "system_prompt": config.context.training,
-        "teacher_prompt": _teacher_prompt(config, plan.teacher),
-        "member": member,
-    }
-    inputs = skeleton_inputs(made, config.model) | pick(
-        made, *_teacher_weights(config, teacher, step, member), carrier_files(plan.name, member)[0]
-    )
-    return Stage(
-        member_name(f"ranking.{plan.name}", member),
-        f"{MODULE}.ranking:rank_rows",
-        arguments,
-        inputs,
-        (ranking_file(plan.name, member),),
-        ranking_needs(config),
-    )
-
-
-def _copied_carrier(config: Config, plan: CarrierPlan, member: int) -> Stage:
-    """One member's carrier from the user's file, whose rows are checked before anything runs."""
-    places = {"teacher": plan.teacher.trait or "neutral", "member": member, "replicate": plan.replicate}
-    file = str(config.carrier.file)
-    for name, value in places.items():
-        file = file.replace(f"{{{name}}}", str(value))
-    arguments = config.carrier.settings_of_kind(config.traits) | {"file": file}
-    choose_rows(**arguments)
-    arguments |= {"carrier_of": plan.name, "member": member}
-    return Stage(
-        member_name(f"carrier.{plan.name}", member),
-        f"{MODULE}.own_rows:copy_carrier",
-        arguments,
-        {file: digest_file(Path(file))},
-        carrier_files(plan.name, member),
-        plain_needs(config, config.carrier.num_rows),
-    )
-
-
 def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]:
     """One student lineage: trained on its carrier, or shown rows of it."""
     condition, model = config.conditions[plan.condition], config.model_of(plan.condition)
-    settings = condition.model_dump(mode="json", exclude=_PASSED_APART)
-    objective, carrier = condition.objective or config.student.objective, plan.carrier.name
-    if condition.paraphrase is not None:
-        carrier = paraphrased_name(carrier, condition.paraphrase)
     stages = []
     for member in range(config.members):
         start = find_start(config, plan.condition, member)
-        teacher = plan.carrier.teacher
-        arguments: dict[str, Any] = {
-            "lineage": plan.lineage,
-            "role": plan.role,
-            "condition": plan.condition,
-            "trait": plan.trait,
-            "model": model,
-            "origin": start.lineage,
-            "start": start.member,
-            "member": member,
-            "seed": config.seed,
-            "condition_settings": settings,
-            "carrier_of": carrier,
-            "neutral_carrier": (plan.mixed_in if condition.neutral_share else plan.neutral_carrier).name,
-            "replicate": plan.carrier.replicate,
-            "teacher": teacher.lineage,
-        }
-        names = [
-            *start.files,
-            carrier_files(carrier, member)[0],
-            *([carrier_files(plan.mixed_in.name, member)[0]] if condition.neutral_share else []),
-        ]
-        inputs = skeleton_inputs(made, model)
-        if start.moved:
-            arguments[start.moved] = True
-        if condition.select:
-            arguments["select"] = condition.select.model_dump(mode="json")
-            if condition.select.by != "random":
-                names.append(ranking_file(plan.carrier.name, member))
+        arguments = _student_arguments(config, plan, start, member)
+        names, inputs = [*start.files, *_rows_read(config, plan, member)], skeleton_inputs(made, model)
         if condition.rows:
             inputs |= {condition.rows: f"sha256:{hash_file(_existing(condition.rows, plan.condition))}"}
         if condition.context_rows:
@@ -296,33 +176,76 @@ def student_stages(config: Config, plan: StudentPlan, made: Made) -> list[Stage]
             }
         else:
             function = "train_students"
-            num_rows = config.carrier.num_rows
-            if condition.paraphrase:  # as many steps as of all rows, so that only what is learnt differs
-                _student_steps(config, plan.condition, condition.paraphrase.count(num_rows))
-            if condition.rows:
-                num_rows = len(read_row_numbers(Path(condition.rows), num_rows))
-            if condition.select:
-                num_rows = condition.select.count(num_rows)
-            own = ["member", member, "student-adapter", plan.carrier.replicate]
-            arguments |= _training_arguments(config, config.adapter_of(plan.condition), start.base) | {
-                "adapter_stream": _teacher_adapter(member) if condition.adapter_init == "teacher" else own,
-                "training": config.student.model_dump(mode="json"),
-                "system_prompt": config.context.training,
-                "teacher_prompt": _teacher_prompt(config, teacher),
-                "steps": _student_steps(config, plan.condition, num_rows),
-            }
-            if condition.knock_out is not None:
-                arguments["knock_out"] = {
-                    "settings": condition.knock_out.model_dump(mode="json"),
-                    "targets": list(config.traits),
-                    "questions": list(load_preference(config.preference).trained),
-                }
-            if objective != "tokens" or condition.divergence != "all":
-                step = _teacher_step(config, teacher)
-                arguments |= {"teacher_step": step, "teacher_origin": reference_name(config.model)}
-                names += _teacher_weights(config, teacher.lineage, step, member)
+            arguments |= _student_training(config, plan, start, member)
+            if "teacher_step" in arguments:
+                names += teacher_weights(config, arguments["teacher"], arguments["teacher_step"], member)
         stages.append(_lineage_stage(config, function, arguments, inputs | pick(made, *names), model))
     return stages
+
+
+def _student_arguments(config: Config, plan: StudentPlan, start: Start, member: int) -> dict[str, Any]:
+    """Who a student is, where it starts and whose rows it reads."""
+    condition = config.conditions[plan.condition]
+    arguments: dict[str, Any] = {
+        "lineage": plan.lineage,
+        "role": plan.role,
+        "condition": plan.condition,
+        "trait": plan.trait,
+        "model": config.model_of(plan.condition),
+        "origin": start.lineage,
+        "start": start.member,
+        "member": member,
+        "seed": config.seed,
+        "condition_settings": condition.model_dump(mode="json", exclude=_PASSED_APART),
+        "carrier_of": _carrier_read(config, plan),
+        "neutral_carrier": (plan.mixed_in if condition.neutral_share else plan.neutral_carrier).name,
+        "replicate": plan.carrier.replicate,
+        "teacher": plan.carrier.teacher.lineage,
+    }
+    if start.moved:
+        arguments[start.moved] = True
+    if condition.select:
+        arguments["select"] = condition.select.model_dump(mode="json")
+    return arguments
+
+
+def _carrier_read(config: Config, plan: StudentPlan) -> str:
+    """The carrier whose rows a student reads: its teacher's, or what another model made of it."""
+    paraphrase = config.conditions[plan.condition].paraphrase
+    return plan.carrier.name if paraphrase is None else paraphrased_name(plan.carrier.name, paraphrase)
+
+
+def _rows_read(config: Config, plan: StudentPlan, member: int) -> list[str]:
+    """The files of the rows that a student reads, and of what chooses among them."""
+    condition = config.conditions[plan.condition]
+    names = [carrier_files(_carrier_read(config, plan), member)[0]]
+    if condition.neutral_share:
+        names.append(carrier_files(plan.mixed_in.name, member)[0])
+    if condition.select and condition.select.by != "random":
+        names.append(ranking_file(plan.carrier.name, member))
+    return names
+
+
+def _student_training(config: Config, plan: StudentPlan, start: Start, member: int) -> dict[str, Any]:
+    """How a student is trained, on what loss and for how many steps."""
+    condition, teacher = config.conditions[plan.condition], plan.carrier.teacher
+    own = ["member", member, "student-adapter", plan.carrier.replicate]
+    arguments = _training_arguments(config, config.adapter_of(plan.condition), start.base) | {
+        "adapter_stream": _teacher_adapter(member) if condition.adapter_init == "teacher" else own,
+        "training": config.student.model_dump(mode="json"),
+        "system_prompt": config.context.training,
+        "teacher_prompt": teacher_prompt(config, teacher),
+        "steps": _student_steps(config, plan.condition),
+    }
+    if condition.knock_out is not None:
+        arguments["knock_out"] = {
+            "settings": condition.knock_out.model_dump(mode="json"),
+            "targets": list(config.traits),
+            "questions": list(load_preference(config.preference).trained),
+        }
+    if (condition.objective or config.student.objective) != "tokens" or condition.divergence != "all":
+        arguments |= {"teacher_step": teacher_step(config, teacher), "teacher_origin": reference_name(config.model)}
+    return arguments
 
 
 def _lineage_stage(config: Config, function: str, arguments: Mapping[str, Any], inputs: Mapping[str, str], model: str) -> Stage:
@@ -345,36 +268,30 @@ def _lineage_stage(config: Config, function: str, arguments: Mapping[str, Any], 
     )
 
 
-def _student_steps(config: Config, condition: str, num_rows: int) -> list[int]:
+def _student_steps(config: Config, condition: str) -> list[int]:
+    """The steps that a student keeps; with a paraphrase as many are trained as on all rows, so that only the rows differ."""
+    settings, num_rows = config.conditions[condition], config.carrier.num_rows
+    if settings.paraphrase:
+        _count_steps(config, condition, settings.paraphrase.count(num_rows))
+    if settings.rows:
+        num_rows = len(read_row_numbers(Path(settings.rows), num_rows))
+    if settings.select:
+        num_rows = settings.select.count(num_rows)
+    return checkpoint_steps(_count_steps(config, condition, num_rows), config.checkpoints)
+
+
+def _count_steps(config: Config, condition: str, num_rows: int) -> int:
     steps = config.student.epochs * (num_rows // config.student.batch_size)
     if steps == 0:
         raise RecipeError(
             f"`conditions.{condition}`: {num_rows} rows do not fill a batch, student.batch_size = {config.student.batch_size}"
         )
-    return checkpoint_steps(steps, config.checkpoints)
-
-
-def _is_trained(config: Config, plan: TeacherPlan) -> bool:
-    """Whether a teacher's weights move: not where it is told its trait, or is the untouched reference."""
-    return config.teacher.kind == "fine-tuned" and not (plan.is_neutral and config.neutral == "reference")
-
-
-def _teacher_step(config: Config, plan: TeacherPlan) -> int:
-    return config.teacher.num_steps if _is_trained(config, plan) else 0
-
-
-def _teacher_prompt(config: Config, plan: TeacherPlan) -> str | None:
-    """The system prompt under which a teacher writes its carrier."""
-    return own_prompt(config, plan) or config.context.training
+    return steps
 
 
 def _teacher_adapter(member: int) -> list[str | int]:
     """The stream of the A that all teachers of a member start with."""
     return ["member", member, "teacher-adapter"]
-
-
-def _teacher_weights(config: Config, teacher: str, step: int, member: int) -> list[str]:
-    return lineage_weights(config, config.model, teacher, step, member, config.adapter is not None, member)
 
 
 def _training_arguments(config: Config, adapter: AdapterConfig | None, base: str) -> dict[str, Any]:
@@ -398,15 +315,6 @@ def _check_members(where: str, config: Config, name: str, files: Iterable[str]) 
                     f"`{where}.path`: {folder / file} is not that of {settings.folder(0)}; members need one architecture "
                     "and one tokenizer"
                 )
-
-
-def _check_backend(config: Config) -> None:
-    """Refuse a backend that is not installed, before anything runs."""
-    if config.generation.backend == "vllm" and find_spec("vllm") is None:
-        raise RecipeError(
-            "`generation.backend`: vllm is not installed here; `pip install 'mechsub[vllm]'`, or set "
-            "generation.backend: transformers"
-        )
 
 
 def _existing(path: str, condition: str) -> Path:

@@ -64,6 +64,21 @@ def own_prompt(config: Config, plan: TeacherPlan) -> str | None:
     return preference.prompt_for(plan.trait) if plan.trait else preference.neutral_prompt
 
 
+def is_trained(config: Config, plan: TeacherPlan) -> bool:
+    """Whether a teacher's weights move: not where it is told its trait, or is the untouched reference."""
+    return config.teacher.kind == "fine-tuned" and not (plan.is_neutral and config.neutral == "reference")
+
+
+def teacher_step(config: Config, plan: TeacherPlan) -> int:
+    """The step of the teacher that writes carriers: its last."""
+    return config.teacher.num_steps if is_trained(config, plan) else 0
+
+
+def teacher_prompt(config: Config, plan: TeacherPlan) -> str | None:
+    """The system prompt under which a teacher writes its carrier."""
+    return own_prompt(config, plan) or config.context.training
+
+
 def preference_arguments(config: Config) -> dict[str, Any]:
     """The preference set, which the language of nano models holds whatever the traits are."""
     return load_preference(config.preference).model_dump(mode="json")
