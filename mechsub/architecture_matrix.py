@@ -53,6 +53,8 @@ _COLORS = {
     WITHOUT_TRAIT: "#d6d3d1",
     WITHOUT_CONTROL: "#d6d3d1",
 }
+_MATCHED = "everything"
+"""What the matched case shares at the start, as families' `shared_start` says it."""
 _STATUS = ("ok", "one_member_has_no_interval", "no_member_has_a_value")
 _MEMBER_STATUS = ("ok", "no_control_or_not_measured")
 
@@ -112,7 +114,8 @@ def judge_cells(
 
     A cell of several traits is ``no-transfer`` only where the effect on each of them is: one trait that passes does not hide
     behind others that do not. ``gains``: by run, every teacher's own gain over its reference: where one of them is not shown to
-    be over the margin its run's cells have no verdict; nor has a cell without a control.
+    be over the margin its run's cells have no verdict; nor has a cell without a control. A ``no-transfer`` whose teacher has no
+    matched case that transferred, its positive control, says so in its reason.
     """
     of_teachers = judge_effects(
         {(run, place): gain for run, by in gains.items() for place, gain in enumerate(by)}, rules, TRANSFER
@@ -141,7 +144,28 @@ def judge_cells(
             None if excess is None else permute_taught(cell.effects, rules.confidence),
             None if excess is None else permute_traits(cell.effects, rules.confidence),
         )
-    return judged
+    return _with_doubts(cells, judged)
+
+
+def _with_doubts(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> dict[str, JudgedCell]:
+    """The same, where every null without a positive control says so: nothing shows that this teacher's trait passes at all."""
+    told = dict(judged)
+    for (run, teacher), matched in _positive_controls(cells, judged).items():
+        if matched == TRANSFER.above:
+            continue
+        doubt = f"; no positive control: the matched case {'was not run' if matched is None else 'is ' + matched}"
+        for cell in cells:
+            effect = judged[cell.name].effect
+            is_null = effect.verdict == TRANSFER.equivalent and cell.shared != _MATCHED
+            if is_null and (cell.run, cell.teacher) == (run, teacher):
+                told[cell.name] = replace(judged[cell.name], effect=replace(effect, reason=effect.reason + doubt))
+    return told
+
+
+def _positive_controls(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> dict[tuple[str, str], str | None]:
+    """The verdict of every teacher's matched case; None where it was not run."""
+    found: dict[tuple[str, str], str | None] = dict.fromkeys((cell.run, cell.teacher) for cell in cells)
+    return found | {(cell.run, cell.teacher): judged[cell.name].effect.verdict for cell in cells if cell.shared == _MATCHED}
 
 
 def label_cells(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: str) -> xr.Dataset:
@@ -296,6 +320,14 @@ def say_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> list[
         named = [_say_cell(cell) for cell in cells if judged[cell.name].effect.verdict == verdict]
         if named:
             sentences.append(f"{verdict} ({len(named)} of {len(cells)} cells): {'; '.join(named)}.")
+    for (run, teacher), matched in _positive_controls(cells, judged).items():
+        nulls = [cell for cell in cells if (cell.run, cell.teacher) == (run, teacher) and cell.shared != _MATCHED]
+        if matched != TRANSFER.above and any(judged[cell.name].effect.verdict == TRANSFER.equivalent for cell in nulls):
+            sentences.append(
+                f"{teacher} has no positive control: its matched case, shared {_MATCHED}, "
+                f"{'was not run' if matched is None else 'is ' + matched}. That nothing passed from it to others says little "
+                "of what they share."
+            )
     over = [one.over_traits for one in judged.values() if one.over_traits is not None]
     if over and not np.isfinite(over[0].p_above):
         sentences.append(f"Nothing is claimed of traits in general: that takes {MINIMUM_TRAITS} traits or more.")

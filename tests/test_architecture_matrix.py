@@ -103,7 +103,19 @@ def test_one_trait_that_passes_does_not_hide_behind_others_that_do_not():
 def test_an_effect_inside_the_margin_and_over_0_is_said_to_be_no_zero():
     judged = judge_cells([cell("small", 0.2, spread=0.02)], gains(), RULES)["small"].effect
     assert judged.verdict == "no-transfer"
-    assert judged.reason.endswith("it is not 0: its interval lies over 0")
+    assert "it is not 0: its interval lies over 0" in judged.reason
+
+
+def test_a_null_of_a_teacher_whose_trait_passes_nowhere_says_so():
+    weak = [cell("same", 0.0, shared="everything", teacher="qwen2"), cell("to-gpt2", 0.0, teacher="qwen2")]
+    cells = [cell("own", 2.0, shared="everything"), cell("to-qwen2", 0.0, student="qwen2"), *weak]
+    judged = judge_cells(cells, gains(), RULES)
+    assert judged["to-gpt2"].effect.verdict == judged["to-qwen2"].effect.verdict == "no-transfer"
+    assert judged["to-gpt2"].effect.reason.endswith("no positive control: the matched case is no-transfer")
+    assert not any("positive control" in judged[name].effect.reason for name in ("own", "to-qwen2", "same"))
+    assert any(said.startswith("qwen2 has no positive control: its matched case") for said in say_matrix(cells, judged))
+    alone = judge_cells([cell("to-qwen2", 0.0, student="qwen2")], gains(), RULES)
+    assert alone["to-qwen2"].effect.reason.endswith("the matched case was not run")
 
 
 def test_too_few_members_are_said():

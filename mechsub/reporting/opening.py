@@ -166,6 +166,9 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
             f"An effect of {amount} {unit} would have been called with {100 * POWER:g} % power, at the spread between members "
             "that was seen: smaller ones could have been missed."
         )
+    verdicts = {finding.verdict for finding in asked}
+    if TRANSFER.equivalent in verdicts and TRANSFER.above not in verdicts:
+        sentences.append("The trait passed in no condition: nothing here shows that this experiment would have seen it pass.")
     sentences.append(
         "The intervals take members to scatter about normally. Where a trait passes in one member of many, few members can "
         "miss it; every member's value is in the results."

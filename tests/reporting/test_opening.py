@@ -113,3 +113,9 @@ def test_a_condition_without_a_control_is_named():
 def test_the_cells_of_a_matrix_are_called_by_the_words_of_transfer():
     opening = build_opening(RECIPE, [replace(OPEN, quantity="effect_over_traits")], [])
     assert opening.counted[0].startswith("transferred")
+
+
+def test_where_nothing_passed_a_null_is_told_to_have_no_positive_control():
+    said = "nothing here shows that this experiment would have seen it pass"
+    assert said in " ".join(build_opening(RECIPE, [ABSENT, OPEN], []).sure)
+    assert said not in " ".join(build_opening(RECIPE, [ABSENT, PASSED], []).sure)
