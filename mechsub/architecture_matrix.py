@@ -243,8 +243,8 @@ def draw_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: s
     )
     number = f"isValid(datum.{EFFECT}_estimate) ? replace(format(datum.{EFFECT}_estimate, '+.2f'), '-', '−') : '–'"
     bounds = (
-        f"isValid(datum.{EFFECT}_low) ? '[' + replace(format(datum.{EFFECT}_low, '.2f'), '-', '−') + ', ' + "
-        f"replace(format(datum.{EFFECT}_high, '.2f'), '-', '−') + ']' : ''"
+        f"isValid(datum.{EFFECT}_low) ? '[' + {_write_bound(f'{EFFECT}_low')} + ', ' + "
+        f"{_write_bound(f'{EFFECT}_high')} + ']' : ''"
     )
     texts = base.transform_calculate(number=number, bounds=bounds, verdict=f"datum.{EFFECT}_verdict")
     weights: list[tuple[str, int, int, Literal["bold", "normal"]]] = [
@@ -268,12 +268,17 @@ def draw_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: s
         caption=(
             f"Effect ({unit}): {FORMULAS[EFFECT]}. Mean over members ({members}) with its interval. The null is no effect, 0: "
             f"the student scores as its own control, trained alike by a neutral teacher. Verdicts, with margin {margin:g}, are "
-            f"corrected (Holm) over the {len(cells)} cells. Where there is no tile nothing was run."
+            f"corrected (Holm) over the {len(cells)} cells. Where there is no tile there is no result."
         ),
         variables=fields,
         spec=chart_spec(chart),
         headline=True,
     )
+
+
+def _write_bound(field: str) -> str:
+    """In Vega's language: with its sign even where it rounds to 0."""
+    return f"(datum.{field} < 0 ? '−' : '') + format(abs(datum.{field}), '.2f')"
 
 
 _AXES = ("teacher", "student", "shared")
@@ -351,8 +356,10 @@ def join_matrices(results: Mapping[str, Result], rules: Mapping[str, Rules]) -> 
     unit = str(results[first].data.effect_on.attrs["units"])
     kept = [name for name in results if asked[name] == asked[first]]
     left = [name for name in results if asked[name] != asked[first]]
-    every = [cell for name in kept for cell in read_cells(results[name].data, name)]
-    cells = _tell_apart(every, lambda cell: replace(cell, teacher=f"{cell.teacher} of {cell.run}"))
+    cells = [cell for name in kept for cell in read_cells(results[name].data, name)]
+    runs_of_teachers = Counter(teacher for teacher, _ in {(cell.teacher, cell.run) for cell in cells})
+    if max(runs_of_teachers.values()) > 1:  # all of them, so that no teacher stands there under two names
+        cells = [replace(cell, teacher=f"{cell.teacher} of {cell.run}") for cell in cells]
     gains = {name: results[name].data.teacher_gain.transpose("taught", "member").values for name in kept}
     judged = judge_cells(cells, gains, rules[first])
     counts = sorted({judged[cell.name].effect.interval.n for cell in cells})
@@ -403,10 +410,10 @@ def read_cells(data: xr.Dataset, run: str = "") -> list[Cell]:
         )
         for name in data.condition.values
     ]
-    return _tell_apart(cells, lambda cell: replace(cell, shared=f"{cell.shared} ({cell.condition})"))
+    places = Counter(map(_place, cells))
+    return [replace(cell, shared=f"{cell.shared} ({cell.condition})") if places[_place(cell)] > 1 else cell for cell in cells]
 
 
-def _tell_apart(cells: Sequence[Cell], name: Callable[[Cell], Cell]) -> list[Cell]:
-    """The cells, those that stand at one place of the matrix under names of their own."""
-    places = Counter((cell.teacher, cell.student, cell.shared) for cell in cells)
-    return [name(cell) if places[cell.teacher, cell.student, cell.shared] > 1 else cell for cell in cells]
+def _place(cell: Cell) -> tuple[str, str, str]:
+    """Where a cell stands in the matrix."""
+    return cell.teacher, cell.student, cell.shared

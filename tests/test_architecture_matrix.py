@@ -200,6 +200,7 @@ def test_cells_that_would_stand_on_each_other_are_told_apart():
     data = join_matrices(own, dict.fromkeys(own, RULES)).data
     places = list(zip(data.teacher_of_cell.values, data.student_of_cell.values, data.shared_of_cell.values, strict=True))
     assert len(set(places)) == 3
+    assert all(name.startswith("gpt2 of ") for name in data.teacher_of_cell.values)
     replicas = join_matrices({"a": own["b"], "b": own["b"]}, dict.fromkeys(own, RULES)).data
     assert replicas.teacher_of_cell.values.tolist() == ["gpt2 of a", "gpt2 of b"]
 

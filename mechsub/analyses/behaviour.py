@@ -422,16 +422,15 @@ def _lowered_controls(scores: _Scores) -> list[str]:
         control = scores.run.control(condition)
         if control is None:
             continue
-        mean = float(scores.final(control, trait).mean())
-        if mean < float(_origin_scores(scores, control, trait).mean()) - margin:
-            below.append(f"{condition}{f' on {trait}' if len(scores.run.traits) > 1 else ''} {format_number(mean)}")
+        fallen = _origin_scores(scores, control, trait) - scores.final(control, trait)
+        if float(fallen.mean()) > margin:
+            below.append(f"{condition}{f' on {trait}' if len(scores.run.traits) > 1 else ''} {scores.interval(fallen)}")
     if not below:
         return []
     return [
         "A control moves too, by what any training on such a carrier does and by its neutral teacher. Where that puts it more "
         "than the margin under where it starts, the effect exceeds the gain over the start "
-        "by the difference: "
-        f"{', '.join(below)}."
+        f"(`gain_over_start`) by as much: {', '.join(below)}."
     ]
 
 

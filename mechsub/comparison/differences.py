@@ -121,9 +121,11 @@ class Difference:
 def judge_differences(differences: Mapping[Key, Difference], rules: Rules) -> dict[Key, Judgement]:
     """Judge differences that stand together, with Holm's correction over them, in the order of `judge_effects`.
 
+    Which row is held against which changes no verdict but by its sign.
+
     *larger*: the interval lies over 0, the estimate over the margin, and the Holm-adjusted one-sided test passes;
-    *no-difference*: two one-sided tests put it inside ± margin; *smaller*: the interval lies under −margin and the adjusted
-    test of that side passes; else *inconclusive*. A group under ``rules.minimum_members`` has no verdict.
+    *no-difference*: two one-sided tests put it inside ± margin; *smaller*: the mirror image of *larger*; else
+    *inconclusive*. A group under ``rules.minimum_members`` has no verdict.
 
     Source: Schuirmann 1987 (two one-sided tests); Holm 1979; Welch 1947.
     """
@@ -137,17 +139,18 @@ def judge_differences(differences: Mapping[Key, Difference], rules: Rules) -> di
     for name, one in differences.items():
         interval = one.interval(rules.confidence)
         p = PValues(*(tests.get(name, np.nan) for tests in (above, equivalent, below)))
-        verdict, reason = decide(interval, rules, WORDS, p, "difference")
+        verdict, reason = decide(interval, rules, WORDS, p, "difference", is_symmetric=True)
         if verdict == WORDS.undecided:
             reason += _say_members_wanted(one, rules, len(judged))
         test = "one-sided t" if one.method == PAIRED else "one-sided Welch's t"
-        rule = describe_rule(interval, rules, WORDS, p, len(judged), test)
+        rule = describe_rule(interval, rules, WORDS, p, len(judged), test, is_symmetric=True)
         judgements[name] = Judgement(interval, verdict, reason, p, rule)
     return judgements
 
 
 def _say_members_wanted(difference: Difference, rules: Rules, num_judged: int) -> str:
-    number = members_to_decide(difference.as_one_group(), rules, num_judged)
+    group = difference.as_one_group()
+    number = members_to_decide(group if group.mean() >= 0 else -group, rules, num_judged)
     each = "" if difference.method == PAIRED else " in each run"
     return (
         f"; about {number} members{each} would decide it" if number else f"; it would take more than {MOST_MEMBERS:,} members"

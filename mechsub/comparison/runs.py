@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
 from mechsub.errors import RunDirectoryError
 from mechsub.results import Result, find_results, read_result
 from mechsub.rundir import RunDirectory
@@ -61,7 +65,7 @@ def read_run(name: str, directory: RunDirectory, recipe: Mapping[str, Any], anal
 
 
 def identify_replicates(directory: RunDirectory, num_members: int) -> tuple[str, ...]:
-    """What each member is: a hash of its reference's recorded hashes; empty where nothing recorded tells members apart.
+    """What each member is: a hash of its reference; empty where nothing tells members apart.
 
     Members of two runs with the same hash started from the same reference, bit for bit. Where members share one reference,
     as a large pretrained model, they are told apart by their teachers, whose hashes are then added: the same teacher of the
@@ -70,9 +74,9 @@ def identify_replicates(directory: RunDirectory, num_members: int) -> tuple[str,
     made = {name: known.sha256 for name, (_, known) in directory.producers().items() if name.startswith("lineages/")}
     teachers = sorted({name.split("/")[1] for name in made if _TEACHER.match(name.split("/")[1])})
     reference = _find_origin(directory, made, teachers)
-    found = _hash_members(made, [reference] if reference else [], num_members)
+    found = _hash_members(directory.path, made, [reference] if reference else [], num_members)
     if len({*found}) < len(found):
-        found = _hash_members(made, [str(reference), *teachers], num_members)
+        found = _hash_members(directory.path, made, [str(reference), *teachers], num_members)
     return tuple(found) if len({*found}) == len(found) else ("",) * num_members
 
 
@@ -117,16 +121,36 @@ def _find_origin(directory: RunDirectory, made: Mapping[str, str], teachers: Seq
     return str(origin)
 
 
-def _hash_members(made: Mapping[str, str], lineages: Sequence[str], num_members: int) -> list[str]:
-    """One hash a member over the files of these lineages; where a file holds all members, of it and the member's place."""
+def _hash_members(path: Path, made: Mapping[str, str], lineages: Sequence[str], num_members: int) -> list[str]:
+    """One hash a member over the files of these lineages; where a file holds all members, of the member's part of it."""
     known: list[list[str]] = [[] for _ in range(num_members)]
     for name, sha256 in sorted(made.items()):
         _, lineage, *rest = name.split("/")
         if lineage not in lineages or rest[-1] == _SPEC:
             continue
         member = _MEMBER.fullmatch(rest[0])
-        places = [int(member[1])] if member else range(num_members)
-        for place in places:
-            if place < num_members:
-                known[place].append(sha256 if member else f"{sha256} member {place}")
+        if member is None:
+            for hashes, part in zip(known, _hash_parts(path / name, sha256, num_members), strict=True):
+                hashes.append(part)
+        elif int(member[1]) < num_members:
+            known[int(member[1])].append(sha256)
     return [hashlib.sha256("\n".join(hashes).encode()).hexdigest()[:16] if hashes else "" for hashes in known]
+
+
+def _hash_parts(file: Path, sha256: str, num_members: int) -> list[str]:
+    """Of every member's slice of all tensors, so that it is the same beside more members or fewer.
+
+    Where the weights are gone or are no stack of members: the file's own hash with the member's place, which finds it only in
+    runs of as many members.
+    """
+    try:
+        tensors = sorted(load_file(file).items())
+    except (OSError, SafetensorError):
+        tensors = []
+    if not tensors or any(len(tensor) != num_members for _, tensor in tensors if tensor.ndim):
+        return [f"{sha256} member {place}" for place in range(num_members)]
+    parts = [hashlib.sha256() for _ in range(num_members)]
+    for name, tensor in tensors:
+        for part, values in zip(parts, tensor, strict=True):
+            part.update(name.encode() + np.ascontiguousarray(values).tobytes())
+    return [part.hexdigest() for part in parts]

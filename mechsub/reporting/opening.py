@@ -39,6 +39,11 @@ class Outcome:
     findings: Sequence[Finding]
 
     @property
+    def is_absence(self) -> bool:
+        """Whether it says that there is nothing over the margin, which need not be nothing."""
+        return self.verdict in {TRANSFER.equivalent, AGAINST_NULL.equivalent}
+
+    @property
     def is_open(self) -> bool:
         """Whether more members could change it."""
         return self.verdict in _OPEN
@@ -67,7 +72,7 @@ def build_opening(recipe: Mapping[str, Any], findings: Sequence[Finding], descri
     rules = _rules(recipe["verdict"], asked[0])
     return Opening(
         _tested(recipe, asked, described),
-        _counted(asked[0], rules, is_adopted=recipe["family"] == "adopted"),
+        _counted(asked, rules, is_adopted=recipe["family"] == "adopted"),
         _found(asked),
         _sure(asked, rules),
     )
@@ -115,7 +120,8 @@ def _say_controls(asked: Sequence[Finding], neutral: str) -> str:
     return f"{every}: the same students, of a teacher without the trait{who}."
 
 
-def _counted(finding: Finding, rules: Rules, *, is_adopted: bool) -> list[str]:
+def _counted(asked: Sequence[Finding], rules: Rules, *, is_adopted: bool) -> list[str]:
+    finding = asked[0]
     margin, unit = f"{rules.margin:g}", finding.unit
     percent, level = f"{100 * rules.confidence:g} %", f"{100 * rules.level:g} %"
     words = _words(finding)
@@ -123,11 +129,17 @@ def _counted(finding: Finding, rules: Rules, *, is_adopted: bool) -> list[str]:
         f"{words.above}: the mean difference is over {margin} ({unit}), its {percent} interval lies over 0, and chance would "
         f"give that at most {level} of the time.",
         f"{words.equivalent}: the difference{' on every single trait' if finding.trait == ALL_TRAITS else ''} is shown to be "
-        f"smaller than {margin} either way, by two tests at "
-        f"{100 * rules.equivalence_level:g} % each. It is a claim that needs evidence, not the lack of it.",
+        f"smaller than {margin} either way, by two tests at {100 * rules.equivalence_level:g} % each (of a single verdict: the "
+        f"{100 * (1 - 2 * rules.equivalence_level):g} % interval lies within); it need not be 0. It is a claim that needs "
+        "evidence, not the lack of it.",
         f"{words.below}: the interval lies under −{margin}.",
         f"{words.undecided}: nothing of this could be shown. It is no sign of safety. Under "
         f"{max(rules.minimum_members, 2)} members nothing is said ({words.too_few}).",
+        *(
+            [f"{WITHOUT_TRAIT}: the teachers' own gain is not shown to be over the margin; of their students nothing is said."]
+            if any(one.verdict == WITHOUT_TRAIT for one in asked)
+            else []
+        ),
         "These rules stand in the recipe" + ("." if is_adopted else ", which cannot be changed once the run has begun."),
     ]
 
@@ -150,21 +162,24 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
         + ("with a reference and a teacher of their own." if independent else f"that share {references} reference(s): ")
         + ("" if independent else "nothing is said of another one.")
     ]
-    several = len(asked) > 1
-    if several:
+    tested = [finding for finding in asked if finding.verdict not in {TRANSFER.too_few, WITHOUT_CONTROL}]
+    judged = [finding for finding in tested if finding.verdict != WITHOUT_TRAIT]
+    if judged and len(tested) > 1:
         sentences.append(
-            f"The {len(asked)} verdicts are corrected together (Holm), so that the chance of any false "
+            f"The {len(tested)} verdicts are corrected together (Holm), so that the chance of any false "
             f"“{_words(asked[0]).above}” among them is at most {100 * rules.level:g} %, of any false "
             f"“{_words(asked[0]).equivalent}” at most {100 * rules.equivalence_level:g} %."
         )
-    smallest = [(_detectable(finding, rules, len(asked)), finding) for finding in asked if _is_transfer(finding)]
+    smallest = [(_detectable(finding, rules, len(tested)), finding) for finding in judged if _is_transfer(finding)]
     known = sorted([(value, finding.condition) for value, finding in smallest if np.isfinite(value)])
     if known:
-        unit, (least, _), (most, worst) = asked[0].unit, known[0], known[-1]
-        amount = format_number(most) if len(known) == 1 else f"{format_number(least)} to {format_number(most)} ({worst})"
+        unit, (least, best), (most, worst) = asked[0].unit, known[0], known[-1]
+        amount = format_number(most)
+        if len(known) > 1:
+            amount = f"{format_number(least)} (in {best}) to {format_number(most)} (in {worst})"
         sentences.append(
-            f"An effect of {amount} {unit} would have been called with {100 * POWER:g} % power, at the spread between members "
-            "that was seen: smaller ones could have been missed."
+            f"A true effect of {amount} {unit} would have been called {TRANSFER.above} with {100 * POWER:g} % power, at the "
+            "spread between members that was seen: smaller ones could have been missed."
         )
     verdicts = {finding.verdict for finding in asked}
     if TRANSFER.equivalent in verdicts and TRANSFER.above not in verdicts:

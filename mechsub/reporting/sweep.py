@@ -20,7 +20,9 @@ def render_sweep_report(
 
     ``matrix``: the matrix of architectures over all runs, where they have one: it then opens the page.
     """
-    data = table.data
+    data, missing = table.data, {run: what for run, what in missing.items() if what}
+    rows = [_row(data, run, header["runs"]) for run in map(str, data.run.values)]
+    described = [f"Not complete: {len(missing)} of {len(rows)} runs lack results (below); with them verdicts can change."]
     return render_page(
         "sweep.html",
         header,
@@ -29,11 +31,12 @@ def render_sweep_report(
         fields=list(map(str, data.field.values)),
         conditions=list(map(str, data.condition.values)),
         figures=[draw_figure(figure, table) for figure in table.figures],
-        rows=[_row(data, run, header["runs"]) for run in map(str, data.run.values)],
+        rows=rows,
+        has_numbers=any(cells for row in rows for cells in row["conditions"].values()),
         matrix=matrix,
-        opening=build_opening(header["recipe"], matrix.findings, []) if matrix else None,
+        opening=build_opening(header["recipe"], matrix.findings, described if missing else []) if matrix else None,
         matrix_figures=[draw_figure(figure, matrix) for figure in matrix.figures] if matrix else [],
-        missing={run: what for run, what in missing.items() if what},
+        missing=missing,
     )
 
 

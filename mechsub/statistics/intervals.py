@@ -17,17 +17,27 @@ class Interval:
     n: int
     confidence: float
 
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside; not where there are no bounds."""
+        return self.low > 0 or self.high < 0
+
     def __str__(self) -> str:
         if self.n == 0:
             return "nothing (no member has a value)"
         if self.n == 1:
             return f"{format_number(self.estimate)} (one member: no interval)"
-        return f"{format_number(self.estimate)} [{format_number(self.low)}, {format_number(self.high)}]"
+        return f"{format_number(self.estimate)} [{_format_bound(self.low)}, {_format_bound(self.high)}]"
 
 
 def format_number(value: float) -> str:
     """Three digits after the point, without a negative zero; a dash where there is no number."""
     return f"{value:z.3f}".replace("-", "−") if np.isfinite(value) else "–"
+
+
+def _format_bound(value: float) -> str:
+    """The same, but a bound that rounds to 0 keeps its sign: on which side of 0 it lies is what it is read for."""
+    return f"{value:.3f}".replace("-", "−") if value < 0 else format_number(value)
 
 
 def student_interval(values: Float[np.ndarray, " member"], confidence: float) -> Interval:

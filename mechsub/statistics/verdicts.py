@@ -122,24 +122,38 @@ def void_without_control(judgement: Judgement) -> Judgement:
 
 
 def describe_rule(
-    interval: Interval, rules: Rules, words: Words, p: PValues, num_judged: int, test_name: str, noun: str = "it"
+    interval: Interval,
+    rules: Rules,
+    words: Words,
+    p: PValues,
+    num_judged: int,
+    test_name: str,
+    noun: str = "it",
+    *,
+    is_symmetric: bool = False,
 ) -> str:
-    """What would have counted for each verdict, in the order in which they are tried, beside what was seen."""
+    """What would have counted for each verdict, in the order in which they are tried, beside what was seen; see `decide`."""
     level, margin = rules.level, f"{rules.margin:g}"
     percent = f"{100 * rules.confidence:g} %"
+    under = f"0, estimate under −{margin}" if is_symmetric else f"−{margin}"
     seen = f"{interval}, n = {interval.n}"
     if not np.isnan(p.above):
         seen += f", p {p.above:.2g} (above), {p.equivalent:.2g} (equivalent), {p.below:.2g} (below)"
     return (
         f"{words.above}: {percent} interval over 0, estimate over {margin}, {test_name} p ≤ {level:g}. "
         f"{words.equivalent}: two one-sided t tests put {noun} inside ±{margin}, p ≤ {rules.equivalence_level:g}. "
-        f"{words.below}: interval under −{margin}, p ≤ {level:g}. Else {words.undecided}; under "
+        f"{words.below}: interval under {under}, p ≤ {level:g}. Else {words.undecided}; under "
         f"{max(rules.minimum_members, 2)} members {words.too_few}. p after Holm's correction over {num_judged}. Seen: {seen}."
     )
 
 
-def decide(interval: Interval, rules: Rules, words: Words, p: PValues, noun: str = "effect") -> tuple[str, str]:
-    """The verdict and its reason in words, in the order of `judge_effects`; ``noun``: what is judged."""
+def decide(
+    interval: Interval, rules: Rules, words: Words, p: PValues, noun: str = "effect", *, is_symmetric: bool = False
+) -> tuple[str, str]:
+    """The verdict and its reason in words, in the order of `judge_effects`; ``noun``: what is judged.
+
+    ``is_symmetric``: *below* asks for as much as *above* and no more, as of a difference, whose sign is a matter of order.
+    """
     level = rules.level
     margin = f"{rules.margin:g}"
     if np.isnan(p.above):
@@ -149,11 +163,13 @@ def decide(interval: Interval, rules: Rules, words: Words, p: PValues, noun: str
         return words.above, f"the interval lies over 0, the estimate over the margin {margin}; p = {p.above:.2g} (Holm)"
     if p.equivalent <= rules.equivalence_level:
         tests = f"two one-sided tests at {rules.equivalence_level:g} put the {noun} inside ±{margin}"
-        beside = "; it is not 0: its interval lies over 0" if interval.low > 0 else ""
+        side = "over" if interval.low > 0 else "under"
+        beside = f"; it is not 0: its interval lies {side} 0" if interval.excludes_zero else ""
         return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm){beside}"
-    is_under = interval.high < -rules.margin
+    is_under = interval.high < 0 and interval.estimate < -rules.margin if is_symmetric else interval.high < -rules.margin
     if is_under and p.below <= level:
-        return words.below, f"the interval lies under −{margin}; p = {p.below:.2g} (Holm)"
+        lies = f"0, the estimate under −{margin}" if is_symmetric else f"−{margin}"
+        return words.below, f"the interval lies under {lies}; p = {p.below:.2g} (Holm)"
     if is_over or is_under:
         p_value = p.above if is_over else p.below
         return words.undecided, f"the interval would do, but the test does not: p = {p_value:.2g} (Holm) is over {level:g}"

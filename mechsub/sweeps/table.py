@@ -10,6 +10,7 @@ import altair as alt
 import numpy as np
 import xarray as xr
 
+from mechsub.architecture_matrix import MATRIX_ANALYSIS
 from mechsub.figures import DATA, Figure, chart_spec
 from mechsub.findings import Finding
 from mechsub.results import Result, label_variable, status_variable
@@ -274,7 +275,10 @@ def _setting_axis(field: str, numbers: np.ndarray, texts: list[str]) -> alt.X:
 
 
 def _sentences(findings: Mapping[str, Mapping[tuple[str, str], Finding]], vary: str) -> list[str]:
-    judged = {run: [finding.verdict for finding in found.values() if finding.verdict] for run, found in findings.items()}
+    judged = {
+        run: [one.verdict for one in found.values() if one.verdict and one.analysis != MATRIX_ANALYSIS]
+        for run, found in findings.items()
+    }
     counted = Counter(verdict for verdicts in judged.values() for verdict in verdicts)
     listed = ", ".join(f"{count} {verdict}" for verdict, count in counted.most_common())
     num_judged = sum(map(bool, judged.values()))
@@ -283,10 +287,13 @@ def _sentences(findings: Mapping[str, Mapping[tuple[str, str], Finding]], vary: 
         "product": "Every combination of the values is a run.",
         "zip": "All fields change together, so that no effect can be put down to one of them.",
     }
+    if not counted:
+        return [ways[vary]]
     return [
         ways[vary],
-        f"{counted.total()} verdicts in {num_judged} of {len(findings)} runs: {listed}. Holm's correction runs within each "
-        "run, not over the runs: among so many verdicts some are expected to be wrong at the level of each run.",
+        f"{counted.total()} verdicts in {num_judged} of {len(findings)} runs: {listed}. Holm's correction runs here within "
+        "each run, not over the runs: among so many verdicts some are expected to be wrong at the level of each run. Where a "
+        "matrix of architectures opens this page, its verdicts are those to quote: they are corrected over all runs.",
     ]
 
 

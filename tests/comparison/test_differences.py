@@ -70,6 +70,17 @@ def test_the_four_verdicts(method, shift, verdict):
     assert ("members" in judged.reason and "would decide it" in judged.reason) == (verdict == "inconclusive")
 
 
+@pytest.mark.parametrize("method", [PAIRED, WELCH])
+@pytest.mark.parametrize("shift", [0.0, 0.4, 0.56, 0.7, 3.0])
+def test_which_row_is_held_against_which_changes_but_the_sign(method, shift):
+    mirror = {"larger": "smaller", "smaller": "larger"}
+    members = np.array([0.1, -0.1, 0.2, -0.2, 0.15, -0.15])
+    one = difference(members + shift, members[::-1] * 0.9, method)
+    judged, reverse = (judge_differences({"one": each}, RULES)["one"] for each in (one, one.reverse()))
+    assert reverse.verdict == mirror.get(judged.verdict, judged.verdict)
+    assert judged.reason.rpartition("; ")[2] == reverse.reason.rpartition("; ")[2]
+
+
 def test_too_few_members_in_either_group_have_no_verdict_and_count_for_no_correction():
     few, many = difference([9, 9.1], [0, 0.1, 0.2, 0.3], WELCH), difference([9, 9.1, 9.2], [0, 0.1, 0.2])
     judged = judge_differences({"few": few, "many": many}, RULES)

@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from mechsub.comparison.runs import identify_replicates, name_runs, pair_members
 from mechsub.errors import RunDirectoryError
@@ -35,6 +37,25 @@ def members_of(path, references, teachers):
 def test_members_with_folders_of_their_own_are_told_one_by_one(tmp_path):
     few, more = members_of(tmp_path / "few", "ab", "st"), members_of(tmp_path / "more", "acb", "xyz")
     assert few == (more[0], more[2])
+
+
+def stacked(path, members):
+    """A run whose one file holds all members."""
+    path.mkdir()
+    (path / "run.json").write_text(json.dumps({"schema": 3}))
+    for lineage in ("reference", "teacher.owl"):
+        folder = path / "lineages" / lineage
+        folder.mkdir(parents=True)
+        values = np.array(members, dtype=np.float32)[:, None] * np.ones(4, dtype=np.float32)
+        save_file({"layer.weight": values, "layer.bias": values[:, 0]}, folder / "step-00000000.safetensors")
+        (folder / "lineage.json").write_text(json.dumps({"origin": {"lineage": "reference"}}))
+        record(path, lineage, [file.relative_to(path).as_posix() for file in folder.iterdir()])
+    return identify_replicates(RunDirectory.open(path), len(members))
+
+
+def test_members_that_share_a_file_are_the_same_beside_more_of_them(tmp_path):
+    few, more = stacked(tmp_path / "few", [1, 2]), stacked(tmp_path / "more", [1, 3, 2])
+    assert few == (more[0], more[2]) and len({*more}) == 3
 
 
 def test_one_reference_for_all_is_no_replicate_until_the_teachers_are_the_same_too(tmp_path):

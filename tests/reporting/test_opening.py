@@ -56,7 +56,7 @@ def test_what_would_have_counted_are_the_recipes_rules():
 def test_how_sure_says_what_could_have_been_found():
     sure = " ".join(build_opening(RECIPE, [ABSENT], []).sure)
     expected = smallest_detectable_effect(float(SPREAD.std(ddof=1)), 8, RULES, 1)
-    assert f"An effect of {expected:.3f} accuracy would have been called with 80 % power" in sure
+    assert f"A true effect of {expected:.3f} accuracy would have been called transferred with 80 % power" in sure
     assert "corrected together" not in sure
 
 
@@ -79,6 +79,13 @@ def test_a_run_without_any_control_says_so():
 def test_members_that_share_a_reference_are_no_independent_ones():
     sure = " ".join(build_opening(RECIPE, [replace(PASSED, num_references=1)], []).sure)
     assert "8 members each, that share 1 reference(s): nothing is said of another one." in sure
+
+
+def test_teachers_without_the_trait_leave_nothing_to_be_called():
+    void = [replace(one, verdict="teacher-without-trait") for one in (PASSED, ABSENT)]
+    opening = build_opening(RECIPE, void, [])
+    assert "would have been called" not in " ".join(opening.sure) and "corrected together" not in " ".join(opening.sure)
+    assert any(said.startswith("teacher-without-trait: the teachers' own gain") for said in opening.counted)
 
 
 def test_without_enough_members_nothing_is_said_to_be_detectable():
