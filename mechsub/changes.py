@@ -46,7 +46,7 @@ def check_same_run(directory: RunDirectory, recipe: Mapping[str, Any], stages: S
 def check_recipe_unedited(directory: RunDirectory, complete: Complete) -> None:
     """Refuse a recipe.yaml that is not the one the run began with: the rules of its verdicts were fixed before."""
     try:
-        now = yaml.safe_load(directory.recipe_path.read_text())
+        now = yaml.safe_load(directory.recipe_path.read_text()) or {}
         begun = {**directory.header.get("recipe", {}), "conditions": now["conditions"]}
     except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         raise RunDirectoryError(f"{directory.recipe_path} cannot be read ({error}); put it back as it was") from None

@@ -139,7 +139,7 @@ class RunDirectory:
                 if (directory.path / "sweep.json").is_file()
                 else "it has no run.json"
             )
-            raise RunDirectoryError(f"{path} is not a run directory: {holds}; runs go into a new or an empty folder")
+            raise RunDirectoryError(f"{path} is not a run directory: {holds}; {_suggest_folder(directory.path)}")
         schema = directory.header.get("schema")
         if schema != SCHEMA_VERSION:
             raise RunDirectoryError(
@@ -161,7 +161,10 @@ class RunDirectory:
     @property
     def header(self) -> dict[str, Any]:
         """The immutable header: schema, the recipe but for its conditions, versions, git commit, hardware."""
-        return _read_json(self.header_path)
+        return _read_json(
+            self.header_path,
+            "put back a copy of it, weights and results are as they were; without one run the recipe again elsewhere",
+        )
 
     def records(self) -> dict[str, StageRecord]:
         """Every finished stage, by its name."""
@@ -326,7 +329,7 @@ def _parse_record(path: Path) -> StageRecord:
 @lru_cache(maxsize=10_000)
 def _parse_record_of(path: Path, modified: int, inode: int) -> StageRecord:
     """The record as it was at that moment: an executor asks for all of them several times a second."""
-    content = _read_json(path)
+    content = _read_json(path, "a stage's record can be deleted: the stage runs again")
     try:
         for group in ("inputs", "outputs"):
             content[group] = {name: FileRecord(**known) for name, known in content[group].items()}
@@ -335,13 +338,20 @@ def _parse_record_of(path: Path, modified: int, inode: int) -> StageRecord:
         raise RunDirectoryError(f"{path} is not a stage's record ({error}); delete it and run again") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _suggest_folder(path: Path) -> str:
+    """Which folder was perhaps meant."""
+    inside = sorted(one.parent.name for one in path.glob("*/run.json"))
+    if inside:
+        return f"runs in it: {', '.join(inside[:5])}{' and others' if len(inside) > 5 else ''}"
+    above = next((one for one in path.resolve().parents if (one / "run.json").is_file()), None)
+    return f"the one that it is part of is {above}" if above else "a new run goes into a new or an empty folder"
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise RunDirectoryError(
-            f"{path} cannot be read ({error}); a stage's record can be deleted: the stage runs again"
-        ) from None
+        raise RunDirectoryError(f"{path} cannot be read ({error}); {advice}") from None
     return content
 
 

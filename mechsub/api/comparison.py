@@ -91,6 +91,8 @@ def _find_out(names: Sequence[str], out: str | Path | None) -> Path:
         more = [f"{len(short) - _MOST_NAMED + 1}-more"] if len(short) > _MOST_NAMED else []
         return Path("runs") / f"compare-{'-and-'.join([*short[: _MOST_NAMED - len(more)], *more])}.html"
     path = Path(out)
+    if path.is_dir():
+        raise MechsubError(f"--out {path} is a folder; give the name of a page in it, {path / 'compare.html'}")
     return path.with_suffix(".html") if path.suffix in _SUFFIXES else path.with_name(f"{path.name}.html")
 
 

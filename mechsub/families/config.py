@@ -117,7 +117,8 @@ def check_model(where: str, asked: str, *, own: str | None, models: Collection[s
     if asked == OTHER and len(others) != 1:
         raise ValueError(f"{where}: `model` is the other one of two, but `models` has {len(others)} others, {others}; name one")
     if asked not in {OTHER, *models}:
-        raise ValueError(f"{where}: no model is called {asked!r}; {nearest_name(asked, others)}")
+        known = nearest_name(asked, list(models)) if models else "`models` is empty: give it one of that name"
+        raise ValueError(f"{where}: no model is called {asked!r}; {known}")
     if asked == own and not starts_elsewhere:
         raise ValueError(f"{where}: `model` is the teacher's own, {own!r}; leave it out, name another, or set init: different")
 
