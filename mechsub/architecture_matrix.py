@@ -4,7 +4,7 @@ A null is only as good as its power, and one of many cells is expected to mislea
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -53,8 +53,8 @@ _COLORS = {
     WITHOUT_TRAIT: "#d6d3d1",
     WITHOUT_CONTROL: "#d6d3d1",
 }
-_MATCHED = "everything"
-"""What the matched case shares at the start, as families' `shared_start` says it."""
+NO_POSITIVE_CONTROL = "has no positive control"
+"""In the sentences on teachers whose nulls say little."""
 _STATUS = ("ok", "one_member_has_no_interval", "no_member_has_a_value")
 _MEMBER_STATUS = ("ok", "no_control_or_not_measured")
 
@@ -114,8 +114,8 @@ def judge_cells(
 
     A cell of several traits is ``no-transfer`` only where the effect on each of them is: one trait that passes does not hide
     behind others that do not. ``gains``: by run, every teacher's own gain over its reference: where one of them is not shown to
-    be over the margin its run's cells have no verdict; nor has a cell without a control. A ``no-transfer`` whose teacher has no
-    matched case that transferred, its positive control, says so in its reason.
+    be over the margin its run's cells have no verdict; nor has a cell without a control. A ``no-transfer`` of a
+    teacher none of whose cells is ``transferred`` has no positive control, and says so in its reason.
     """
     of_teachers = judge_effects(
         {(run, place): gain for run, by in gains.items() for place, gain in enumerate(by)}, rules, TRANSFER
@@ -148,24 +148,31 @@ def judge_cells(
 
 
 def _with_doubts(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> dict[str, JudgedCell]:
-    """The same, where every null without a positive control says so: nothing shows that this teacher's trait passes at all."""
+    """The same, where every null of a teacher whose trait is not shown to pass anywhere says so: it has no positive control."""
+    effects = {cell.name: judged[cell.name].effect for cell in cells}
+    excesses = {cell.name: excess for cell in cells if (excess := judged[cell.name].excess) is not None}
+    doubtful = [*_without_positive_control(cells, effects)]
+    doubtful_excesses = [*_without_positive_control([cell for cell in cells if cell.name in excesses], excesses)]
     told = dict(judged)
-    for (run, teacher), matched in _positive_controls(cells, judged).items():
-        if matched == TRANSFER.above:
-            continue
-        doubt = f"; no positive control: the matched case {'was not run' if matched is None else 'is ' + matched}"
-        for cell in cells:
-            effect = judged[cell.name].effect
-            is_null = effect.verdict == TRANSFER.equivalent and cell.shared != _MATCHED
-            if is_null and (cell.run, cell.teacher) == (run, teacher):
-                told[cell.name] = replace(judged[cell.name], effect=replace(effect, reason=effect.reason + doubt))
+    for cell in doubtful:
+        told[cell.name] = replace(told[cell.name], effect=_doubt(effects[cell.name]))
+    for cell in doubtful_excesses:
+        told[cell.name] = replace(told[cell.name], excess=_doubt(excesses[cell.name]))
     return told
 
 
-def _positive_controls(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> dict[tuple[str, str], str | None]:
-    """The verdict of every teacher's matched case; None where it was not run."""
-    found: dict[tuple[str, str], str | None] = dict.fromkeys((cell.run, cell.teacher) for cell in cells)
-    return found | {(cell.run, cell.teacher): judged[cell.name].effect.verdict for cell in cells if cell.shared == _MATCHED}
+def _without_positive_control(cells: Sequence[Cell], judgements: Mapping[str, Judgement]) -> Iterator[Cell]:
+    """The nulls of teachers none of whose cells is shown to pass."""
+    passing = {(cell.run, cell.teacher) for cell in cells if judgements[cell.name].verdict == TRANSFER.above}
+    for cell in cells:
+        if judgements[cell.name].verdict == TRANSFER.equivalent and (cell.run, cell.teacher) not in passing:
+            yield cell
+
+
+def _doubt(judgement: Judgement) -> Judgement:
+    return replace(
+        judgement, reason=f"{judgement.reason}; no positive control: this teacher's trait is not shown to pass anywhere"
+    )
 
 
 def label_cells(cells: Sequence[Cell], judged: Mapping[str, JudgedCell], unit: str) -> xr.Dataset:
@@ -325,14 +332,12 @@ def say_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> list[
         named = [_say_cell(cell) for cell in cells if judged[cell.name].effect.verdict == verdict]
         if named:
             sentences.append(f"{verdict} ({len(named)} of {len(cells)} cells): {'; '.join(named)}.")
-    for (run, teacher), matched in _positive_controls(cells, judged).items():
-        nulls = [cell for cell in cells if (cell.run, cell.teacher) == (run, teacher) and cell.shared != _MATCHED]
-        if matched != TRANSFER.above and any(judged[cell.name].effect.verdict == TRANSFER.equivalent for cell in nulls):
-            sentences.append(
-                f"{teacher} has no positive control: its matched case, shared {_MATCHED}, "
-                f"{'was not run' if matched is None else 'is ' + matched}. That nothing passed from it to others says little "
-                "of what they share."
-            )
+    effects = {cell.name: judged[cell.name].effect for cell in cells}
+    for teacher in dict.fromkeys(cell.teacher for cell in _without_positive_control(cells, effects)):
+        sentences.append(
+            f"{teacher} {NO_POSITIVE_CONTROL}: its trait is not shown to pass to any student here. That its "
+            "cells are no-transfer says little of what students must share with it."
+        )
     over = [one.over_traits for one in judged.values() if one.over_traits is not None]
     if over and not np.isfinite(over[0].p_above):
         sentences.append(f"Nothing is claimed of traits in general: that takes {MINIMUM_TRAITS} traits or more.")

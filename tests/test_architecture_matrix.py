@@ -111,11 +111,14 @@ def test_a_null_of_a_teacher_whose_trait_passes_nowhere_says_so():
     cells = [cell("own", 2.0, shared="everything"), cell("to-qwen2", 0.0, student="qwen2"), *weak]
     judged = judge_cells(cells, gains(), RULES)
     assert judged["to-gpt2"].effect.verdict == judged["to-qwen2"].effect.verdict == "no-transfer"
-    assert judged["to-gpt2"].effect.reason.endswith("no positive control: the matched case is no-transfer")
-    assert not any("positive control" in judged[name].effect.reason for name in ("own", "to-qwen2", "same"))
-    assert any(said.startswith("qwen2 has no positive control: its matched case") for said in say_matrix(cells, judged))
-    alone = judge_cells([cell("to-qwen2", 0.0, student="qwen2")], gains(), RULES)
-    assert alone["to-qwen2"].effect.reason.endswith("the matched case was not run")
+    assert judged["to-gpt2"].effect.reason.endswith("no positive control: this teacher's trait is not shown to pass anywhere")
+    assert "no positive control" in judged["to-gpt2"].excess.reason
+    assert not any("positive control" in judged[name].effect.reason for name in ("own", "to-qwen2"))
+    assert [said.partition(":")[0] for said in say_matrix(cells, judged)[2:]] == ["qwen2 has no positive control"]
+    permuted = cell("permuted", 2.0, shared="everything, units permuted", teacher="qwen2")
+    assert not any(
+        "positive control" in said for said in say_matrix([*cells, permuted], judge_cells([*cells, permuted], gains(), RULES))
+    )
 
 
 def test_too_few_members_are_said():

@@ -423,7 +423,7 @@ def _lowered_controls(scores: _Scores) -> list[str]:
         if control is None:
             continue
         fallen = _origin_scores(scores, control, trait) - scores.final(control, trait)
-        if float(fallen.mean()) > margin:
+        if scores.interval(fallen).estimate > margin:
             below.append(f"{condition}{f' on {trait}' if len(scores.run.traits) > 1 else ''} {scores.interval(fallen)}")
     if not below:
         return []

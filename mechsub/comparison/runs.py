@@ -138,7 +138,7 @@ def _hash_members(path: Path, made: Mapping[str, str], lineages: Sequence[str], 
 
 
 def _hash_parts(file: Path, sha256: str, num_members: int) -> list[str]:
-    """Of every member's slice of all tensors, so that it is the same beside more members or fewer.
+    """Of every member's slice of all tensors as they lie on the disk, so that it is the same beside more members or fewer.
 
     Where the weights are gone or are no stack of members: the file's own hash with the member's place, which finds it only in
     runs of as many members.
@@ -147,7 +147,7 @@ def _hash_parts(file: Path, sha256: str, num_members: int) -> list[str]:
         tensors = sorted(load_file(file).items())
     except (OSError, SafetensorError):
         tensors = []
-    if not tensors or any(len(tensor) != num_members for _, tensor in tensors if tensor.ndim):
+    if not tensors or any(tensor.ndim == 0 or len(tensor) != num_members for _, tensor in tensors):
         return [f"{sha256} member {place}" for place in range(num_members)]
     parts = [hashlib.sha256() for _ in range(num_members)]
     for name, tensor in tensors:

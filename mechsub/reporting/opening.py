@@ -40,8 +40,8 @@ class Outcome:
 
     @property
     def is_absence(self) -> bool:
-        """Whether it says that there is nothing over the margin, which need not be nothing."""
-        return self.verdict in {TRANSFER.equivalent, AGAINST_NULL.equivalent}
+        """Whether it says that there is no effect over the margin, which may still be an effect."""
+        return self.verdict == TRANSFER.equivalent
 
     @property
     def is_open(self) -> bool:
@@ -59,11 +59,13 @@ class Opening:
     sure: Sequence[str]
 
 
-def build_opening(recipe: Mapping[str, Any], findings: Sequence[Finding], described: Sequence[str]) -> Opening | None:
+def build_opening(
+    recipe: Mapping[str, Any], findings: Sequence[Finding], described: Sequence[str], doubts: Sequence[str] = ()
+) -> Opening | None:
     """The first screen of a run; None where nothing has a verdict.
 
     It is about the first quantity that has one: of a run with a trait, its transfer. ``described``: what the analysis of that
-    quantity says of references and teachers.
+    quantity says of references and teachers. ``doubts``: what else limits what the verdicts mean.
     """
     judged = [finding for finding in findings if finding.verdict]
     if not judged:
@@ -74,7 +76,7 @@ def build_opening(recipe: Mapping[str, Any], findings: Sequence[Finding], descri
         _tested(recipe, asked, described),
         _counted(asked, rules, is_adopted=recipe["family"] == "adopted"),
         _found(asked),
-        _sure(asked, rules),
+        _sure(asked, rules, doubts),
     )
 
 
@@ -152,7 +154,7 @@ def _found(asked: Sequence[Finding]) -> list[Outcome]:
     return [Outcome(verdict, _PLAIN.get(verdict, verdict), by_verdict[verdict]) for verdict in ordered]
 
 
-def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
+def _sure(asked: Sequence[Finding], rules: Rules, doubts: Sequence[str]) -> list[str]:
     counts = sorted({finding.n for finding in asked})
     members = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     references = min(finding.num_references for finding in asked)
@@ -183,7 +185,10 @@ def _sure(asked: Sequence[Finding], rules: Rules) -> list[str]:
         )
     verdicts = {finding.verdict for finding in asked}
     if TRANSFER.equivalent in verdicts and TRANSFER.above not in verdicts:
-        sentences.append("The trait passed in no condition: nothing here shows that this experiment would have seen it pass.")
+        sentences.append(
+            "The trait is not shown to pass in any condition: nothing here shows that this experiment would have seen it pass."
+        )
+    sentences += doubts
     sentences.append(
         "The intervals take members to scatter about normally. Where a trait passes in one member of many, few members can "
         "miss it; every member's value is in the results."

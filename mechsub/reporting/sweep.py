@@ -5,6 +5,7 @@ from typing import Any
 
 import xarray as xr
 
+from mechsub.architecture_matrix import NO_POSITIVE_CONTROL
 from mechsub.reporting.charts import draw_figure
 from mechsub.reporting.opening import build_opening
 from mechsub.reporting.page import render_page
@@ -22,7 +23,10 @@ def render_sweep_report(
     """
     data, missing = table.data, {run: what for run, what in missing.items() if what}
     rows = [_row(data, run, header["runs"]) for run in map(str, data.run.values)]
-    described = [f"Not complete: {len(missing)} of {len(rows)} runs lack results (below); with them verdicts can change."]
+    doubts = [said for said in matrix.summary if NO_POSITIVE_CONTROL in said] if matrix else []
+    described = [
+        f"Not complete: {len(missing)} of {len(rows)} runs lack results (below); where these are cells, verdicts will change."
+    ]
     return render_page(
         "sweep.html",
         header,
@@ -34,7 +38,7 @@ def render_sweep_report(
         rows=rows,
         has_numbers=any(cells for row in rows for cells in row["conditions"].values()),
         matrix=matrix,
-        opening=build_opening(header["recipe"], matrix.findings, described if missing else []) if matrix else None,
+        opening=build_opening(header["recipe"], matrix.findings, described if missing else [], doubts) if matrix else None,
         matrix_figures=[draw_figure(figure, matrix) for figure in matrix.figures] if matrix else [],
         missing=missing,
     )

@@ -27,7 +27,7 @@ class Interval:
             return "nothing (no member has a value)"
         if self.n == 1:
             return f"{format_number(self.estimate)} (one member: no interval)"
-        return f"{format_number(self.estimate)} [{_format_bound(self.low)}, {_format_bound(self.high)}]"
+        return f"{format_number(self.estimate)} [{format_bound(self.low)}, {format_bound(self.high)}]"
 
 
 def format_number(value: float) -> str:
@@ -35,8 +35,8 @@ def format_number(value: float) -> str:
     return f"{value:z.3f}".replace("-", "−") if np.isfinite(value) else "–"
 
 
-def _format_bound(value: float) -> str:
-    """The same, but a bound that rounds to 0 keeps its sign: on which side of 0 it lies is what it is read for."""
+def format_bound(value: float) -> str:
+    """A bound of an interval: the same, with its sign where it rounds to 0, since the side of 0 is what it is read for."""
     return f"{value:.3f}".replace("-", "−") if value < 0 else format_number(value)
 
 

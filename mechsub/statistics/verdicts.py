@@ -164,7 +164,10 @@ def decide(
     if p.equivalent <= rules.equivalence_level:
         tests = f"two one-sided tests at {rules.equivalence_level:g} put the {noun} inside ±{margin}"
         side = "over" if interval.low > 0 else "under"
-        beside = f"; it is not 0: its interval lies {side} 0" if interval.excludes_zero else ""
+        lies = f"interval lies {side} 0"
+        is_shown = min(p.above, p.below) <= level
+        beside = f"; it is not 0: its {lies}" if is_shown else f"; its own, uncorrected {lies}"
+        beside = beside if interval.excludes_zero else ""
         return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm){beside}"
     is_under = interval.high < 0 and interval.estimate < -rules.margin if is_symmetric else interval.high < -rules.margin
     if is_under and p.below <= level:

@@ -287,13 +287,15 @@ def _sentences(findings: Mapping[str, Mapping[tuple[str, str], Finding]], vary: 
         "product": "Every combination of the values is a run.",
         "zip": "All fields change together, so that no effect can be put down to one of them.",
     }
+    has_matrix = any(one.analysis == MATRIX_ANALYSIS for found in findings.values() for one in found.values())
     if not counted:
         return [ways[vary]]
     return [
         ways[vary],
         f"{counted.total()} verdicts in {num_judged} of {len(findings)} runs: {listed}. Holm's correction runs here within "
-        "each run, not over the runs: among so many verdicts some are expected to be wrong at the level of each run. Where a "
-        "matrix of architectures opens this page, its verdicts are those to quote: they are corrected over all runs.",
+        "each run, not over the runs: among so many verdicts some are expected to be wrong at the level of each run."
+        + has_matrix
+        * " Of the matrix of architectures the verdicts to quote are those above: they are corrected over all of it.",
     ]
 
 
