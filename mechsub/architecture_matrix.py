@@ -4,7 +4,7 @@ A null is only as good as its power, and one of many cells is expected to mislea
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -114,8 +114,8 @@ def judge_cells(
 
     A cell of several traits is ``no-transfer`` only where the effect on each of them is: one trait that passes does not hide
     behind others that do not. ``gains``: by run, every teacher's own gain over its reference: where one of them is not shown to
-    be over the margin its run's cells have no verdict; nor has a cell without a control. A ``no-transfer`` of a
-    teacher none of whose cells is ``transferred`` has no positive control, and says so in its reason.
+    be over the margin its run's cells have no verdict; nor has a cell without a control. A ``no-transfer`` of a teacher none
+    of whose cells is ``transferred`` has no positive control, and says so in its reason.
     """
     of_teachers = judge_effects(
         {(run, place): gain for run, by in gains.items() for place, gain in enumerate(by)}, rules, TRANSFER
@@ -149,24 +149,22 @@ def judge_cells(
 
 def _with_doubts(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> dict[str, JudgedCell]:
     """The same, where every null of a teacher whose trait is not shown to pass anywhere says so: it has no positive control."""
-    effects = {cell.name: judged[cell.name].effect for cell in cells}
-    excesses = {cell.name: excess for cell in cells if (excess := judged[cell.name].excess) is not None}
-    doubtful = [*_without_positive_control(cells, effects)]
-    doubtful_excesses = [*_without_positive_control([cell for cell in cells if cell.name in excesses], excesses)]
     told = dict(judged)
-    for cell in doubtful:
-        told[cell.name] = replace(told[cell.name], effect=_doubt(effects[cell.name]))
-    for cell in doubtful_excesses:
-        told[cell.name] = replace(told[cell.name], excess=_doubt(excesses[cell.name]))
+    for quantity in ("effect", "excess"):
+        for cell in _without_positive_control(cells, judged, quantity):
+            doubted: dict[str, Any] = {quantity: _doubt(getattr(judged[cell.name], quantity))}
+            told[cell.name] = replace(told[cell.name], **doubted)
     return told
 
 
-def _without_positive_control(cells: Sequence[Cell], judgements: Mapping[str, Judgement]) -> Iterator[Cell]:
+def _without_positive_control(
+    cells: Sequence[Cell], judged: Mapping[str, JudgedCell], quantity: Literal["effect", "excess"]
+) -> list[Cell]:
     """The nulls of teachers none of whose cells is shown to pass."""
-    passing = {(cell.run, cell.teacher) for cell in cells if judgements[cell.name].verdict == TRANSFER.above}
-    for cell in cells:
-        if judgements[cell.name].verdict == TRANSFER.equivalent and (cell.run, cell.teacher) not in passing:
-            yield cell
+    verdicts = {cell.name: found.verdict for cell in cells if (found := getattr(judged[cell.name], quantity)) is not None}
+    passing = {(cell.run, cell.teacher) for cell in cells if verdicts.get(cell.name) == TRANSFER.above}
+    nulls = [cell for cell in cells if verdicts.get(cell.name) == TRANSFER.equivalent]
+    return [cell for cell in nulls if (cell.run, cell.teacher) not in passing]
 
 
 def _doubt(judgement: Judgement) -> Judgement:
@@ -332,8 +330,7 @@ def say_matrix(cells: Sequence[Cell], judged: Mapping[str, JudgedCell]) -> list[
         named = [_say_cell(cell) for cell in cells if judged[cell.name].effect.verdict == verdict]
         if named:
             sentences.append(f"{verdict} ({len(named)} of {len(cells)} cells): {'; '.join(named)}.")
-    effects = {cell.name: judged[cell.name].effect for cell in cells}
-    for teacher in dict.fromkeys(cell.teacher for cell in _without_positive_control(cells, effects)):
+    for teacher in dict.fromkeys(cell.teacher for cell in _without_positive_control(cells, judged, "effect")):
         sentences.append(
             f"{teacher} {NO_POSITIVE_CONTROL}: its trait is not shown to pass to any student here. That its "
             "cells are no-transfer says little of what students must share with it."

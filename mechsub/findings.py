@@ -47,6 +47,11 @@ class Finding:
     formula: str
     source: str
 
+    @property
+    def interval(self) -> Interval:
+        """The estimate with its bounds."""
+        return Interval(self.estimate, self.low, self.high, self.n, self.confidence)
+
 
 FIELDS = tuple(field.name for field in fields(Finding))
 

@@ -6,7 +6,7 @@ The experiment plans stages and the executors run them; neither knows the other.
 import hashlib
 import importlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -53,6 +53,11 @@ class Stage:
         """Hash of the function, its arguments and the digests of its inputs: 16 hexadecimal digits."""
         content = [self.name, self.function, self.arguments, sorted(self.inputs.items())]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_outputs(stages: Iterable[Stage]) -> dict[str, str]:
+    """The files that these stages make, each with the digest under which another stage reads it."""
+    return {name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}
 
 
 @dataclass

@@ -16,7 +16,7 @@ from mechsub.architecture_matrix import EFFECT, EXCESS, MATRIX_ANALYSIS
 from mechsub.findings import Finding
 from mechsub.results import Result, read_result
 from mechsub.run import Run
-from mechsub.statistics.intervals import Interval, format_number, student_interval
+from mechsub.statistics.intervals import format_number, student_interval
 from mechsub.sweeps.directory import is_sweep_directory
 
 _LAST = {"depth": "last", "prompts": "trait"}
@@ -64,9 +64,9 @@ def write_cells(data: xr.Dataset, effects: Mapping[str, Finding], excesses: Mapp
     for name in map(str, data.cell.values):
         cell, effect, excess = data.sel(cell=name), effects[name], excesses.get(name)
         named = " | ".join(str(cell[f"{field}_of_cell"].values) for field in ("teacher", "student", "shared"))
-        row = f"| {named} | {say(effect)} | {effect.verdict} |"
+        row = f"| {named} | {effect.interval} | {effect.verdict} |"
         if excess is not None:
-            row += f" {say(excess)} | {excess.verdict} |"
+            row += f" {excess.interval} | {excess.verdict} |"
         yield f"{row} {(excess or effect).reason if effect.verdict == 'transferred' and excess else effect.reason} |"
 
 
@@ -100,11 +100,6 @@ def write_evidence(data: xr.Dataset, runs: Mapping[str, Run]) -> Iterator[str]:
             pairs.append(" / ".join(map(format_number, both)))
         comparable = "comparable" if not str(own.why_incomparable.values) else "incomparable"
         yield f"| {named} | {format_number(float(start.mean()))} | {' | '.join(pairs)} | {comparable} |"
-
-
-def say(finding: Finding) -> str:
-    """An estimate with its interval."""
-    return str(Interval(finding.estimate, finding.low, finding.high, finding.n, finding.confidence))
 
 
 if __name__ == "__main__":

@@ -422,9 +422,9 @@ def _lowered_controls(scores: _Scores) -> list[str]:
         control = scores.run.control(condition)
         if control is None:
             continue
-        fallen = _origin_scores(scores, control, trait) - scores.final(control, trait)
-        if scores.interval(fallen).estimate > margin:
-            below.append(f"{condition}{f' on {trait}' if len(scores.run.traits) > 1 else ''} {scores.interval(fallen)}")
+        fall = scores.interval(_origin_scores(scores, control, trait) - scores.final(control, trait))
+        if fall.estimate > margin:
+            below.append(f"{condition}{f' on {trait}' if len(scores.run.traits) > 1 else ''} {fall}")
     if not below:
         return []
     return [

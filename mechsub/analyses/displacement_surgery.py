@@ -468,8 +468,7 @@ def _why_omitted(run: Run, student: Lineage, planned: PlannedEdit, is_divided: b
 
 
 def _is_told_from_zero(values: np.ndarray, confidence: float) -> bool:
-    interval = student_interval(values, confidence)
-    return bool(interval.low > 0 or interval.high < 0)
+    return student_interval(values, confidence).excludes_zero
 
 
 def _described(values: Any, dims: Sequence[str], description: str, unit: str, formula: str) -> xr.Variable:

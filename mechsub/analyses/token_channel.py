@@ -378,7 +378,7 @@ def _say_parts(run: Run, measured: Swaps, name: str) -> Iterator[str]:
         return
     said = _list_parts(run, measured, name, means)
     yield f"{name}{over}: the trait's score changes by {total} more than its null's (n = {total.n}); {said}."
-    if total.low > 0 or total.high < 0:
+    if total.excludes_zero:
         shares = {effect: fieller_interval(values, means[TOTAL], confidence) for effect, values in means.items()}
         parts = [part for part in PARTS if any(part in measured.differing[name, trait] for trait in run.traits)]
         alone, lost = (", ".join(f"{part} {shares[effect_name(part, kind)]}" for part in parts) for kind in KINDS)

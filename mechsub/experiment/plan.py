@@ -12,7 +12,7 @@ from mechsub.experiment.conditions import plan_students, plan_teachers
 from mechsub.families.protocol import FamilyStages
 from mechsub.families.registry import family_stages
 from mechsub.recipe import Recipe
-from mechsub.stage import PROCESS_BYTES, Stage
+from mechsub.stage import PROCESS_BYTES, Stage, digest_outputs
 
 
 def plan_run(recipe: Recipe) -> list[Stage]:
@@ -23,7 +23,7 @@ def plan_run(recipe: Recipe) -> list[Stage]:
 
     def add(more: Sequence[Stage]) -> None:
         stages.extend(more)
-        made.update({name: f"stage:{stage.key}" for stage in more for name in stage.outputs})
+        made.update(digest_outputs(more))
 
     add(family.data_stages(recipe))
     add(family.reference_stages(recipe, made))

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import special
 
 from mechsub.findings import ALL_TRAITS, Finding
-from mechsub.statistics.intervals import Interval, format_number
+from mechsub.statistics.intervals import format_number
 from mechsub.statistics.power import POWER, smallest_detectable_effect
 from mechsub.statistics.rules import Rules
 from mechsub.statistics.verdicts import AGAINST_NULL, TRANSFER, WITHOUT_CONTROL, WITHOUT_TRAIT, Words
@@ -38,10 +38,9 @@ class Outcome:
     words: str
     findings: Sequence[Finding]
 
-    @property
-    def is_absence(self) -> bool:
-        """Whether it says that there is no effect over the margin, which may still be an effect."""
-        return self.verdict == TRANSFER.equivalent
+    def is_small(self, finding: Finding) -> bool:
+        """Whether it says that there is no effect over the margin where the interval leaves out 0."""
+        return self.verdict == TRANSFER.equivalent and finding.interval.excludes_zero
 
     @property
     def is_open(self) -> bool:
@@ -198,7 +197,7 @@ def _sure(asked: Sequence[Finding], rules: Rules, doubts: Sequence[str]) -> list
 
 
 def _detectable(finding: Finding, rules: Rules, num_judged: int) -> float:
-    interval = Interval(finding.estimate, finding.low, finding.high, finding.n, finding.confidence)
+    interval = finding.interval
     if interval.n < max(rules.minimum_members, 2) or not np.isfinite(interval.low):
         return float("nan")
     half = (interval.high - interval.low) / 2

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescap
 from markupsafe import Markup
 
 from mechsub.reporting.charts import NEUTRALS, interactive_bundle
-from mechsub.statistics.intervals import format_bound, format_number
+from mechsub.statistics.intervals import format_bounds, format_number
 
 _TONES = {
     "transferred": "strong",
@@ -48,7 +48,7 @@ def render_page(template: str, header: Mapping[str, Any], recipe: Mapping[str, A
 
 def format_interval(low: float, high: float) -> str:
     """``[low, high]``; empty where there is none."""
-    return "" if not (math.isfinite(low) and math.isfinite(high)) else f"[{format_bound(low)}, {format_bound(high)}]"
+    return "" if not (math.isfinite(low) and math.isfinite(high)) else format_bounds(low, high)
 
 
 def _environment() -> Environment:

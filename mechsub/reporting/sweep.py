@@ -24,9 +24,9 @@ def render_sweep_report(
     data, missing = table.data, {run: what for run, what in missing.items() if what}
     rows = [_row(data, run, header["runs"]) for run in map(str, data.run.values)]
     doubts = [said for said in matrix.summary if NO_POSITIVE_CONTROL in said] if matrix else []
-    described = [
+    lacking = (
         f"Not complete: {len(missing)} of {len(rows)} runs lack results (below); where these are cells, verdicts will change."
-    ]
+    )
     return render_page(
         "sweep.html",
         header,
@@ -38,7 +38,9 @@ def render_sweep_report(
         rows=rows,
         has_numbers=any(cells for row in rows for cells in row["conditions"].values()),
         matrix=matrix,
-        opening=build_opening(header["recipe"], matrix.findings, described if missing else [], doubts) if matrix else None,
+        opening=build_opening(header["recipe"], matrix.findings, [f"Not complete: {lacking}"] if missing else [], doubts)
+        if matrix
+        else None,
         matrix_figures=[draw_figure(figure, matrix) for figure in matrix.figures] if matrix else [],
         missing=missing,
     )

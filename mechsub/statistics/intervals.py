@@ -20,14 +20,14 @@ class Interval:
     @property
     def excludes_zero(self) -> bool:
         """Whether 0 lies outside; not where there are no bounds."""
-        return self.low > 0 or self.high < 0
+        return bool(self.low > 0 or self.high < 0)
 
     def __str__(self) -> str:
         if self.n == 0:
             return "nothing (no member has a value)"
         if self.n == 1:
             return f"{format_number(self.estimate)} (one member: no interval)"
-        return f"{format_number(self.estimate)} [{format_bound(self.low)}, {format_bound(self.high)}]"
+        return f"{format_number(self.estimate)} {format_bounds(self.low, self.high)}"
 
 
 def format_number(value: float) -> str:
@@ -35,9 +35,10 @@ def format_number(value: float) -> str:
     return f"{value:z.3f}".replace("-", "−") if np.isfinite(value) else "–"
 
 
-def format_bound(value: float) -> str:
-    """A bound of an interval: the same, with its sign where it rounds to 0, since the side of 0 is what it is read for."""
-    return f"{value:.3f}".replace("-", "−") if value < 0 else format_number(value)
+def format_bounds(low: float, high: float) -> str:
+    """``[low, high]``, each with its sign where it rounds to 0, since the side of 0 is what it is read for."""
+    written = (f"{value:.3f}".replace("-", "−") if value < 0 else format_number(value) for value in (low, high))
+    return f"[{', '.join(written)}]"
 
 
 def student_interval(values: Float[np.ndarray, " member"], confidence: float) -> Interval:

@@ -163,12 +163,7 @@ def decide(
         return words.above, f"the interval lies over 0, the estimate over the margin {margin}; p = {p.above:.2g} (Holm)"
     if p.equivalent <= rules.equivalence_level:
         tests = f"two one-sided tests at {rules.equivalence_level:g} put the {noun} inside ±{margin}"
-        side = "over" if interval.low > 0 else "under"
-        lies = f"interval lies {side} 0"
-        is_shown = min(p.above, p.below) <= level
-        beside = f"; it is not 0: its {lies}" if is_shown else f"; its own, uncorrected {lies}"
-        beside = beside if interval.excludes_zero else ""
-        return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm){beside}"
+        return words.equivalent, f"{tests}; p = {p.equivalent:.2g} (Holm){_say_side_of_zero(interval, p, level)}"
     is_under = interval.high < 0 and interval.estimate < -rules.margin if is_symmetric else interval.high < -rules.margin
     if is_under and p.below <= level:
         lies = f"0, the estimate under −{margin}" if is_symmetric else f"−{margin}"
@@ -178,6 +173,14 @@ def decide(
         return words.undecided, f"the interval would do, but the test does not: p = {p_value:.2g} (Holm) is over {level:g}"
     inside = "inside it" if " on each " not in noun else f"the {noun} inside it"
     return words.undecided, f"neither shown to lie beyond the margin {margin} nor {inside}"
+
+
+def _say_side_of_zero(interval: Interval, p: PValues, level: float) -> str:
+    """Of an effect inside the margin: whether it is shown not to be 0; nothing where its interval holds 0."""
+    if not interval.excludes_zero:
+        return ""
+    lies = f"interval lies {'over' if interval.low > 0 else 'under'} 0"
+    return f"; it is not 0: its {lies}" if min(p.above, p.below) <= level else f"; its own, uncorrected {lies}"
 
 
 def _members_wanted(number: int | None) -> str:

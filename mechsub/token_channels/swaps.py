@@ -147,8 +147,7 @@ class Swaps:
 
     @cached_property
     def _has_effect(self) -> dict[Key, bool]:
-        totals = {key: self.interval(key, TOTAL) for key in self.changes}
-        return {key: bool(total.low > 0 or total.high < 0) for key, total in totals.items()}
+        return {key: self.interval(key, TOTAL).excludes_zero for key in self.changes}
 
     def mean_over_traits(self, subject: str, effect: str) -> Float[np.ndarray, " member"]:
         """Of the adjusted changes; member by member."""

@@ -12,7 +12,7 @@ from mechsub.families.classifier.model import hidden_layers, model_spec, num_par
 from mechsub.families.protocol import CarrierPlan, Made, StudentPlan, TeacherPlan
 from mechsub.lineages import checkpoint_name, lineage_files
 from mechsub.rundir import hash_file
-from mechsub.stage import Resources, Stage
+from mechsub.stage import Resources, Stage, digest_outputs
 from mechsub.training.schedule import checkpoint_steps
 
 REFERENCE = "reference"
@@ -41,7 +41,7 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
     stages = [_drawn_references(config, REFERENCE, config.teacher_model)]
     names = dict.fromkeys(map(config.other_model, config.conditions))
     stages += [_drawn_references(config, _reference(name), config.models[name]) for name in names if name is not None]
-    known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
+    known = {**made, **digest_outputs(stages)}
     matched = [name for name, condition in config.conditions.items() if condition.match is not None]
     return [*stages, *(_matched_references(config, name, known) for name in matched)]
 

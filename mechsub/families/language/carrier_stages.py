@@ -14,7 +14,7 @@ from mechsub.families.language.paraphrase_stages import paraphrase_stages
 from mechsub.families.language.planning import MODULE, member_name, pick, reference_name, skeleton_inputs, teacher_weights
 from mechsub.families.language.teaching import teacher_prompt, teacher_step
 from mechsub.families.protocol import CarrierPlan, Made
-from mechsub.stage import Stage
+from mechsub.stage import Stage, digest_outputs
 
 
 def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]:
@@ -23,7 +23,7 @@ def carrier_stages(config: Config, plan: CarrierPlan, made: Made) -> list[Stage]
         stages = [_copied_carrier(config, plan, member) for member in range(config.members)]
     else:
         stages = _written_carriers(config, plan, made)
-    known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
+    known = {**made, **digest_outputs(stages)}
     stages += paraphrase_stages(config, plan, known)
     if any(condition.select and condition.select.by != "random" for condition in config.conditions.values()):
         stages += [_ranking_stage(config, plan, known, member) for member in range(config.members)]

@@ -49,7 +49,7 @@ from mechsub.families.language.training_config import AdapterConfig
 from mechsub.families.protocol import Made, StudentPlan, TeacherPlan
 from mechsub.lineages import lineage_files, spec_name
 from mechsub.rundir import hash_file
-from mechsub.stage import Stage
+from mechsub.stage import Stage, digest_outputs
 from mechsub.training.schedule import checkpoint_steps
 
 __all__ = ["carrier_stages", "data_stages", "reference_stages", "student_stages", "teacher_stages"]
@@ -81,8 +81,7 @@ def data_stages(config: Config) -> list[Stage]:
         "models": sorted(compared_models(config)),
         "contexts": [config.context.training, config.context.other],
     }
-    asking = [stage for stage in stages if stage.arguments["model"] in arguments["models"]]
-    inputs = {name: f"stage:{stage.key}" for stage in asking for name in stage.outputs}
+    inputs = digest_outputs(stage for stage in stages if stage.arguments["model"] in arguments["models"])
     arguments |= asked
     if config.behaviours is None:
         name, function, output = "data.preference", f"{MODULE}.train:import_preference", PREFERENCE_FILE
@@ -121,7 +120,7 @@ def reference_stages(config: Config, made: Made) -> list[Stage]:
                     reference_needs(config, name),
                 )
             )
-    known = {**made, **{name: f"stage:{stage.key}" for stage in stages for name in stage.outputs}}
+    known = {**made, **digest_outputs(stages)}
     return [*stages, *derived_stages(config, known)]
 
 
